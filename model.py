@@ -1,0 +1,211 @@
+"""A small causal transformer whose attention runs on one GPU or on a ring of them, and the choice between the two.
+
+Pre-norm blocks (RMSNorm), rotary position embedding at global positions, grouped-query attention, GELU MLP, tied
+embeddings. Everything but attention works on tokens one by one, so each rank simply runs the model on its own shard:
+
+    attn = Attention(dim, dim_per_head, seq_len, rank, n_ranks, dropout, causal, AttentionType.ZIGZAG)
+    y = attn.unshard(attn(attn.shard(x)))     # x, y (B, S, dim) on every rank; S = seq_len = n_ranks * T
+
+Shapes: B batch, T tokens of the shard at hand, H query heads, HKV key/value heads, D dim_per_head.
+Sources: RoPE (arXiv 2104.09864), RMSNorm (1910.07467), GQA (2305.13245), tied embeddings (1608.05859).
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+import ring_attn
+
+
+class AttentionType(Enum):
+    SDPA = "sdpa"  # torch's own, on the whole sequence
+    FLASH = "flash"  # our kernels, on the whole sequence
+    RING = "contiguous"  # the others are ring schedules: the value is a key of ring_attn.SCHEDULES
+    STRIPED = "striped"
+    STEP = "step"
+    ZIGZAG = "zigzag"
+
+    @property
+    def is_ring(self):
+        return self not in (AttentionType.SDPA, AttentionType.FLASH)
+
+
+RING_FUNCS = {
+    AttentionType.RING: ring_attn.ring_attn_func,
+    AttentionType.STRIPED: ring_attn.striped_attn_func,
+    AttentionType.STEP: ring_attn.step_attn_func,
+    AttentionType.ZIGZAG: ring_attn.zigzag_attn_func,
+}
+
+
+def rotary_table(positions, dim_per_head, theta):
+    """cos and sin of the rotary angles at these positions (1 or B, T): (1 or B, T, 1, D // 2) float32 each."""
+    freqs = theta ** -(torch.arange(0, dim_per_head, 2, device=positions.device, dtype=torch.float64) / dim_per_head)
+    angles = positions[..., None, None] * freqs  # float64: position 1e6 times frequency 1 has no digits left in float32
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding of x (B, T, heads, D): the pairs (x[i], x[i + D // 2]) turn by their angles."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention over a sequence of seq_len tokens, whole (SDPA, FLASH) or sharded over n_ranks ranks.
+
+    dim: width of x; dim_per_head divides it. n_kv_heads: key/value heads (default: as many as query heads).
+    rope_theta: base of the rotary embedding; None for none. group: process group of the ring (default: all processes).
+    dropout: applied to the projected output. Weights do not depend on the type: attn_type may be changed at any time.
+    Raises ValueError for values that do not fit each other.
+    """
+
+    def __init__(self, dim, dim_per_head, seq_len, rank, n_ranks, dropout, causal, attn_type=AttentionType.FLASH, *,
+                 n_kv_heads=None, rope_theta=None, group=None):  # fmt: skip
+        super().__init__()
+        if not isinstance(attn_type, AttentionType):
+            raise ValueError(f"{attn_type=} must be an AttentionType: {', '.join(map(str, AttentionType))}")
+        if dim < 1 or dim_per_head < 1 or dim % dim_per_head:
+            raise ValueError(f"{dim=} must be a multiple of {dim_per_head=}")
+        if not 0 <= rank < n_ranks:
+            raise ValueError(f"{rank=} must be in 0..{n_ranks - 1}, as {n_ranks=}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"{dropout=} must be in [0, 1)")
+        if rope_theta is not None and dim_per_head % 2:
+            raise ValueError(f"{dim_per_head=} must be even for rotary embeddings; choose another, or rope_theta=None")
+        if attn_type.is_ring:
+            if seq_len % n_ranks:
+                raise ValueError(f"{seq_len=} must be a multiple of {n_ranks=}; pad it, or change the number of ranks")
+            ring_attn.check_schedule(attn_type.value, n_ranks, seq_len // n_ranks)
+        self.n_heads = dim // dim_per_head
+        self.n_kv_heads = self.n_heads if n_kv_heads is None else n_kv_heads
+        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} (dim={dim} // dim_per_head={dim_per_head}) must be a multiple of n_kv_heads={n_kv_heads}")
+        self.dim, self.dim_per_head, self.seq_len = dim, dim_per_head, seq_len
+        self.rank, self.n_ranks, self.group = rank, n_ranks, group
+        self.causal, self.attn_type, self.rope_theta = causal, attn_type, rope_theta
+        self.qkv_proj = nn.Linear(dim, (self.n_heads + 2 * self.n_kv_heads) * dim_per_head, bias=False)
+        self.o_proj = nn.Linear(dim, dim, bias=False)
+        self.o_drop = nn.Dropout(dropout)
+
+    def shard(self, x):
+        """This rank's tokens of x (B, S, ...); x itself under SDPA and FLASH, which work on the whole."""
+        return ring_attn.shard(x, self.attn_type.value, self.rank, self.n_ranks) if self.attn_type.is_ring else x
+
+    def unshard(self, x):
+        """The whole (B, S, ...) from every rank's shard, on every rank; x itself under SDPA and FLASH."""
+        return ring_attn.unshard(x, self.attn_type.value, self.group) if self.attn_type.is_ring and self.n_ranks > 1 else x
+
+    def positions(self, B, T, device):
+        """Global positions of the T tokens at hand, (1 or B, T)."""
+        if not self.attn_type.is_ring:
+            return torch.arange(T, device=device)[None]
+        return ring_attn.positions(self.attn_type.value, self.rank, self.n_ranks, T, B, device)
+
+    def rotary(self, B, T, device):
+        return rotary_table(self.positions(B, T, device), self.dim_per_head, self.rope_theta)
+
+    def forward(self, x, rotary=None):
+        """x (B, T, dim) -> (B, T, dim). rotary: the table of `rotary`, if the caller has it already."""
+        B, T, _ = x.shape
+        heads = rearrange(self.qkv_proj(x), "b t (h d) -> b t h d", d=self.dim_per_head)
+        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)  # (B, T, H, D), (B, T, HKV, D) twice
+        if self.rope_theta is not None:
+            cos, sin = rotary or self.rotary(B, T, x.device)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        sm_scale = self.dim_per_head**-0.5
+        if self.attn_type is AttentionType.SDPA:
+            qt, kt, vt = (y.transpose(1, 2) for y in (q, k, v))
+            o = F.scaled_dot_product_attention(qt, kt, vt, is_causal=self.causal, scale=sm_scale, enable_gqa=self.n_heads != self.n_kv_heads).transpose(1, 2)
+        elif self.attn_type is AttentionType.FLASH:
+            o = ring_attn.flash_attn_func(q, k, v, None, self.causal, sm_scale)
+        else:
+            prev_rank, next_rank = (self.rank - 1) % self.n_ranks, (self.rank + 1) % self.n_ranks
+            o = RING_FUNCS[self.attn_type](q, k, v, self.n_ranks, self.rank, prev_rank, next_rank, None, self.causal, sm_scale, group=self.group)
+        return self.o_drop(self.o_proj(rearrange(o, "b t h d -> b t (h d)")))
+
+
+@dataclass
+class Config:
+    """What a checkpoint needs to rebuild the model."""
+
+    vocab_size: int = 256  # bytes
+    n_layers: int = 4
+    dim: int = 128
+    dim_per_head: int = 32
+    n_kv_heads: int = 2
+    seq_len: int = 512  # tokens of the whole sequence, over all ranks
+    dropout: float = 0.0
+    rope_theta: float = 500_000.0
+
+
+class Block(nn.Module):
+    def __init__(self, c, rank, n_ranks, attn_type, group):
+        super().__init__()
+        self.attn_norm, self.mlp_norm = nn.RMSNorm(c.dim), nn.RMSNorm(c.dim)
+        self.attn = Attention(c.dim, c.dim_per_head, c.seq_len, rank, n_ranks, c.dropout, True, attn_type,
+                              n_kv_heads=c.n_kv_heads, rope_theta=c.rope_theta, group=group)  # fmt: skip
+        self.mlp = nn.Sequential(
+            nn.Linear(c.dim, 4 * c.dim, bias=False), nn.GELU(), nn.Linear(4 * c.dim, c.dim, bias=False), nn.Dropout(c.dropout)
+        )
+
+    def forward(self, x, rotary):  # (B, T, dim)
+        x = x + self.attn(self.attn_norm(x), rotary)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """Causal language model. On a ring every rank holds all weights and runs its own tokens.
+
+    config: a Config; rank, n_ranks, attn_type, group: as for Attention.
+    """
+
+    def __init__(self, config, rank=0, n_ranks=1, attn_type=AttentionType.FLASH, group=None):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)  # also the output projection
+        self.blocks = nn.ModuleList(Block(config, rank, n_ranks, attn_type, group) for _ in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:  # what is added to the residual stream starts smaller, as in GPT-2
+                out = name.endswith(("o_proj.weight", "mlp.2.weight"))
+                nn.init.normal_(p, std=0.02 / (2 * config.n_layers) ** 0.5 if out else 0.02)
+
+    def forward(self, tokens, targets=None):
+        """tokens (B, T) int64, this rank's -> logits (B, T, vocab_size); with targets (B, T), the mean loss in nats instead."""
+        x = self.embedding(tokens)  # (B, T, dim)
+        rotary = self.blocks[0].attn.rotary(*tokens.shape, tokens.device)
+        for block in self.blocks:
+            x = block(x, rotary)
+        logits = F.linear(self.norm(x), self.embedding.weight)  # (B, T, vocab_size)
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def flops_per_token(self, seq_len):
+        """Training FLOPs per token: 6 per weight used in a product, and causal attention, forward + 2.5x for the backward."""
+        weights = sum(p.numel() for p in self.parameters() if p.ndim == 2)  # the embedding counts once, as output projection
+        return 6 * weights + 3.5 * self.config.n_layers * 2 * seq_len * self.config.dim
+
+    @torch.no_grad()
+    def generate(self, tokens, n_tokens, temperature=0.8, top_k=None, generator=None):
+        """Continue tokens (B, T) by n_tokens sampled ones -> (B, T + n_tokens). The model must not be sharded.
+
+        temperature 0 takes the likeliest token. Recomputes the whole context, at most seq_len tokens, for every token.
+        """
+        if self.blocks[0].attn.n_ranks > 1:
+            raise ValueError(f"generate needs the whole sequence on one rank; n_ranks={self.blocks[0].attn.n_ranks}: load the weights into Transformer(config)")
+        if temperature < 0 or tokens.shape[1] == 0:
+            raise ValueError(f"{temperature=} must be 0 or more and the prompt, {tokens.shape[1]} tokens, not empty")
+        for _ in range(n_tokens):
+            logits = self(tokens[:, -self.config.seq_len :])[:, -1].float()  # (B, vocab_size)
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]] = -torch.inf
+                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            tokens = torch.cat((tokens, new), dim=1)
+        return tokens

@@ -1,0 +1,1032 @@
+"""Ring attention: exact attention over sequences longer than one GPU holds.
+
+Every rank keeps the queries, keys and values of its own T tokens. Keys and values travel round the ring, one
+neighbour per hop, and each hop folds them into a running softmax (per query row, over the keys j seen so far):
+
+    lse = log sum_j exp(s_j)            s_j = sm_scale * q . k_j
+    o   = sum_j exp(s_j - lse) v_j
+    hop: lse' = log(exp(lse) + sum_new exp(s_j)),  o' = exp(lse - lse') o + sum_new exp(s_j - lse') v_j
+
+so that (o, lse) in float32 is all the state a hop hands to the next one. The backward needs only the final lse and
+delta = rowsum(do * o): p = exp(s - lse), dv = p^T do, ds = p * (do v^T - delta), dq = ds k, dk = ds^T q.
+
+Shapes: B batch, T tokens on this rank, S = n_ranks * T, H query heads, HKV key/value heads, G = H // HKV, D head dim.
+q, o, do (B, T, H, D); k, v (B, T, HKV, D); lse, delta (B, H, T) float32, natural log, -inf where a row sees no key.
+
+A schedule is data: which global positions a rank holds. Kernels see positions and never a schedule's name: the keys
+at or before a query are a prefix of the local keys, so skipped, unmasked and masked tiles are loop bounds.
+Parallelism: forward and dq one program per (query tile, head, batch); dk, dv one per (key tile, kv head, batch),
+looping over the G query heads of the group: no atomics, the same bits every time.
+
+Not here: attention bias, windows, dropout on the probabilities, queries and keys of different lengths.
+
+Sources: Ring Attention (arXiv 2310.01889), Striped Attention (2311.09431), FlashAttention-2 (2307.08691), step
+attention and the argument names (github mgmalek/ring-attention), zigzag (zhuzilin/ring-flash-attention issue 2).
+
+    python test.py                              # tests: kernels, schedules, virtual rings of 1 to 8
+    torchrun --nproc_per_node=4 test.py         # the same, and real processes
+"""
+
+import functools
+import math
+import os
+from typing import Callable, NamedTuple
+
+import torch
+import torch.distributed as dist
+import triton
+import triton.language as tl
+from einops import einsum, rearrange
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# -----------------------------------------------------------------------------
+# reference: one hop in plain torch. The CPU path, and the page to read first
+
+LOG2E = tl.constexpr(math.log2(math.e))
+INT_MAX = 2**31 - 1
+
+
+def reference_fwd(q, k, v, o, lse, q_pos, k_pos, sm_scale):
+    """Fold keys and values into the softmax state (o, lse) of the queries and return the new state.
+
+    q, o (B, M, H, D), lse (B, H, M), k, v (B, N, HKV, D). q_pos (M,), k_pos (N,): query i sees key j where
+    k_pos[j] <= q_pos[i]; both None: every key. Computes in the dtype of o (float32; float64 in tests).
+    """
+    G = q.shape[2] // k.shape[2]
+    q, o = (rearrange(x.to(o.dtype), "b m (h g) d -> b h g m d", g=G) for x in (q, o))
+    k, v = (rearrange(x.to(o.dtype), "b n h d -> b h n d") for x in (k, v))
+    lse = rearrange(lse, "b (h g) m -> b h g m", g=G)
+    s = einsum(q, k, "b h g m d, b h n d -> b h g m n") * sm_scale
+    if q_pos is not None:
+        s = s.masked_fill(k_pos > q_pos[:, None], -math.inf)
+    new_lse = torch.logaddexp(lse, s.logsumexp(-1))  # (B, HKV, G, M)
+    safe = new_lse.masked_fill(new_lse == -math.inf, 0.0)  # a row that sees no key: o = 0, not nan
+    o = o * (lse - safe).exp()[..., None]
+    o = o + einsum((s - safe[..., None]).exp(), v, "b h g m n, b h n d -> b h g m d")
+    return rearrange(o, "b h g m d -> b m (h g) d"), rearrange(new_lse, "b h g m -> b (h g) m")
+
+
+def reference_bwd(q, k, v, do, lse, delta, q_pos, k_pos, sm_scale):
+    """What these keys and values add to dq, and these queries to dk and dv; arguments as in reference_fwd."""
+    G = q.shape[2] // k.shape[2]
+    q, do = (rearrange(x.to(lse.dtype), "b m (h g) d -> b h g m d", g=G) for x in (q, do))
+    k, v = (rearrange(x.to(lse.dtype), "b n h d -> b h n d") for x in (k, v))
+    lse, delta = (rearrange(x, "b (h g) m -> b h g m 1", g=G) for x in (lse, delta))
+    s = einsum(q, k, "b h g m d, b h n d -> b h g m n") * sm_scale
+    if q_pos is not None:
+        s = s.masked_fill(k_pos > q_pos[:, None], -math.inf)
+    p = (s - lse.masked_fill(lse == -math.inf, math.inf)).exp()
+    ds = p * (einsum(do, v, "b h g m d, b h n d -> b h g m n") - delta) * sm_scale
+    dq = einsum(ds, k, "b h g m n, b h n d -> b h g m d")
+    dk = einsum(ds, q, "b h g m n, b h g m d -> b h n d")
+    dv = einsum(p, do, "b h g m n, b h g m d -> b h n d")
+    return rearrange(dq, "b h g m d -> b m (h g) d"), rearrange(dk, "b h n d -> b n h d"), rearrange(dv, "b h n d -> b n h d")
+
+
+# -----------------------------------------------------------------------------
+# schedules: which global positions a rank holds
+
+
+class Layout(NamedTuple):
+    """Local token i sits at global position start + stride * i + jump * (i >= T // 2). Positions increase with i."""
+
+    start: int
+    stride: int
+    jump: int
+
+
+class Schedule(NamedTuple):
+    batch_groups: int  # the batch is cut into this many equal parts, each with a layout of its own
+    T_multiple: int  # T must be a multiple of this (on more than one rank)
+    layouts: Callable  # (rank, n_ranks, T) -> one Layout per batch group
+
+
+# A new schedule is one more row. Whatever it is, tokens 0..S-1 must each be held by exactly one rank.
+SCHEDULES = {
+    "contiguous": Schedule(1, 1, lambda r, R, T: (Layout(r * T, 1, 0),)),
+    "striped": Schedule(1, 1, lambda r, R, T: (Layout(r, R, 0),)),
+    "zigzag": Schedule(1, 2, lambda r, R, T: (Layout(r * (T // 2), 1, (R - 1 - r) * T),)),
+    "step": Schedule(2, 1, lambda r, R, T: (Layout(r * T, 1, 0), Layout((R - 1 - r) * T, 1, 0))),
+}
+
+
+def check_schedule(schedule, n_ranks, T, B=None):
+    """Raise ValueError unless shards of (B, T) tokens on n_ranks ranks can follow this schedule."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"{schedule=} is unknown; choose one of {', '.join(SCHEDULES)}")
+    if n_ranks == 1:
+        return  # all schedules are the same on a ring of one
+    need = SCHEDULES[schedule]
+    if T % need.T_multiple:
+        raise ValueError(
+            f"seq_len={n_ranks * T} must be a multiple of {need.T_multiple}*n_ranks={need.T_multiple * n_ranks} for {schedule}; "
+            f'pad it, or use schedule="striped"'
+        )
+    if B is not None and B % need.batch_groups:
+        raise ValueError(f'batch size {B=} must be a multiple of {need.batch_groups} for {schedule}; pad the batch, or use schedule="zigzag"')
+    if n_ranks * T > INT_MAX:
+        raise ValueError(f"seq_len={n_ranks * T} must stay below 2**31; positions are 32 bit in the kernels")
+
+
+def batch_slices(schedule, B, n_ranks):
+    """The batch rows that share a layout, as slices of the batch dimension."""
+    n = SCHEDULES[schedule].batch_groups if n_ranks > 1 else 1
+    return [slice(g * B // n, (g + 1) * B // n) for g in range(n)]
+
+
+def layout_positions(layout, T, device=None):  # (T,) int64
+    i = torch.arange(T, device=device)
+    return layout.start + layout.stride * i + layout.jump * (i >= T // 2)
+
+
+def positions(schedule, rank, n_ranks, T, B=1, device=None):
+    """Global positions of a rank's T tokens: (1, T) int64, or (B, T) under a schedule that splits the batch (step).
+
+    Raises ValueError for an unknown schedule, a rank outside the ring, or T or B that the schedule cannot cut.
+    """
+    check_schedule(schedule, n_ranks, T, B if SCHEDULES.get(schedule, SCHEDULES["zigzag"]).batch_groups > 1 else None)
+    if not 0 <= rank < n_ranks:
+        raise ValueError(f"{rank=} must be in 0..{n_ranks - 1}")
+    layouts = SCHEDULES[schedule].layouts(rank, n_ranks, T)
+    slices = batch_slices(schedule, B, n_ranks)
+    if len(slices) == 1:
+        return layout_positions(layouts[0], T, device)[None]
+    return torch.cat([layout_positions(at, T, device).expand(s.stop - s.start, T) for at, s in zip(layouts, slices)])
+
+
+def shard(x, schedule, rank, n_ranks):
+    """The tokens of `rank`: (B, S, ...) -> (B, S // n_ranks, ...), a copy. Differentiable.
+
+    Raises ValueError where n_ranks does not divide S, and as `positions` does.
+    """
+    B, S = x.shape[:2]
+    if S % n_ranks:
+        raise ValueError(f"seq_len={S} must be a multiple of {n_ranks=}; pad it, or change the number of ranks")
+    pos = positions(schedule, rank, n_ranks, S // n_ranks, B, x.device)  # (1 or B, T)
+    return x[:, pos[0]] if len(pos) == 1 else x[torch.arange(B, device=x.device)[:, None], pos]
+
+
+def merge(shards, schedule):
+    """The inverse of `shard`: the shards of ranks 0..n_ranks-1, (B, T, ...) each, -> (B, S, ...)."""
+    n_ranks, (B, T) = len(shards), shards[0].shape[:2]
+    x = shards[0].new_empty(B, n_ranks * T, *shards[0].shape[2:])
+    for rank, part in enumerate(shards):
+        x[torch.arange(B, device=x.device)[:, None], positions(schedule, rank, n_ranks, T, B, x.device)] = part
+    return x
+
+
+class HopRow(NamedTuple):
+    """One batch group at one hop: nine integers that the kernels read by index."""
+
+    q_start: int  # 0..2: Layout of the queries
+    q_stride: int
+    q_jump: int
+    k_start: int  # 3..5: Layout of the keys
+    k_stride: int
+    k_jump: int
+    next_start: int  # 6: the first key position of all later hops; queries before it are complete after this one
+    carry: int  # 7: 1 if (o, lse), or dq, hold the result of earlier hops
+    carry_grad: int  # 8: 1 if dk, dv hold what other ranks collected
+
+
+class Hop(NamedTuple):
+    """What one rank does at one hop; made by `plan`, the same on every rank, so that sends and receives match."""
+
+    source: int  # whose keys and values are at hand
+    visible: bool  # False: no query of this rank sees any of them, nothing to compute
+    table: tuple  # one HopRow per batch group
+    send: tuple  # batch groups of k, v that the next rank, or one after it, needs
+    recv: tuple  # batch groups of k, v that arrive for the next hop
+    send_grad: tuple  # batch groups of dk, dv that leave with something in them (backward)
+    recv_grad: tuple
+
+
+@functools.lru_cache(maxsize=None)
+def plan(schedule, rank, n_ranks, T, causal, direction):
+    """The hops of one rank: a tuple of n_ranks Hops. Hop 0 works on the rank's own keys.
+
+    direction 1 (forward): keys move to the next rank, hop j has those of rank - j. direction -1 (backward): keys and
+    the gradients collected for them move to the previous rank, hop j has those of rank + j; the gradients of the own
+    keys come home after hop n_ranks - 1 and are finished last.
+    """
+    R = n_ranks
+    layouts = [SCHEDULES[schedule].layouts(r, R, T)[: 1 if R == 1 else None] for r in range(R)]
+    groups = range(len(layouts[0]))
+    last = lambda at: at.start + at.stride * (T - 1) + at.jump * (T - 1 >= T // 2)
+    first = lambda at: at.start + at.jump * (T // 2 == 0)
+    sees = lambda q_rank, k_rank, g: not causal or first(layouts[k_rank][g]) <= last(layouts[q_rank][g])
+    stop = lambda source, j: (source + direction * j) % R  # where the keys of `source` are at hop j
+    needed = lambda source, j, g: any(sees(stop(source, i), source, g) for i in range(j, R))  # at stop j or beyond
+    collected = lambda source, j, g: any(sees(stop(source, i), source, g) for i in range(1, j + 1))  # dk, dv after stop j
+
+    sources = [(rank - direction * j) % R for j in range(R)]
+    hops = []
+    for j, source in enumerate(sources):
+        table = []
+        for g in groups:
+            later = [first(layouts[s][g]) if causal else -1 for s in sources[j + 1 :]]
+            carry_grad = collected(source, j - 1, g) if j else collected(rank, R - 1, g)  # the own keys are finished last
+            table.append(HopRow(*layouts[rank][g], *layouts[source][g], min(later, default=INT_MAX), int(j > 0), int(carry_grad)))
+        arriving = (rank - direction * (j + 1)) % R
+        final = j == R - 1
+        hops.append(
+            Hop(
+                source=source,
+                visible=any(sees(rank, source, g) for g in groups),
+                table=tuple(table),
+                send=tuple(g for g in groups if not final and needed(source, j + 1, g)),
+                recv=tuple(g for g in groups if not final and needed(arriving, j + 1, g)),
+                send_grad=tuple(g for g in groups if j and collected(source, j, g)),
+                recv_grad=tuple(g for g in groups if j and collected(arriving, j, g)),
+            )
+        )
+    return tuple(hops)
+
+
+@functools.lru_cache(maxsize=None)
+def hop_table(table, device):
+    return torch.tensor(table, dtype=torch.int32, device=device)
+
+
+# -----------------------------------------------------------------------------
+# kernels. HOP points to a table of HopRows: +0 layout of the queries, +3 layout of the keys, +6 next_start, +7 carry, +8 carry_grad
+
+HOP_COLUMNS = tl.constexpr(len(HopRow._fields))
+
+
+@triton.jit
+def position(at, i, T):
+    """Global position of local token i; `at` points to a Layout."""
+    return tl.load(at) + tl.load(at + 1) * i + tl.where(i >= T // 2, tl.load(at + 2), 0)
+
+
+@triton.jit
+def n_le(at, x, T):
+    """How many of the T local tokens sit at or before position x. Clipped before `//`, which truncates toward zero."""
+    start, stride, jump, half = tl.load(at), tl.load(at + 1), tl.load(at + 2), T // 2
+    first = tl.maximum(x - start + stride, 0) // stride
+    second = tl.maximum(x - start - jump - stride * half + stride, 0) // stride
+    return tl.minimum(first, half) + tl.minimum(second, T - half)
+
+
+@triton.jit
+def load_tile(X, b, h, row, T, stride_b, stride_t, stride_h, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr):
+    """Tokens row : row + BLOCK of one head, [BLOCK, BLOCK_D]; zeros past T and past HEAD_DIM.
+
+    With TMA, X describes the matrix (tokens of all batches, all heads); the launcher made sure that no tile overhangs.
+    """
+    if TMA:
+        return X.load([b * (stride_b // stride_t) + row, h * stride_h])
+    else:
+        offs_d = tl.arange(0, BLOCK_D)
+        offs_t = row + tl.arange(0, BLOCK)
+        x = X + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + offs_t.to(tl.int64)[:, None] * stride_t + offs_d[None, :]
+        mask = (offs_t < T)[:, None]
+        if BLOCK_D != HEAD_DIM:
+            mask = mask & (offs_d < HEAD_DIM)[None, :]
+        return tl.load(x, mask=mask, other=0.0)
+
+
+@triton.jit
+def state_tile(b, h, row, T, H, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Offsets and mask of a tile of a contiguous (B, T, H, D) tensor, [BLOCK, BLOCK_D]."""
+    offs_t, offs_d = row + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    offs = ((b.to(tl.int64) * T + offs_t) * H + h) * HEAD_DIM
+    return offs[:, None] + offs_d[None, :], (offs_t < T)[:, None] & (offs_d < HEAD_DIM)[None, :]
+
+
+@triton.jit
+def fwd_tiles(acc, l_i, m_i, q, K, V, b, h, lo, hi, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
+    for start_n in tl.range(lo, hi, BLOCK_N):
+        k = load_tile(K, b, h, start_n, T, stride_kb, stride_kt, stride_kh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
+        s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if MASK:
+            s = tl.where((start_n + tl.arange(0, BLOCK_N))[None, :] < row_end[:, None], s, -float("inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
+        shift = m_new
+        if MASK:  # a row that has seen no key yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf) = nan
+            shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+        p = tl.math.exp2(s * qk_scale - shift[:, None])
+        alpha = tl.math.exp2(m_i - shift)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        v = load_tile(V, b, h, start_n, T, stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # [BLOCK_M, D]
+        m_i = m_new
+    return acc, l_i, m_i
+
+
+@triton.jit(do_not_specialize=["H", "G", "T", "GROUP_B"])
+def fwd_kernel(Q, K, V, O, ACC, LSE, HOP, sm_scale, H, G, T, GROUP_B,
+               stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+               CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """One hop of the forward for one tile of queries. State in ACC (B, T, H, D) and LSE (B, H, T), float32; the last
+    hop that a tile takes part in writes O in its own dtype instead of ACC."""
+    n_tiles = tl.cdiv(T, BLOCK_M)
+    start_m = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BLOCK_M  # under a causal mask the longest tiles go first
+    bh = tl.program_id(0) // n_tiles
+    b, h = bh // H, bh % H
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    hop = HOP + (b // GROUP_B) * HOP_COLUMNS
+    carry = tl.load(hop + 7) != 0
+    q_max = position(hop, tl.minimum(start_m + BLOCK_M, T) - 1, T)
+    if CAUSAL:
+        n_full = n_le(hop + 3, position(hop, start_m, T), T)
+        n_end = n_le(hop + 3, q_max, T)
+        row_end = n_le(hop + 3, position(hop, offs_m, T), T)  # each row sees the keys [0, row_end)
+    else:
+        n_full, n_end = T, T
+        row_end = tl.zeros([BLOCK_M], tl.int32) + T
+    n_full = n_full // BLOCK_N * BLOCK_N
+    if (n_end == 0) & carry:
+        return  # nothing to add: the state stays, or O is complete already
+
+    q = load_tile(Q, b, h, start_m, T, stride_qb, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
+    offs, mask = state_tile(b, h, start_m, T, H, BLOCK_M, BLOCK_D, HEAD_DIM)
+    lse = LSE + bh.to(tl.int64) * T + offs_m
+    acc = tl.load(ACC + offs, mask=mask & carry, other=0.0)
+    m_i = tl.load(lse, mask=(offs_m < T) & carry, other=-float("inf")) * LOG2E
+    l_i = tl.full([BLOCK_M], 1.0, tl.float32)  # without a carry m_i is -inf and the first key rescales this 1 to 0
+    hk = h // G
+    qk_scale = sm_scale * LOG2E
+    acc, l_i, m_i = fwd_tiles(acc, l_i, m_i, q, K, V, b, hk, 0, n_full, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh,
+                              stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA, MASK=False)  # fmt: skip
+    acc, l_i, m_i = fwd_tiles(acc, l_i, m_i, q, K, V, b, hk, n_full, n_end, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh,
+                              stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA, MASK=True)  # fmt: skip
+    l_i = tl.where(l_i == 0.0, 1.0, l_i)  # a row that never saw a key: o = 0, lse = -inf
+    acc = acc / l_i[:, None]
+    tl.store(lse, (m_i + tl.math.log2(l_i)) / LOG2E, mask=offs_m < T)
+    if q_max < tl.load(hop + 6):
+        tl.store(O + offs, acc.to(O.dtype.element_ty), mask=mask)
+    else:
+        tl.store(ACC + offs, acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["H", "T"])
+def delta_kernel(O, DO, DLSE, DELTA, H, T, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """delta = rowsum(do * o) - dlse: (B, H, T) float32. A gradient of lse enters ds = p * (dp - delta) the same way."""
+    n_tiles = tl.cdiv(T, BLOCK_M)
+    bh = tl.program_id(0) // n_tiles
+    start_m = tl.program_id(0) % n_tiles * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs, mask = state_tile(bh // H, bh % H, start_m, T, H, BLOCK_M, BLOCK_D, HEAD_DIM)
+    o = tl.load(O + offs, mask=mask, other=0.0).to(tl.float32)
+    do = tl.load(DO + offs, mask=mask, other=0.0).to(tl.float32)
+    delta = tl.sum(o * do, 1)
+    row = bh.to(tl.int64) * T + offs_m
+    if DLSE is not None:
+        delta -= tl.load(DLSE + row, mask=offs_m < T, other=0.0)
+    tl.store(DELTA + row, delta, mask=offs_m < T)
+
+
+@triton.jit
+def load_lse(LSE, row, mask):
+    """lse in base 2; +inf for rows past T or without a key, so that their p = exp2(s - lse) is 0."""
+    lse = tl.load(LSE + row, mask=mask, other=float("inf"))
+    return tl.where(lse == -float("inf"), float("inf"), lse) * LOG2E
+
+
+@triton.jit
+def dq_tiles(dq, q, do, lse, delta, K, V, b, h, lo, hi, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+             BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
+    for start_n in tl.range(lo, hi, BLOCK_N):
+        k = load_tile(K, b, h, start_n, T, stride_kb, stride_kt, stride_kh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
+        v = load_tile(V, b, h, start_n, T, stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
+        p = tl.math.exp2(tl.dot(q, k.T, input_precision="ieee") * qk_scale - lse[:, None])  # [BLOCK_M, BLOCK_N]
+        if MASK:
+            p = tl.where((start_n + tl.arange(0, BLOCK_N))[None, :] < row_end[:, None], p, 0.0)
+        ds = p * (tl.dot(do, v.T, input_precision="ieee") - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, D]
+    return dq
+
+
+@triton.jit(do_not_specialize=["H", "G", "T", "GROUP_B"])
+def dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, ACC, HOP, sm_scale, H, G, T, GROUP_B,
+              stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_ob, stride_ot, stride_oh,
+              CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """One hop of dq for one tile of queries; bounds, state (ACC, float32) and the last write (DQ) as in fwd_kernel."""
+    n_tiles = tl.cdiv(T, BLOCK_M)
+    start_m = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BLOCK_M
+    bh = tl.program_id(0) // n_tiles
+    b, h = bh // H, bh % H
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    hop = HOP + (b // GROUP_B) * HOP_COLUMNS
+    carry = tl.load(hop + 7) != 0
+    q_max = position(hop, tl.minimum(start_m + BLOCK_M, T) - 1, T)
+    if CAUSAL:
+        n_full = n_le(hop + 3, position(hop, start_m, T), T)
+        n_end = n_le(hop + 3, q_max, T)
+        row_end = n_le(hop + 3, position(hop, offs_m, T), T)
+    else:
+        n_full, n_end = T, T
+        row_end = tl.zeros([BLOCK_M], tl.int32) + T
+    n_full = n_full // BLOCK_N * BLOCK_N
+    if (n_end == 0) & carry:
+        return
+
+    q = load_tile(Q, b, h, start_m, T, stride_qb, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
+    do = load_tile(DO, b, h, start_m, T, stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
+    row = bh.to(tl.int64) * T + offs_m
+    lse = load_lse(LSE, row, offs_m < T)
+    delta = tl.load(DELTA + row, mask=offs_m < T, other=0.0)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    hk = h // G
+    qk_scale = sm_scale * LOG2E
+    dq = dq_tiles(dq, q, do, lse, delta, K, V, b, hk, 0, n_full, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh,
+                  stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA, MASK=False)  # fmt: skip
+    dq = dq_tiles(dq, q, do, lse, delta, K, V, b, hk, n_full, n_end, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh,
+                  stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA, MASK=True)  # fmt: skip
+    offs, mask = state_tile(b, h, start_m, T, H, BLOCK_M, BLOCK_D, HEAD_DIM)
+    dq = dq * sm_scale + tl.load(ACC + offs, mask=mask & carry, other=0.0)
+    if q_max < tl.load(hop + 6):
+        tl.store(DQ + offs, dq.to(DQ.dtype.element_ty), mask=mask)
+    else:
+        tl.store(ACC + offs, dq, mask=mask)
+
+
+@triton.jit
+def dkv_tiles(dk, dv, k, v, Q, DO, LSE, DELTA, hop, b, h, bh, lo, hi, offs_n, qk_scale, T, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh,
+              BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
+    for start_m in tl.range(lo, hi, BLOCK_M):
+        q = load_tile(Q, b, h, start_m, T, stride_qb, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
+        do = load_tile(DO, b, h, start_m, T, stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        lse = load_lse(LSE, bh.to(tl.int64) * T + offs_m, offs_m < T)
+        delta = tl.load(DELTA + bh.to(tl.int64) * T + offs_m, mask=offs_m < T, other=0.0)
+        # scores come out transposed, so that both products below take them as they are
+        p = tl.math.exp2(tl.dot(k, q.T, input_precision="ieee") * qk_scale - lse[None, :])  # [BLOCK_N, BLOCK_M]
+        if MASK:
+            row_end = n_le(hop + 3, position(hop, offs_m, T), T)
+            p = tl.where(offs_n[:, None] < row_end[None, :], p, 0.0)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, D]
+        ds = p * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, D]
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["H", "G", "T", "GROUP_B"])
+def dkv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_scale, H, G, T, GROUP_B,
+               stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_ob, stride_ot, stride_oh,
+               CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """One hop of dk, dv for one tile of keys. DK_ACC, DV_ACC (B, T, HKV, D) float32 hold what earlier ranks collected;
+    DK, DV are the same buffers on the way, and the gradients themselves, in their own dtype, at home."""
+    n_tiles = tl.cdiv(T, BLOCK_N)
+    start_n = tl.program_id(0) % n_tiles * BLOCK_N  # under a causal mask the first keys have the most queries
+    bh = tl.program_id(0) // n_tiles
+    HKV = H // G
+    b, h = bh // HKV, bh % HKV
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    hop = HOP + (b // GROUP_B) * HOP_COLUMNS
+    carry = tl.load(hop + 8) != 0
+    if CAUSAL:
+        m_lo = n_le(hop, position(hop + 3, start_n, T) - 1, T)  # queries before this see nothing of the tile
+        m_full = n_le(hop, position(hop + 3, tl.minimum(start_n + BLOCK_N, T) - 1, T) - 1, T)  # from here on, all of it
+    else:
+        m_lo, m_full = 0, 0
+    if (m_lo >= T) & carry:
+        return
+    m_full = tl.cdiv(m_full, BLOCK_M) * BLOCK_M
+    m_lo = tl.where(m_lo < T, m_lo // BLOCK_M * BLOCK_M, T)
+
+    k = load_tile(K, b, h, start_n, T, stride_kb, stride_kt, stride_kh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
+    v = load_tile(V, b, h, start_n, T, stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    qk_scale = sm_scale * LOG2E
+    for g in tl.range(0, G):  # the query heads that share this key head
+        hq = h * G + g
+        dk, dv = dkv_tiles(dk, dv, k, v, Q, DO, LSE, DELTA, hop, b, hq, b * H + hq, m_lo, tl.minimum(m_full, T), offs_n, qk_scale, T, stride_qb, stride_qt, stride_qh,
+                           stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA, MASK=True)  # fmt: skip
+        dk, dv = dkv_tiles(dk, dv, k, v, Q, DO, LSE, DELTA, hop, b, hq, b * H + hq, m_full, T, offs_n, qk_scale, T, stride_qb, stride_qt, stride_qh,
+                           stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA, MASK=False)  # fmt: skip
+    offs, mask = state_tile(b, h, start_n, T, HKV, BLOCK_N, BLOCK_D, HEAD_DIM)
+    dk = dk * sm_scale + tl.load(DK_ACC + offs, mask=mask & carry, other=0.0)
+    dv = dv + tl.load(DV_ACC + offs, mask=mask & carry, other=0.0)
+    tl.store(DK + offs, dk.to(DK.dtype.element_ty), mask=mask)
+    tl.store(DV + offs, dv.to(DV.dtype.element_ty), mask=mask)
+
+
+# -----------------------------------------------------------------------------
+# launchers: one hop on real tensors. `triton` runs the kernels above, `torch` the reference; both take the same arguments
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # the kernels then run on CPU tensors, in numpy
+
+# BLOCK_M (queries), BLOCK_N (keys), num_warps, num_stages by padded head dim; measured on one H100 for 16-bit inputs,
+# chosen to fit the registers for float32, whose products run in full precision and not on the tensor cores
+TILES = {
+    "fwd": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (128, 64, 8, 2)},
+    "dq": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    "dkv": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 64, 8, 2)},
+}
+TILES_FP32 = {
+    "fwd": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "dq": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
+    "dkv": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+}
+
+
+@functools.lru_cache(maxsize=None)
+def tile_config(kernel, D, dtype, device):
+    """Tile sizes and launch options of a kernel, as keyword arguments; fewer pipeline stages where shared memory is small."""
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    table = TILES_FP32 if dtype == torch.float32 else TILES
+    BLOCK_M, BLOCK_N, num_warps, num_stages = (32, 32, 4, 1) if INTERPRET else table[kernel][max(64, BLOCK_D)]
+    if not INTERPRET:
+        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        resident, streamed = (2 * BLOCK_N, BLOCK_M) if kernel == "dkv" else (2 * BLOCK_M, BLOCK_N)  # rows kept, rows per stage
+        while num_stages > 1 and (resident + 2 * num_stages * streamed) * BLOCK_D * dtype.itemsize > shared:
+            num_stages -= 1
+    return dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages)
+
+
+@functools.lru_cache(maxsize=None)
+def has_tma(device):
+    return INTERPRET or torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def describable(x):
+    """Can TMA read x (B, T, heads, D) as a matrix of B*T rows? 16-byte steps, and heads side by side within a row."""
+    B, T, heads, D = x.shape
+    stride_b, stride_t, stride_h, stride_d = x.stride()
+    steps = [stride_t] + [stride_h] * (heads > 1) + [stride_b] * (B > 1)
+    return (
+        stride_d == 1
+        and x.dtype.itemsize == 2
+        and x.data_ptr() % 16 == 0
+        and all(s > 0 and s * 2 % 16 == 0 for s in steps)
+        and stride_t >= (heads - 1) * stride_h + D
+        and (B == 1 or stride_b % stride_t == 0)
+    )
+
+
+def tile_inputs(config, rows_m, rows_n):
+    """rows_m: (q,) or (q, do), read in tiles of BLOCK_M rows; rows_n: (k, v), in tiles of BLOCK_N. As TMA descriptors,
+    where Hopper can and no tile overhangs a sequence or a head, else as pointers; and the constexpr TMA that says which."""
+    BLOCK_M, BLOCK_N, BLOCK_D = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_D"]
+    B, T, _, D = rows_m[0].shape
+    tma = has_tma(rows_m[0].device) and D == BLOCK_D and T % max(BLOCK_M, BLOCK_N) == 0 and all(map(describable, (*rows_m, *rows_n)))
+    if not tma:
+        return *rows_m, *rows_n, False
+    matrix = lambda x, rows: TensorDescriptor(
+        x, [(B - 1) * (x.stride(0) // x.stride(1)) + T, (x.shape[2] - 1) * x.stride(2) + D], [x.stride(1), 1], [rows, D]
+    )
+    return *(matrix(x, BLOCK_M) for x in rows_m), *(matrix(x, BLOCK_N) for x in rows_n), True
+
+
+def triton_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
+    B, T, H, D = q.shape
+    config = tile_config("fwd", D, q.dtype, q.device)
+    *tiles, tma = tile_inputs(config, (q,), (k, v))
+    fwd_kernel[(triton.cdiv(T, config["BLOCK_M"]) * B * H,)](
+        *tiles, o, acc, lse, hop_table(hop.table, q.device), sm_scale, H, H // k.shape[2], T, B // len(hop.table),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], CAUSAL=causal, TMA=tma, **config,
+    )  # fmt: skip
+
+
+def triton_delta(o, do, dlse):
+    B, T, H, D = o.shape
+    delta = torch.empty(B, H, T, dtype=torch.float32, device=o.device)
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    delta_kernel[(triton.cdiv(T, 32) * B * H,)](o, do, dlse, delta, H, T, HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=32, num_warps=4)
+    return delta
+
+
+def triton_dq(q, k, v, do, lse, delta, dq, acc, hop, causal, sm_scale):
+    B, T, H, D = q.shape
+    config = tile_config("dq", D, q.dtype, q.device)
+    tq, tdo, tk, tv, tma = tile_inputs(config, (q, do), (k, v))
+    dq_kernel[(triton.cdiv(T, config["BLOCK_M"]) * B * H,)](
+        tq, tk, tv, tdo, lse, delta, dq, acc, hop_table(hop.table, q.device), sm_scale, H, H // k.shape[2], T, B // len(hop.table),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], CAUSAL=causal, TMA=tma, **config,
+    )  # fmt: skip
+
+
+def triton_dkv(q, k, v, do, lse, delta, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
+    B, T, H, D = q.shape
+    config = tile_config("dkv", D, q.dtype, q.device)
+    tq, tdo, tk, tv, tma = tile_inputs(config, (q, do), (k, v))
+    dkv_kernel[(triton.cdiv(T, config["BLOCK_N"]) * B * k.shape[2],)](
+        tq, tk, tv, tdo, lse, delta, dk, dv, dk_acc, dv_acc, hop_table(hop.table, q.device), sm_scale, H, H // k.shape[2], T, B // len(hop.table),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], CAUSAL=causal, TMA=tma, **config,
+    )  # fmt: skip
+
+
+def torch_blocks(hop, B, T, causal, device, rows=512):
+    """Blocks of queries and the prefix of keys that they see: (batch slice, query slice, key slice, q_pos, k_pos)."""
+    for g, row in enumerate(hop.table):
+        b = slice(g * B // len(hop.table), (g + 1) * B // len(hop.table))
+        q_pos, k_pos = layout_positions(Layout(*row[:3]), T, device), layout_positions(Layout(*row[3:6]), T, device)
+        for m in (slice(i, min(i + rows, T)) for i in range(0, T, rows)):
+            n_end = int((k_pos <= q_pos[m][-1]).sum()) if causal else T
+            if n_end:
+                yield b, m, slice(n_end), q_pos[m] if causal else None, k_pos[:n_end]
+
+
+def torch_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
+    if not hop.table[0].carry:
+        acc.zero_(), lse.fill_(-math.inf)
+    for b, m, n, q_pos, k_pos in torch_blocks(hop, *q.shape[:2], causal, q.device):
+        acc[b, m], lse[b, :, m] = reference_fwd(q[b, m], k[b, n], v[b, n], acc[b, m], lse[b, :, m], q_pos, k_pos, sm_scale)
+    o.copy_(acc)
+
+
+def torch_delta(o, do, dlse):
+    wide = torch.promote_types(o.dtype, torch.float32)
+    delta = einsum(o.to(wide), do.to(wide), "b t h d, b t h d -> b h t")
+    return delta if dlse is None else delta - dlse
+
+
+def torch_dq(q, k, v, do, lse, delta, dq, acc, hop, causal, sm_scale):
+    if not hop.table[0].carry:
+        acc.zero_()
+    for b, m, n, q_pos, k_pos in torch_blocks(hop, *q.shape[:2], causal, q.device):
+        acc[b, m] += reference_bwd(q[b, m], k[b, n], v[b, n], do[b, m], lse[b, :, m], delta[b, :, m], q_pos, k_pos, sm_scale)[0]
+    dq.copy_(acc)
+
+
+def torch_dkv(q, k, v, do, lse, delta, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
+    B = q.shape[0]
+    for g, row in enumerate(hop.table):
+        if not row.carry_grad:
+            b = slice(g * B // len(hop.table), (g + 1) * B // len(hop.table))
+            dk_acc[b].zero_(), dv_acc[b].zero_()
+    for b, m, n, q_pos, k_pos in torch_blocks(hop, *q.shape[:2], causal, q.device):
+        _, dk_hop, dv_hop = reference_bwd(q[b, m], k[b, n], v[b, n], do[b, m], lse[b, :, m], delta[b, :, m], q_pos, k_pos, sm_scale)
+        dk_acc[b, n] += dk_hop
+        dv_acc[b, n] += dv_hop
+    dk.copy_(dk_acc), dv.copy_(dv_acc)
+
+
+# (forward, delta, dq, dkv) of a hop
+BACKENDS = {"triton": (triton_fwd, triton_delta, triton_dq, triton_dkv), "torch": (torch_fwd, torch_delta, torch_dq, torch_dkv)}
+
+# -----------------------------------------------------------------------------
+# transports: how tensors get to the neighbour
+
+
+class Ring:
+    """The processes of `group` in rank order; keys and gradients move by send and receive (NCCL or gloo, any hosts)."""
+
+    def __init__(self, group=None):
+        alone = group is None
+        self.group = group
+        self.rank, self.n_ranks = (0, 1) if alone else (dist.get_rank(group), dist.get_world_size(group))
+        self.prev_rank, self.next_rank = (self.rank - 1) % self.n_ranks, (self.rank + 1) % self.n_ranks
+        self.agreed = set()  # signatures that every rank has confirmed
+
+    def agree(self, signature, problem):
+        """Raise ValueError on every rank if any rank has a problem (a string), or if their signatures (dicts) differ."""
+        said = [(signature, problem)]
+        if self.n_ranks > 1:  # once per new signature; on NCCL this also brings the communicator up with every rank present
+            said = [None] * self.n_ranks
+            dist.all_gather_object(said, (signature, problem), group=self.group)
+        problems = {rank: p for rank, (_, p) in enumerate(said) if p}
+        if problems:
+            everywhere = len(set(problems.values())) == 1 and len(problems) == self.n_ranks
+            raise ValueError(next(iter(problems.values())) if everywhere else "; ".join(f"rank {r}: {p}" for r, p in problems.items()))
+        for rank, (other, _) in enumerate(said):
+            differ = [name for name in signature if other[name] != said[0][0][name]]
+            if differ:
+                pick = lambda s: ", ".join(f"{name}={s[name]}" for name in differ)
+                raise ValueError(f"ranks disagree: rank 0 has {pick(said[0][0])}; rank {rank} has {pick(other)}; pass the same on every rank")
+
+    def exchange(self, send, recv, direction):
+        """Post: `send` goes to the next rank (direction 1) or the previous one (-1), `recv` fills from the other side.
+        Returns a function that waits (on CUDA: makes the current stream wait) and keeps the tensors alive until then."""
+        to, source = (self.next_rank, self.prev_rank)[::direction]
+        peer = lambda rank: dist.get_global_rank(self.group, rank)
+        ops = [dist.P2POp(dist.isend, x, peer(to), self.group) for x in send]
+        ops += [dist.P2POp(dist.irecv, x, peer(source), self.group) for x in recv]
+        works = dist.batch_isend_irecv(ops) if ops else []
+        return lambda ops=ops: [work.wait() for work in works]
+
+    def run(self, hops, tensors, *args):
+        """Run a hop loop (a generator) to its end and return its result."""
+        loop = hops(self, *tensors, *args)
+        while True:
+            try:
+                next(loop)
+            except StopIteration as end:
+                return end.value
+
+
+class VirtualRing:
+    """A ring of n_ranks on one device, in one process: the same hop loops, in lockstep, over shards of whole sequences.
+
+    Pass it as `group`; q, k, v then hold all S tokens, and so does o. For tests and for reading.
+    """
+
+    def __init__(self, n_ranks):
+        self.n_ranks, self.agreed, self.mail = n_ranks, set(), {}
+
+    def agree(self, signature, problem):
+        if problem:
+            raise ValueError(problem)
+
+    def run(self, hops, tensors, schedule, *args):
+        split = lambda x, rank: x if x is None else along_tokens(lambda y: shard(y, schedule, rank, self.n_ranks), x)
+        members = [VirtualRank(self, rank) for rank in range(self.n_ranks)]
+        loops = {m.rank: hops(m, *(split(x, m.rank) for x in tensors), schedule, *args) for m in members}
+        results = [None] * self.n_ranks
+        while loops:
+            for rank, loop in list(loops.items()):
+                try:
+                    next(loop)
+                except StopIteration as end:
+                    results[rank] = end.value
+                    del loops[rank]
+        return tuple(along_tokens(lambda *parts: merge(parts, schedule), *parts) for parts in zip(*results))
+
+
+class VirtualRank:
+    def __init__(self, ring, rank):
+        self.ring, self.rank, self.n_ranks, self.posted = ring, rank, ring.n_ranks, 0
+
+    def exchange(self, send, recv, direction):
+        number, self.posted = self.posted, self.posted + 1  # the neighbour's exchange of the same number is the other end
+        self.ring.mail[self.rank, number] = send
+        source = (self.rank - direction) % self.n_ranks
+        return lambda: [x.copy_(y) for x, y in zip(recv, self.ring.mail.pop((source, number)), strict=True)]
+
+
+def along_tokens(f, *xs):
+    """Apply f, which cuts or joins dimension 1, to (B, T, H, D) tensors, or to (B, H, T) ones."""
+    return f(*xs) if xs[0].ndim == 4 else f(*(x.transpose(1, 2) for x in xs)).transpose(1, 2).contiguous()
+
+
+@functools.lru_cache(maxsize=64)
+def ring_of(group):
+    return Ring(group)
+
+
+def resolve_ring(group):
+    """A transport from what users pass as `group`: None, a ProcessGroup, a VirtualRing."""
+    if isinstance(group, VirtualRing):
+        return group
+    if group is None and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    return ring_of(group)
+
+
+# -----------------------------------------------------------------------------
+# hop loops. Generators: each `yield` is where a virtual ring lets its other ranks catch up
+
+
+def pieces(tensors, groups, slices):
+    """The parts of contiguous (B, ...) tensors that belong to these batch groups."""
+    return list(tensors) if len(groups) == len(slices) else [x[slices[g]] for x in tensors for g in groups]
+
+
+def state_of(x, wide, n_hops, backend):
+    """Where hops keep x in float32 until it is complete: x itself if wide enough, nothing if one kernel does it all."""
+    if x.dtype == wide:
+        return x
+    return torch.empty(x.shape if n_hops > 1 or backend == "torch" else 0, dtype=wide, device=x.device)
+
+
+def forward_hops(ring, q, k, v, schedule, causal, sm_scale, backend):
+    """o (B, T, H, D) like q, and lse (B, H, T). At most two foreign key/value shards are held."""
+    B, T, H, D = q.shape
+    forward, *_ = BACKENDS[backend]
+    hops = plan(schedule, ring.rank, ring.n_ranks, T, causal, 1)
+    slices = batch_slices(schedule, B, ring.n_ranks)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(B, H, T, dtype=wide, device=q.device)
+    acc = state_of(o, wide, len(hops), backend)
+    kv = (k, v)
+    buffers = [[torch.empty_like(x) for x in kv] for _ in range(min(2, len(hops) - 1))]
+    for j, hop in enumerate(hops):
+        spare = buffers[j % 2] if j < len(hops) - 1 else ()
+        # posted before the compute, so that the wire is busy while the kernel runs
+        wait = ring.exchange(pieces(kv, hop.send, slices), pieces(spare, hop.recv, slices), 1)
+        if hop.visible:
+            forward(q, *kv, o, acc, lse, hop, causal, sm_scale)
+        yield
+        wait()
+        kv = spare
+    return o, lse
+
+
+def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, backend):
+    """dq, dk, dv. The own keys come first for dq and last for dk, dv: the first exchange of keys hides under dq of the
+    own keys, every exchange of gradients under dq of the same hop, and the gradients are home after n_ranks - 1 hops."""
+    B, T = q.shape[:2]
+    _, make_delta, backward_dq, backward_dkv = BACKENDS[backend]
+    hops = plan(schedule, ring.rank, ring.n_ranks, T, causal, -1)
+    slices = batch_slices(schedule, B, ring.n_ranks)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq_acc = state_of(dq, wide, len(hops), backend)
+    buffers = [[torch.empty_like(x) for x in (k, v)] for _ in range(min(2, len(hops) - 1))]
+    grad_buffers = [[torch.empty_like(x, dtype=wide) for x in (k, v)] for _ in range(2 if len(hops) > 1 else 0)]
+    delta = make_delta(o, do, dlse)
+    kv, wait_grad = (k, v), lambda: None
+    for j, hop in enumerate(hops):
+        spare = buffers[j % 2] if j < len(hops) - 1 else ()
+        wait = ring.exchange(pieces(kv, hop.send, slices), pieces(spare, hop.recv, slices), -1)
+        if j > 0:  # the gradients that earlier ranks collected for these keys have arrived: add to them, send them on
+            wait_grad()
+            grads, spare_grads = grad_buffers[j % 2], grad_buffers[(j + 1) % 2]
+            if hop.visible:
+                backward_dkv(q, *kv, do, lse, delta, *grads, *grads, hop, causal, sm_scale)
+            wait_grad = ring.exchange(pieces(grads, hop.send_grad, slices), pieces(spare_grads, hop.recv_grad, slices), -1)
+        if hop.visible:
+            backward_dq(q, *kv, do, lse, delta, dq, dq_acc, hop, causal, sm_scale)
+        yield
+        wait()
+        kv = spare
+    wait_grad()
+    home = spare_grads if len(hops) > 1 else [state_of(x, wide, 1, backend) for x in (dk, dv)]
+    backward_dkv(q, k, v, do, lse, delta, dk, dv, *home, hops[0], causal, sm_scale)
+    return dq, dk, dv
+
+
+# -----------------------------------------------------------------------------
+# autograd
+
+
+class RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, ring, *args):
+        q = q if q.stride(-1) == 1 else q.contiguous()
+        k, v = (x if x.stride(-1) == 1 and ring.n_ranks == 1 else x.contiguous() for x in (k, v))  # on a ring they go on the wire
+        o, lse = ring.run(forward_hops, (q, k, v), *args)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.ring, ctx.args = ring, args
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, dlse):
+        q, k, v, o, lse = ctx.saved_tensors
+        do = torch.zeros_like(o) if do is None else do.to(o.dtype).contiguous()
+        dlse = None if dlse is None else dlse.contiguous()
+        return *ctx.ring.run(backward_hops, (q, k, v, o, lse, do, dlse), *ctx.args), *[None] * (len(ctx.args) + 1)
+
+
+class Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, schedule, ring):
+        shards = [torch.empty_like(x) for _ in range(ring.n_ranks)]
+        dist.all_gather(shards, x, group=ring.group)
+        ctx.args = schedule, ring.rank, ring.n_ranks
+        return merge(shards, schedule)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return shard(dx, *ctx.args), None, None
+
+
+# -----------------------------------------------------------------------------
+# public functions
+
+
+def check_inputs(q, k, v, schedule, n_ranks, virtual, group, causal, sm_scale, backend):
+    """Raise ValueError, with the values and a way out, for anything that the hop loops cannot do."""
+    for name, x in dict(q=q, k=k, v=v).items():
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"{name} must be a tensor (B, T, heads, D), not {type(x).__name__}")
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be (B, T, heads, D) with no dimension of 0")
+    if k.shape != v.shape or (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"shapes do not fit: {shapes}; need q (B, T, H, D), k and v (B, T, HKV, D) with equal B, T and D")
+    (B, T, H, D), HKV = q.shape, k.shape[2]
+    if H % HKV:
+        raise ValueError(f"{H} query heads cannot share {HKV} key/value heads: H must be a multiple of HKV")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"dtypes differ: q {q.dtype}, k {k.dtype}, v {v.dtype}; cast them to one")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"devices differ: q {q.device}, k {k.device}, v {v.device}; move them to one")
+    if q.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"tensors are on {q.device}; cpu and cuda are supported")
+    if not isinstance(sm_scale, (int, float)) or not 0 < sm_scale < math.inf:
+        raise ValueError(f"{sm_scale=} must be a finite number above 0; to flip its sign negate q")
+    if backend not in BACKENDS:
+        raise ValueError(f"{backend=} is unknown; choose one of {', '.join(BACKENDS)}, or None to choose by device")
+    dtypes = {"triton": (torch.bfloat16, torch.float16, torch.float32), "torch": (torch.bfloat16, torch.float16, torch.float32, torch.float64)}[backend]
+    if q.dtype not in dtypes:
+        raise ValueError(f'{q.dtype} is not supported by backend="{backend}"; cast to one of {", ".join(map(str, dtypes))}')
+    if backend == "triton":
+        if D > 256:
+            raise ValueError(f'head dim {D} is above 256, the most the kernels take; use smaller heads, or backend="torch"')
+        if INTERPRET and q.dtype == torch.bfloat16:
+            raise ValueError("bfloat16 is wrong in Triton's interpreter; use float16 or float32, or unset TRITON_INTERPRET")
+        if not INTERPRET and q.device.type != "cuda":
+            raise ValueError('backend="triton" needs CUDA tensors, or TRITON_INTERPRET=1 in the environment to run on the CPU')
+        if not INTERPRET and torch.cuda.get_device_capability(q.device) < (8, 0):
+            capability = ".".join(map(str, torch.cuda.get_device_capability(q.device)))
+            raise ValueError(f'the kernels need CUDA capability 8.0; {torch.cuda.get_device_name(q.device)} has {capability}: use backend="torch"')
+    if virtual:
+        if T % n_ranks:
+            raise ValueError(f"seq_len={T} must be a multiple of {n_ranks=}; pad it, or change the number of ranks")
+        T //= n_ranks
+    elif group is not None and q.device not in [torch.device(d, q.device.index) for d in device_types(group)]:
+        raise ValueError(
+            f"the process group ({dist.get_backend(group)}) cannot move {q.device.type} tensors; "
+            f'use init_process_group("{"nccl" if q.device.type == "cuda" else "gloo"}")'
+        )
+    check_schedule(schedule, n_ranks, T, B)
+
+
+def device_types(group):
+    """Kinds of device whose tensors the process group can move."""
+    config = str(dist.get_backend_config(group))  # such as "cpu:gloo,cuda:nccl"
+    by_device = dict(pair.split(":") for pair in config.split(",") if ":" in pair)
+    if by_device.get("cuda") == "gloo":
+        del by_device["cuda"]  # gloo has no send and receive for CUDA tensors
+    return list(by_device)
+
+
+def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse, backend, problem=None):
+    causal = bool(causal)
+    if backend is None and isinstance(q, torch.Tensor):
+        backend = "triton" if q.is_cuda or INTERPRET else "torch"
+    if sm_scale is None and isinstance(q, torch.Tensor):
+        sm_scale = q.shape[-1] ** -0.5
+    tensors = tuple((tuple(x.shape), str(x.dtype), x.device.type) if isinstance(x, torch.Tensor) else type(x).__name__ for x in (q, k, v))
+    grad = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v))
+    signature = dict(zip("qkv", tensors)) | dict(schedule=schedule, causal=causal, sm_scale=sm_scale, backend=backend, backward=grad, problem=problem)
+    key = (str(signature), *(str(getattr(x, "device", None)) for x in (q, k, v)))
+    if key not in ring.agreed:
+        try:
+            if problem is None:
+                check_inputs(q, k, v, schedule, ring.n_ranks, isinstance(ring, VirtualRing), getattr(ring, "group", None), causal, sm_scale, backend)
+        except ValueError as error:
+            problem = str(error)
+        ring.agree(signature, problem)
+        ring.agreed.add(key)
+    o, lse = RingAttention.apply(q, k, v, ring, schedule, causal, sm_scale, backend)
+    return (o, lse) if return_lse else o
+
+
+def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None, return_lse=False, *, backend=None):
+    """softmax(sm_scale * q k^T) v over a sequence that is sharded over the ranks of `group`. Differentiable.
+
+    q: (B, T, H, D), k, v: (B, T, HKV, D): this rank's tokens under `schedule`, see `shard`; T, B the same on every
+       rank. bfloat16, float16 or float32 (float64 in the torch path). H a multiple of HKV; D up to 256. Any strides.
+    schedule: a key of SCHEDULES. Under causal=False all of them give the same result.
+    group: a process group; None for the default one, or for a ring of one if there is none; or VirtualRing(n).
+    sm_scale: above 0; None means D ** -0.5.
+    return_lse: also return lse (B, H, T) float32, the natural log of the softmax's denominator; gradients flow through it.
+    backend: "triton" or "torch"; None chooses triton for CUDA tensors and under TRITON_INTERPRET=1, torch for CPU tensors.
+    Returns o, (B, T, H, D), in the dtype of q.
+
+    Raises ValueError on every rank if any rank's inputs do not fit or the ranks' inputs differ. That is checked once
+    per new combination of shapes and options; a rank that changes them alone, after the others have agreed on theirs,
+    is found by the process group's timeout only.
+    """
+    return attend(q, k, v, schedule, resolve_ring(group), causal, sm_scale, return_lse, backend)
+
+
+def flash_attn_func(q, k, v, bias=None, causal=True, sm_scale=None):
+    """ring_attn on a ring of one: (B, T, H, D) -> (B, T, H, D), whatever the process group. bias must be None."""
+    problem = None if bias is None else "bias is not supported yet; pass None"
+    return attend(q, k, v, "contiguous", ring_of(None), causal, sm_scale, False, None, problem)
+
+
+def named_schedule(name, schedule):
+    def func(q, k, v, n_ranks, rank, prev_rank, next_rank, bias=None, causal=True, sm_scale=None, group=None):
+        ring = resolve_ring(group) if n_ranks > 1 else ring_of(None)
+        problem = None if bias is None else "bias is not supported yet; pass None"
+        given, actual = (n_ranks, rank, prev_rank, next_rank), (ring.n_ranks, getattr(ring, "rank", 0), getattr(ring, "prev_rank", 0), getattr(ring, "next_rank", 0))
+        if not isinstance(ring, VirtualRing) and given != actual:
+            problem = "n_ranks, rank, prev_rank, next_rank are ({}, {}, {}, {}); in this process group they are ({}, {}, {}, {})".format(*given, *actual)
+        return attend(q, k, v, schedule, ring, causal, sm_scale, False, None, problem)
+
+    func.__name__ = func.__qualname__ = name
+    func.__doc__ = f"""ring_attn(q, k, v, schedule="{schedule}") with the ring spelled out: ranks within `group` (default: all processes).
+
+    q: (B, T, H, D), k, v: (B, T, HKV, D), this rank's tokens, see `shard`. n_ranks = 1 needs no process group.
+    bias must be None. Returns o (B, T, H, D). Raises ValueError as ring_attn does, and where the ranks are not the group's.
+    """
+    return func
+
+
+ring_attn_func = named_schedule("ring_attn_func", "contiguous")
+striped_attn_func = named_schedule("striped_attn_func", "striped")
+zigzag_attn_func = named_schedule("zigzag_attn_func", "zigzag")
+step_attn_func = named_schedule("step_attn_func", "step")
+
+
+def unshard(x, schedule, group=None):
+    """The inverse of `shard`: every rank's (B, T, ...) -> the whole (B, S, ...), on every rank. Memory O(S).
+
+    Differentiable, for a loss that every rank computes alike from the whole: the gradient is this rank's own part.
+    Raises ValueError on every rank if the schedule is unknown, cannot cut x, or the ranks' shapes differ.
+    """
+    ring = resolve_ring(group)
+    signature, problem = dict(x=(tuple(x.shape), str(x.dtype)), schedule=schedule), None
+    if str(signature) not in ring.agreed:
+        try:
+            check_schedule(schedule, ring.n_ranks, x.shape[1], x.shape[0])
+        except ValueError as error:
+            problem = str(error)
+        ring.agree(signature, problem)
+        ring.agreed.add(str(signature))
+    return x if ring.n_ranks == 1 else Unshard.apply(x.contiguous(), schedule, ring)

@@ -1,0 +1,624 @@
+"""Every test of the project. On a GPU the kernels run compiled, on a CPU in Triton's interpreter.
+
+    python test.py                            # one process: kernels, schedules, virtual rings of 1 to 8 ranks
+    torchrun --nproc_per_node=4 test.py       # the same cases spread over 4 processes, and rings of 2 and 4 real ones
+    python test.py --filter zigzag            # cases whose name contains zigzag
+
+Truth is float64. The yardstick is torch's SDPA in the same dtype on the same inputs: the error may be at most twice
+SDPA's plus 1e-5 for o and lse (whose yardstick is a float32 logsumexp), three times for gradients. Every torch.empty
+is filled with nan first. One row per case: what was worst, its error, the bound, their ratio. Fails on all ranks or none.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # before ring_attn decorates its kernels
+
+import torch.distributed as dist
+import torch.nn.functional as F
+
+import ring_attn
+import train
+from model import Attention, AttentionType, Config, Transformer
+from ring_attn import INT_MAX, SCHEDULES, Hop, HopRow, VirtualRing, merge, plan, positions, shard, unshard
+
+RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+DEVICE = torch.device("cuda", LOCAL_RANK) if GPU else torch.device("cpu")
+ALONE = None  # a group of this process only
+RINGS = {}  # size -> the group of that size that this process is in
+
+# -----------------------------------------------------------------------------
+# cases: `local` ones need one process and are dealt out to the ranks, `real` ones run on all of them together
+
+CASES = []
+
+
+def local(name, f, *args, gpu=False):
+    CASES.append((name, f, args, "local", None if GPU or not gpu else "needs a GPU"))
+
+
+def real(name, f, *args, ranks=1):
+    CASES.append((name, f, args, "real", None if WORLD >= ranks else f"needs {ranks} processes"))
+
+
+def require(condition, message):
+    if not condition:
+        raise AssertionError(message)
+
+
+def raises(f, *words):
+    """f must raise a ValueError that contains all words."""
+    try:
+        f()
+    except ValueError as error:
+        require(all(w in str(error) for w in words), f"the message lacks one of {words}: {error}")
+        return
+    raise AssertionError(f"no ValueError about {words}")
+
+
+def worst(rows):
+    """The row with the largest error / bound out of (what, error, bound); AssertionError if one is above its bound."""
+    ratio = lambda row: math.inf if math.isnan(row[1]) else row[1] / row[2]
+    top = max(rows, key=ratio)
+    require(ratio(top) <= 1, "; ".join(f"{what} {error:.2e} > {bound:.2e}" for what, error, bound in rows if not error <= bound))
+    return top
+
+
+# -----------------------------------------------------------------------------
+# truth and yardstick
+
+
+def make(B, T, H, HKV, D, dtype, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, T, heads, D, generator=g).to(DEVICE, dtype) for heads in (H, HKV, HKV, H)]  # q, k, v, do
+
+
+def sdpa(q, k, v, do, causal):
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    wide = (x.repeat_interleave(q.shape[2] // x.shape[2], 2).transpose(1, 2) for x in (q, k, v))
+    o = F.scaled_dot_product_attention(*wide, is_causal=causal).transpose(1, 2)
+    return o.detach(), *torch.autograd.grad(o, (q, k, v), do)
+
+
+def true_lse(q, k, causal):
+    s = torch.einsum("bmhd,bnhd->bhmn", q, k.repeat_interleave(q.shape[2] // k.shape[2], 2)) * q.shape[-1] ** -0.5
+    if causal:
+        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1), -math.inf)
+    return s.logsumexp(-1)
+
+
+def judge(got, q, k, v, do, causal):
+    """got: (o, lse, dq, dk, dv) of the whole sequence, or of the first of them that were computed."""
+    o, dq, dk, dv = sdpa(*(x.double() for x in (q, k, v, do)), causal)
+    truth = o, true_lse(q.double(), k.double(), causal), dq, dk, dv
+    o, dq, dk, dv = sdpa(q, k, v, do, causal)
+    peer = o, true_lse(q.float(), k.float(), causal), dq, dk, dv
+    error = lambda a, b: (a.double() - b).abs().max().item()
+    rows = [("o", 2), ("lse", 2), ("dq", 3), ("dk", 3), ("dv", 3)]
+    return worst([(what, error(a, t), times * error(p, t) + 1e-5) for (what, times), a, t, p in zip(rows, got, truth, peer)])
+
+
+def run(q, k, v, do, schedule="contiguous", group=None, causal=True, backend=None):
+    """(o, lse, dq, dk, dv); group None: this process alone."""
+    group = group or ALONE
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    o, lse = ring_attn.ring_attn(q, k, v, schedule, group, causal, return_lse=True, backend=backend)
+    return o.detach(), lse.detach(), *torch.autograd.grad(o, (q, k, v), do)
+
+
+def check_virtual(schedule, n_ranks, causal, backend, dtype, B, T, H, HKV, D):
+    q, k, v, do = make(B, n_ranks * T, H, HKV, D, dtype, seed=n_ranks)
+    return judge(run(q, k, v, do, schedule, VirtualRing(n_ranks), causal, backend), q, k, v, do, causal)
+
+
+# kernels: head dims, lengths, groups and dtypes on a ring of one
+HEADS = [(2, 2), (6, 2), (5, 1), (6, 1), (3, 1)] if GPU else [(2, 2), (3, 1), (5, 1), (6, 1)]
+LENGTHS = (1, 17, 1000, 1023, 1024) if GPU else (1, 17, 64)
+kinds = itertools.cycle(HEADS)
+for D, T, causal in itertools.product((64, 80, 96, 128, 192, 256), LENGTHS, (True, False)):
+    H, HKV = next(kinds)
+    if GPU or T == 17 or D in (64, 128):
+        dtype = torch.bfloat16 if GPU else (torch.float16 if T == 64 else torch.float32)
+        local(f"kernels D{D} T{T} {H}/{HKV} {'causal' if causal else 'full'} {str(dtype)[6:]}", check_virtual, "contiguous", 1, causal, "triton", dtype, 2 if GPU else 1, T, H, HKV, D)
+for D, T, dtype in itertools.product((16, 33, 64, 128, 256), (17, 256), (torch.float16, torch.float32)) if GPU else ((33, 40, torch.float32), (16, 1000, torch.float32), (16, 1023, torch.float16)):
+    for causal in (True, False) if GPU or T < 1000 else (True,):
+        local(f"kernels D{D} T{T} 2/1 {'causal' if causal else 'full'} {str(dtype)[6:]}", check_virtual, "contiguous", 1, causal, "triton", dtype, 1, T, 2, 1, D)
+for T, dtype in itertools.product((1, 17, 1000, 1023), (torch.float32, torch.float16, torch.bfloat16)):
+    local(f"torch path T{T} {str(dtype)[6:]}", check_virtual, "contiguous", 1, True, "torch", dtype, 2, T, 6, 2, 24)
+
+# schedules: virtual rings of 1 to 8
+for schedule, n_ranks, causal in itertools.product(SCHEDULES, range(1, 9), (True, False)):
+    mask = "causal" if causal else "full"
+    local(f"torch path {schedule} x{n_ranks} {mask}", check_virtual, schedule, n_ranks, causal, "torch", torch.float32, 2, 18 if schedule == "zigzag" else 17, 6, 2, 16)
+    if GPU:
+        for T, D, (H, HKV) in ((1000, 128, (6, 2)), (512, 64, (4, 4))):
+            local(f"kernels {schedule} x{n_ranks} T{T} D{D} {mask} bfloat16", check_virtual, schedule, n_ranks, causal, "triton", torch.bfloat16, 2, T, H, HKV, D)
+    elif causal or n_ranks == 3:
+        local(f"kernels {schedule} x{n_ranks} {mask} float32", check_virtual, schedule, n_ranks, causal, "triton", torch.float32, 2, 34 if n_ranks == 2 else 6, 2, 1, 16)
+        if n_ranks == 4:
+            local(f"kernels {schedule} x{n_ranks} T64 {mask} float16", check_virtual, schedule, n_ranks, causal, "triton", torch.float16, 2, 64, 1, 1, 16)
+
+# -----------------------------------------------------------------------------
+# properties of kernels and schedules
+
+
+def check_masked_rows(backend):
+    """Keys that begin at position 5 against queries 0..11: rows 0..4 see nothing and must end as o = 0, lse = -inf, dq = 0."""
+    forward, make_delta, backward_dq, backward_dkv = ring_attn.BACKENDS[backend]
+    q, k, v, do = make(1, 12, 2, 1, 16, torch.float32)
+    hop = Hop(0, True, (HopRow(0, 1, 0, 5, 1, 0, INT_MAX, 0, 0),), (), (), (), ())
+    o, dq, dk, dv = (torch.empty_like(x) for x in (q, q, k, v))
+    lse = torch.empty(1, 2, 12, device=DEVICE)
+    forward(q, k, v, o, o, lse, hop, True, 0.25)
+    delta = make_delta(o, do, None)
+    backward_dq(q, k, v, do, lse, delta, dq, dq, hop, True, 0.25)
+    backward_dkv(q, k, v, do, lse, delta, dk, dv, torch.empty_like(dk), torch.empty_like(dv), hop, True, 0.25)
+    require(not o[:, :5].any() and not dq[:, :5].any() and (lse[..., :5] == -math.inf).all(), "rows without a key are not empty")
+    # the other rows: query 5 + i sees keys 0..i
+    got = o[:, 5:], lse[..., 5:], dq[:, 5:], dk[:, :7], dv[:, :7]
+    require(not dk[:, 7:].any() and not dv[:, 7:].any(), "keys that no query sees have a gradient")
+    return judge(got, q[:, 5:], k[:, :7], v[:, :7], do[:, 5:], True)
+
+
+def check_lse_gradient(backend):
+    q, k, v, do = make(2, 24, 4, 2, 16, torch.float32)
+    dlse = torch.randn(2, 4, 24, device=DEVICE)
+    grads = []
+    for wide in (False, True):
+        leaf = [x.double().requires_grad_() if wide else x.clone().requires_grad_() for x in (q, k, v)]
+        if wide:
+            lse = true_lse(leaf[0], leaf[1], True)
+        else:
+            _, lse = ring_attn.ring_attn(*leaf, "striped", VirtualRing(3), return_lse=True, backend=backend)
+        grads.append(torch.autograd.grad(lse, leaf, dlse.to(lse.dtype), allow_unused=True)[:2])
+    return worst([(what, (a - b).abs().max().item(), 1e-5) for what, a, b in zip(("dq", "dk"), *grads)])
+
+
+def check_same_bits(backend):
+    q, k, v, do = make(2, 512 if GPU else 36, 4, 2, 64 if GPU else 16, torch.float16)
+    runs = [run(q, k, v, do, "zigzag", VirtualRing(2), True, backend) for _ in range(3)]
+    require(all(torch.equal(a, b) for r in runs[1:] for a, b in zip(runs[0], r)), "the same inputs gave other bits")
+
+
+def check_strides(backend):
+    """Views into tensors that are nan everywhere else: the same bits as contiguous copies, or as close as tiles allow."""
+    B, T, H, HKV, D = 2, 128 if GPU else 32, 4, 2, 64 if GPU else 32
+    q, k, v, do = make(B, T, H, HKV, D, torch.float16)
+
+    def inside(x, *pad):  # x in a larger tensor of nan
+        big = torch.full([n + 2 * p for n, p in zip(x.shape, pad)], math.nan, dtype=x.dtype, device=x.device)
+        view = big[tuple(slice(p, n + p) for n, p in zip(x.shape, pad))]
+        view.copy_(x)
+        return view
+
+    transposed = lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)
+    last = lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    for change in (lambda x: inside(x, 1, 32, 0, 0), lambda x: inside(x, 0, 3, 1, 5), lambda x: inside(x, 0, 0, 2, 0), transposed, last):
+        top = judge(run(*(change(x) for x in (q, k, v, do)), backend=backend), q, k, v, do, True)
+    packed = torch.cat((q, k, v), dim=2)
+    judge(run(*packed.split((H, HKV, HKV), dim=2), do, backend=backend), q, k, v, do, True)
+    expanded = [x[:1].expand(B, -1, -1, -1) for x in (q, k, v, do)]
+    return max(top, judge(run(*expanded, backend=backend), *expanded, True), key=lambda row: row[1] / row[2])
+
+
+def check_offsets():
+    """Offsets beyond 2**31 elements: in the inputs (far apart tokens) and in the states (a large batch)."""
+    far = torch.empty(2**32 + 2**21, dtype=torch.bfloat16, device=DEVICE)
+    q, k, v, do = make(1, 2048, 2, 2, 128, torch.bfloat16)
+    spread = [far[i * 2**10 :].as_strided(x.shape, (0, 2**21, 128, 1)) for i, x in enumerate((q, k, v))]
+    for view, x in zip(spread, (q, k, v)):
+        view.copy_(x)
+    top = judge(run(*spread, do), q, k, v, do, True)
+    del far, spread
+    B = 2**31 // (17 * 32 * 128) + 64
+    q, k, v, do = (torch.randn(B, 17, heads, 128, device=DEVICE, dtype=torch.bfloat16) for heads in (32, 1, 1, 32))
+    got = run(q, k, v, do)
+    tail = slice(B - 64, B)
+    return max(top, judge([x[tail] for x in got], q[tail], k[tail], v[tail], do[tail], True), key=lambda row: row[1] / row[2])
+
+
+def check_positions():
+    for schedule, n_ranks, T, B in itertools.product(SCHEDULES, range(1, 9), (1, 2, 5, 8), (2, 4)):
+        if n_ranks > 1 and T % SCHEDULES[schedule].T_multiple:
+            continue
+        pos = torch.cat([positions(schedule, r, n_ranks, T, B).expand(B, T) for r in range(n_ranks)], 1)
+        require((pos.sort(1).values == torch.arange(n_ranks * T)).all(), f"{schedule} x{n_ranks}: not every position is held once")
+        require(all((positions(schedule, r, n_ranks, T, B).diff(dim=1) > 0).all() for r in range(n_ranks)), f"{schedule}: not increasing")
+        x = torch.randn(B, n_ranks * T, 3)
+        require(torch.equal(merge([shard(x, schedule, r, n_ranks) for r in range(n_ranks)], schedule), x), f"{schedule}: merge(shard(x)) != x")
+
+
+def check_plans():
+    """What a rank sends is what its neighbour receives; nobody computes on keys that did not arrive; the known savings."""
+    for schedule, n_ranks, causal, direction in itertools.product(SCHEDULES, range(1, 9), (True, False), (1, -1)):
+        plans = [plan(schedule, r, n_ranks, 8, causal, direction) for r in range(n_ranks)]
+        for r, j in itertools.product(range(n_ranks), range(n_ranks)):
+            hop, neighbour = plans[r][j], plans[(r + direction) % n_ranks][j]
+            require(hop.send == neighbour.recv and hop.send_grad == neighbour.recv_grad, f"{schedule} x{n_ranks}: sends do not match")
+            if j:
+                for g, row in enumerate(hop.table):
+                    visible = not causal or row.k_start <= row.q_start + row.q_stride * 7 + row.q_jump
+                    require(not visible or g in plans[r][j - 1].recv, f"{schedule} x{n_ranks}: keys are missing")
+                    require(not row.carry_grad or j == 1 or g in plans[r][j - 1].recv_grad, f"{schedule} x{n_ranks}: gradients are missing")
+        moved = sum(len(hop.send) / len(hop.table) for p in plans for hop in p)
+        whole = n_ranks * (n_ranks - 1)
+        if schedule == "contiguous" and causal and direction == 1:
+            require(moved == whole / 2, f"contiguous x{n_ranks} moves {moved} shards, not half of {whole}")
+        require(moved <= whole, f"{schedule} x{n_ranks} moves {moved} shards, more than {whole}")
+        if causal and schedule in ("striped", "zigzag", "step"):
+            area = lambda row: (shard_pos(row[:3])[:, None] >= shard_pos(row[3:6])).sum().item()
+            work = [sum(area(row) for hop in p for row in hop.table) for p in plans]
+            require(max(work) - min(work) <= 8 * n_ranks * len(plans[0][0].table), f"{schedule} x{n_ranks} is not balanced: {work}")
+
+
+def shard_pos(layout):
+    return ring_attn.layout_positions(ring_attn.Layout(*layout), 8)
+
+
+def check_memory():
+    """At most two foreign key/value shards and two of their gradients, however long the ring."""
+    seen, shard_size = set(), 2 * 4 * 2 * 16
+    post = ring_attn.VirtualRank.exchange
+
+    def spy(self, send, recv, direction):
+        require(all(x.numel() == shard_size for x in recv), f"a buffer of {[tuple(x.shape) for x in recv]} is no shard")
+        seen.update((self.rank, x.dtype, x.data_ptr()) for x in recv)
+        return post(self, send, recv, direction)
+
+    ring_attn.VirtualRank.exchange = spy
+    try:
+        run(*make(2, 8 * 4, 4, 2, 16, torch.float16), "zigzag", VirtualRing(8), True, "torch")
+    finally:
+        ring_attn.VirtualRank.exchange = post
+    for dtype, most in ((torch.float16, 2 * 2 * 2), (torch.float32, 2 * 2)):  # k and v, two buffers, (forward, backward)
+        require(max(sum(r == rank and d == dtype for r, d, _ in seen) for rank in range(8)) <= most, f"more than {most} buffers of {dtype}")
+
+
+backends = ("torch", "triton")
+for backend in backends:
+    local(f"rows without a key ({backend})", check_masked_rows, backend)
+    local(f"gradient of lse ({backend})", check_lse_gradient, backend)
+    local(f"same inputs, same bits ({backend})", check_same_bits, backend)
+    local(f"strided views amid nan ({backend})", check_strides, backend)
+local("offsets beyond 2**31", check_offsets, gpu=True)
+local("positions, shard, merge", check_positions)
+local("plans: sends match receives", check_plans)
+local("buffers per rank", check_memory)
+
+# -----------------------------------------------------------------------------
+# bad input
+
+
+def check_errors():
+    x = torch.randn(2, 8, 4, 16, device=DEVICE)
+    attn, ring2 = ring_attn.ring_attn, VirtualRing(2)
+    alone = dict(group=ALONE)
+    raises(lambda: attn(x[0], x, x, **alone), "(8, 4, 16)", "(B, T, heads, D)")
+    raises(lambda: attn(x, None, x, **alone), "NoneType")
+    raises(lambda: attn(x, x[:, :7], x[:, :7], **alone), "(2, 7, 4, 16)", "equal B, T and D")
+    raises(lambda: attn(x, x, x[..., :8], **alone), "shapes do not fit")
+    raises(lambda: attn(x[:, :0], x[:, :0], x[:, :0], **alone), "dimension of 0")
+    raises(lambda: attn(x, x[:, :, :3], x[:, :, :3], **alone), "4 query heads", "3 key/value heads")
+    raises(lambda: attn(x, x.half(), x, **alone), "dtypes differ", "cast")
+    raises(lambda: attn(x.int(), x.int(), x.int(), **alone), "torch.int32 is not supported")
+    raises(lambda: attn(x, x.to("meta"), x, **alone), "devices differ")
+    raises(lambda: attn(*[x.to("meta")] * 3, **alone), "meta", "cpu and cuda")
+    raises(lambda: attn(x, x, x, "spiral", **alone), "spiral", "zigzag")
+    raises(lambda: attn(x, x, x, sm_scale=-1.0, **alone), "sm_scale=-1.0")
+    raises(lambda: attn(x, x, x, backend="cuda", **alone), "backend='cuda'", "triton")
+    raises(lambda: attn(*[torch.randn(1, 4, 1, 257, device=DEVICE)] * 3, backend="triton", **alone), "257", "256")
+    raises(lambda: attn(x, x, x, group=VirtualRing(3)), "seq_len=8", "n_ranks=3")
+    raises(lambda: attn(*[x[:, :6]] * 3, "zigzag", ring2), "seq_len=6 must be a multiple of 2*n_ranks=4", 'schedule="striped"')
+    raises(lambda: attn(*[x[:1]] * 3, "step", ring2), "B=1 must be a multiple of 2", "zigzag")
+    if GPU:
+        raises(lambda: attn(*[x.cpu()] * 3, backend="triton", **alone), "CUDA tensors")
+    else:
+        raises(lambda: attn(*[x.bfloat16()] * 3, backend="triton", **alone), "interpreter", "float16")
+    raises(lambda: ring_attn.flash_attn_func(x, x, x, x, True, 1.0), "bias", "None")
+    raises(lambda: positions("zigzag", 2, 2, 8), "rank=2")
+    raises(lambda: positions("spiral", 0, 2, 8), "spiral")
+    raises(lambda: shard(x, "striped", 0, 3), "seq_len=8", "n_ranks=3")
+    raises(lambda: shard(x[:1], "step", 0, 2), "B=1")
+
+
+def check_model_errors():
+    make_attn = lambda dim=64, head=16, seq=96, rank=0, n=1, drop=0.0, kind=AttentionType.ZIGZAG, **kw: Attention(dim, head, seq, rank, n, drop, True, kind, **kw)
+    raises(lambda: make_attn(dim=65), "dim=65", "dim_per_head=16")
+    raises(lambda: make_attn(rank=2, n=2), "rank=2", "n_ranks=2")
+    raises(lambda: make_attn(drop=1.0), "dropout=1.0")
+    raises(lambda: make_attn(kind="zigzag"), "AttentionType")
+    raises(lambda: make_attn(n_kv_heads=3), "n_heads=4", "n_kv_heads=3")
+    raises(lambda: make_attn(head=1, rope_theta=1e4), "dim_per_head=1", "even")
+    raises(lambda: make_attn(seq=97, n=2), "seq_len=97", "n_ranks=2")
+    raises(lambda: make_attn(seq=98, n=2), "seq_len=98", "striped")
+    raises(lambda: Transformer(Config(), 0, 2, AttentionType.ZIGZAG).generate(torch.zeros(1, 1, dtype=torch.int64), 1), "n_ranks=2")
+
+
+def check_errors_together():
+    """One rank is wrong, all ranks raise, and the ring still works afterwards."""
+    x = torch.randn(2, 8, 4, 16, device=DEVICE)
+    wrong = WORLD - 1
+    mine = lambda a, b: a if RANK == wrong else b
+    attn = ring_attn.ring_attn
+    raises(lambda: attn(*[mine(x[:, :6], x)] * 3), "ranks disagree", "(2, 6, 4, 16)", "(2, 8, 4, 16)")
+    raises(lambda: attn(x, x, x, mine("striped", "zigzag")), "ranks disagree", "schedule=striped", "schedule=zigzag")
+    raises(lambda: attn(x, x, x, causal=RANK == wrong), "ranks disagree", "causal")
+    raises(lambda: attn(*[mine(x[:, :, :, :15], x).requires_grad_(RANK == wrong)] * 3), "ranks disagree", "backward")
+    raises(lambda: attn(x, mine(x[:, :, :3], x), mine(x[:, :, :3], x)), f"rank {wrong}: 4 query heads")
+    raises(lambda: attn(*[mine(x[:, :7], x)] * 3), f"rank {wrong}: seq_len={7 * WORLD}")
+    raises(lambda: attn(*[x[:, :7]] * 3), f"seq_len={7 * WORLD} must be a multiple of 2*n_ranks={2 * WORLD}")
+    raises(lambda: attn(*[x[:1]] * 3, "step"), "B=1 must be a multiple of 2")
+    raises(lambda: attn(x, x, x, "spiral"), "spiral")
+    raises(lambda: unshard(mine(x[:, :6], x), "zigzag"), "ranks disagree")
+    good = (WORLD, RANK, (RANK - 1) % WORLD, (RANK + 1) % WORLD)
+    raises(lambda: ring_attn.zigzag_attn_func(x, x, x, *mine((WORLD, RANK, 0, WORLD), good), None, True, 1.0), "in this process group they are")
+    raises(lambda: ring_attn.ring_attn_func(x, x, x, WORLD + 1, *good[1:], None, True, 1.0), f"n_ranks, rank, prev_rank, next_rank are ({WORLD + 1}")
+    raises(lambda: ring_attn.step_attn_func(x, x, x, *good, mine(x, None), True, 1.0), f"rank {wrong}: bias")
+    o = ring_attn.ring_attn_func(x, x, x, *good, None, True, 1.0)
+    require(o.isfinite().all() and o.shape == x.shape, "the ring is broken after errors")
+
+
+local("errors of ring_attn", check_errors)
+local("errors of the model", check_model_errors)
+real("errors on one rank raise on all", check_errors_together, ranks=2)
+
+# -----------------------------------------------------------------------------
+# real processes
+
+
+def check_real(schedule, causal, n_ranks, backend, dtype, B, T, H, HKV, D):
+    """A real ring against the truth, and against a virtual ring, whose bits must be the same."""
+    group = RINGS[n_ranks]
+    q, k, v, do = whole = make(B, n_ranks * T, H, HKV, D, dtype, seed=T)
+    rank = ring_attn.resolve_ring(group).rank
+    got = run(*(shard(x, schedule, rank, n_ranks) for x in whole), schedule, group, causal, backend)
+    flat = lambda x: x if x.ndim == 4 else x.transpose(1, 2)
+    joined = [flat(unshard(flat(x), schedule, group)) for x in got]
+    virtual = run(*whole, schedule, VirtualRing(n_ranks), causal, backend)
+    require(all(torch.equal(a, b) for a, b in zip(joined, virtual)), "real and virtual ring differ in bits")
+    return judge(joined, *whole, causal)
+
+
+def check_unshard(schedule):
+    x = torch.randn(2, WORLD * 6, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    y = unshard(shard(x, schedule, RANK, WORLD), schedule)
+    require(torch.equal(x, y), "unshard(shard(x)) != x")
+    (grad,) = torch.autograd.grad((y * x.detach()).sum(), x)
+    if WORLD > 1:
+        dist.all_reduce(grad)
+    require(torch.equal(grad, x.detach()), "the ranks' gradients do not add up to the whole")
+
+
+def check_attention(kind, n_ranks):
+    """Attention under every type: outputs and gradients of the same weights as under SDPA on one process."""
+    group = RINGS[n_ranks]
+    rank = ring_attn.resolve_ring(group).rank
+    torch.manual_seed(0)
+    attn = Attention(64, 16, 24 * n_ranks, rank, n_ranks, 0.0, True, AttentionType.SDPA, n_kv_heads=2, rope_theta=1e4, group=group).to(DEVICE)
+    x, dy = torch.randn(2, 2, 24 * n_ranks, 64, device=DEVICE).unbind()
+    results = []
+    for attn.attn_type in (AttentionType.SDPA, kind):
+        leaf = x.clone().requires_grad_()
+        y = attn.unshard(attn(attn.shard(leaf)))
+        grads = torch.autograd.grad(y, (leaf, attn.qkv_proj.weight, attn.o_proj.weight), dy)
+        if attn.attn_type.is_ring and n_ranks > 1:
+            [dist.all_reduce(g, group=group) for g in grads]
+        results.append((y, *grads))
+    return worst([(what, (a - b).abs().max().item(), 1e-4) for what, a, b in zip(("y", "dx", "dqkv", "do_proj"), *results)])
+
+
+def tiny_run(folder, *flags):
+    base = f"--out={folder} --steps=20 --seq_len=128 --batch_size=4 --n_layers=2 --dim=64 --dim_per_head=16 --n_kv_heads=2 --warmup=4 --lr=1e-2".split()
+    return train.parse([*base, "--dtype=float32", "--sample_tokens=0", "--eval_batches=2", "--log_every=20", *flags])
+
+
+def quietly_train(args, group):
+    """train.train without its output; on a CPU through the torch path, as users run it there."""
+    with open(os.devnull, "w") as null:
+        stdout, sys.stdout, interpret, ring_attn.INTERPRET = sys.stdout, null, ring_attn.INTERPRET, False
+        try:
+            return train.train(args, group)
+        finally:
+            sys.stdout, ring_attn.INTERPRET = stdout, interpret
+
+
+def shared_folder(group):
+    """One temporary folder for the processes of a group; its first rank removes it."""
+    ring = ring_attn.resolve_ring(group)
+    folder = [tempfile.mkdtemp() if ring.rank == 0 else None]
+    if ring.n_ranks > 1:
+        dist.broadcast_object_list(folder, src=dist.get_global_rank(group, 0), group=group)
+    return Path(folder[0])
+
+
+def check_train(schedule, n_ranks):
+    """20 steps on a ring equal 20 steps under SDPA on one process; 10 + 10 resumed ones equal 20, to the last bit."""
+    group = RINGS[n_ranks]
+    folder, own = shared_folder(group), Path(tempfile.mkdtemp())
+    try:
+        text = Path(ring_attn.__file__)
+        expected, expected_val = quietly_train(tiny_run(own / "sdpa", "--schedule=sdpa", f"--data={text}"), ALONE)
+        losses, val = quietly_train(tiny_run(folder / "ring", f"--schedule={schedule}", f"--data={text}"), group)
+        quietly_train(tiny_run(folder / "parts", f"--schedule={schedule}", f"--data={text}", "--stop_after=10"), group)
+        tail, _ = quietly_train(tiny_run(folder / "parts", f"--schedule={schedule}", f"--data={text}", "--resume"), group)
+        if not GPU:  # the embedding's gradient on CUDA adds in any order
+            require(tail == losses[10:], f"resumed losses differ: {tail} and {losses[10:]}")
+        require(len(losses) == 20 and losses[-1] < losses[0] - 0.5, f"it does not learn: {losses}")
+    finally:
+        shutil.rmtree(own)
+        if ring_attn.resolve_ring(group).rank == 0:
+            shutil.rmtree(folder)
+    bound = 1e-3 if GPU else 1e-4
+    return worst([("loss", max(abs(a - b) for a, b in zip(losses, expected)), bound), ("val", abs(val - expected_val), bound)])
+
+
+def check_train_errors():
+    group = RINGS.get(WORLD)
+    folder = shared_folder(group)
+    text, short, empty, blank = folder / "text", folder / "short", folder / "empty", folder / "blank"
+    run_ = lambda out, *flags: quietly_train(tiny_run(folder / out, *flags), group)
+    try:
+        if RANK == 0:
+            text.write_bytes(bytes(range(256)) * 20), short.write_bytes(b"x" * 100), empty.write_bytes(b""), blank.mkdir()
+        if WORLD > 1:
+            dist.barrier()
+        data = f"--data={text}"
+        raises(lambda: run_("a", f"--data={folder / 'missing'}"), "missing", "does not exist")
+        raises(lambda: run_("a", f"--data={empty}"), "is empty")
+        raises(lambda: run_("a", f"--data={blank}"), "holds no files")
+        raises(lambda: run_("a", f"--data={short}"), "100 bytes", "129")
+        raises(lambda: run_("a", data, "--resume"), "ckpt.pt", "does not exist")
+        raises(lambda: run_("a", data, "--steps=0"), "--steps=0")
+        if WORLD > 1:
+            raises(lambda: run_("a", data, "--schedule=sdpa"), "--schedule=sdpa", f"has {WORLD}")
+            raises(lambda: run_("a", data, f"--seq_len={128 + WORLD // 2}"), f"--seq_len={128 + WORLD // 2}", "multiple")
+            raises(lambda: run_("a", data, f"--batch_size={3 + RANK // (WORLD - 1)}"), "ranks disagree", "batch_size")
+            raises(lambda: run_("a", data, "--schedule=step", "--batch_size=3"), "B=3")
+        run_("a", data, "--stop_after=2")
+        saved = (folder / "a/ckpt.pt").read_bytes()
+        raises(lambda: run_("a", data), "already holds a checkpoint", "--resume")
+        raises(lambda: run_("a", data, "--resume", "--dim=32"), "dim is 64 there and 32 here")
+        raises(lambda: run_("a", data, "--resume", "--seed=5"), "seed is 0 there and 5 here")
+        require((folder / "a/ckpt.pt").read_bytes() == saved, "a refused run overwrote the checkpoint")
+        if WORLD > 1:
+            dist.barrier()
+        if RANK == 0:
+            (folder / "a/ckpt.pt").write_bytes(saved[:1000])
+        raises(lambda: run_("a", data, "--resume"), "ckpt.pt is not a checkpoint")
+    finally:
+        if RANK == 0:
+            shutil.rmtree(folder)
+
+
+def check_command_line():
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC"))}
+    call = lambda *flags: subprocess.run([sys.executable, str(Path(train.__file__)), *flags], capture_output=True, text=True, env=clean, timeout=120)
+    done = call("--data=/no/such/file", "--device=cpu")
+    require(done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("train.py: error: --data=/no/such/file does not exist"), done.stderr)
+    require("Traceback" not in done.stderr, done.stderr)
+    done = call("--schedule=spiral")
+    require(done.returncode == 2 and "invalid choice" in done.stderr, done.stderr)
+    require("--stop_after" in call("--help").stdout, "--help does not help")
+
+
+real("unshard(shard(x)) is x, " + ", ".join(SCHEDULES), lambda: [check_unshard(s) for s in SCHEDULES] and None)
+for schedule, causal, n_ranks in itertools.product(SCHEDULES, (True, False), sorted({1, 2, WORLD})):
+    name = f"real ring {schedule} x{n_ranks} {'causal' if causal else 'full'}"
+    if GPU:
+        for T, D, H, HKV in ((1000, 80, 6, 2), (1024, 128, 8, 2), (1024, 64, 4, 4)):
+            real(f"{name} T{T} D{D} bfloat16", check_real, schedule, causal, n_ranks, "triton", torch.bfloat16, 2, T, H, HKV, D, ranks=n_ranks)
+    else:
+        real(f"{name} torch float32", check_real, schedule, causal, n_ranks, "torch", torch.float32, 2, 20, 6, 2, 24, ranks=n_ranks)
+        if causal:
+            real(f"{name} triton float16", check_real, schedule, causal, n_ranks, "triton", torch.float16, 2, 10, 2, 1, 16, ranks=n_ranks)
+for n_ranks in sorted({1, 2, WORLD}):
+    for kind in AttentionType:
+        real(f"Attention {kind.name} x{n_ranks} equals SDPA", check_attention, kind, n_ranks, ranks=n_ranks)
+    for schedule in SCHEDULES:
+        real(f"train {schedule} x{n_ranks} equals SDPA x1, resumes", check_train, schedule, n_ranks, ranks=n_ranks)
+real("train refuses bad input", check_train_errors)
+local("train.py at the command line", check_command_line)
+
+# -----------------------------------------------------------------------------
+# runner
+
+
+def execute(f, args):
+    """(what, error, bound) or None, and the failure or None."""
+    start = time.perf_counter()
+    try:
+        row, failure = f(*args), None
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        row, failure = None, f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}: {str(error)[:2000]}"
+    return row, failure, time.perf_counter() - start
+
+
+def main():
+    global ALONE
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--filter", default="", help="run only the cases whose name contains this")
+    args = parser.parse_args()
+    cases = [c for c in CASES if args.filter in c[0]]
+    warnings.filterwarnings("ignore")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # and with it, every torch.empty is filled with nan
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if GPU:
+        torch.cuda.set_device(LOCAL_RANK)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if GPU else "gloo", device_id=DEVICE if GPU else None, timeout=timedelta(seconds=300))
+        for size in {1, 2, WORLD}:  # the first WORLD // size * size processes, in rings of `size`
+            for first in range(0, WORLD // size * size, size):
+                group = dist.new_group(range(first, first + size))
+                if first <= RANK < first + size:
+                    RINGS[size] = group
+        ALONE = RINGS[1]
+    RINGS.setdefault(1, None)
+    gathered = lambda x: [x]
+    if WORLD > 1:
+
+        def gathered(x):
+            everyone = [None] * WORLD
+            dist.all_gather_object(everyone, x)
+            return everyone
+
+    where = torch.cuda.get_device_name() if GPU else "CPU, kernels in Triton's interpreter"
+    say = print if RANK == 0 else lambda *a, **k: None
+    say(f"{WORLD} x {where} | torch {torch.__version__} | triton {ring_attn.triton.__version__} | {len(cases)} cases")
+    say(f"{'case':62} {'worst':>6} {'error':>9} {'bound':>9} {'ratio':>6}     s")
+    passed, failed, skipped, top = 0, [], [], ("", 0.0)
+
+    def report(name, results):
+        nonlocal passed, top
+        rows, seconds = [r for r, _, _ in results if r], max(s for _, _, s in results)
+        row = max(rows, key=lambda r: r[1] / r[2], default=None)
+        failures = [(rank, f) for rank, (_, f, _) in enumerate(results) if f]
+        numbers = f"{row[0]:>6} {row[1]:9.1e} {row[2]:9.1e} {row[1] / row[2]:6.2f}" if row else f"{'-':>6} {'-':>9} {'-':>9} {'-':>6}"
+        say(f"{name:62} {numbers} {seconds:5.1f} {'FAILED' if failures else 'ok'}", flush=True)
+        if row and row[1] / row[2] > top[1]:
+            top = (name, row[1] / row[2])
+        for rank, text in failures:
+            say(f"    rank {rank}: {text}")
+        if failures:
+            failed.append(name)
+        else:
+            passed += 1
+
+    ready = [c for c in cases if c[4] is None]
+    skipped = [(name, why) for name, _, _, _, why in cases if why]
+    alone = [c for c in ready if c[3] == "local"]
+    mine = {c[0]: execute(c[1], c[2]) for c in alone[RANK::WORLD]}
+    everyone = {name: result for part in gathered(mine) for name, result in part.items()}
+    for name, *_ in alone:
+        report(name, [everyone[name]])
+    for name, f, f_args, *_ in (c for c in ready if c[3] == "real"):
+        # a ring of fewer processes than there are may leave some without one: those pass
+        needed = f_args[2] if f is check_real else f_args[1] if f in (check_attention, check_train) else WORLD
+        report(name, gathered(execute(f, f_args) if needed in RINGS or needed == WORLD else (None, None, 0.0)))
+    for name, why in skipped:
+        say(f"skipped: {name} ({why})")
+    say(f"worst ratio to the bound: {top[1]:.2f} in {top[0]}")
+    say(f"{len(skipped)} skipped")
+    say(f"{passed} passed, {len(failed)} failed")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(1 if failed or not passed else 0)
+
+
+if __name__ == "__main__":
+    main()
