@@ -140,11 +140,12 @@ def layout_positions(layout, T, device=None):  # (T,) int64
 
 
 def positions(schedule, rank, n_ranks, T, B=1, device=None):
-    """Global positions of a rank's T tokens: (1, T) int64, or (B, T) under a schedule that splits the batch (step).
+    """Global positions of a rank's T tokens: (1, T) int64, or (B, T) under a schedule that splits the batch (step, which
+    needs B to be told).
 
     Raises ValueError for an unknown schedule, a rank outside the ring, or T or B that the schedule cannot cut.
     """
-    check_schedule(schedule, n_ranks, T, B if SCHEDULES.get(schedule, SCHEDULES["zigzag"]).batch_groups > 1 else None)
+    check_schedule(schedule, n_ranks, T, B)
     if not 0 <= rank < n_ranks:
         raise ValueError(f"{rank=} must be in 0..{n_ranks - 1}")
     layouts = SCHEDULES[schedule].layouts(rank, n_ranks, T)
@@ -201,7 +202,7 @@ class Hop(NamedTuple):
     recv_grad: tuple
 
 
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache(maxsize=1024)
 def plan(schedule, rank, n_ranks, T, causal, direction):
     """The hops of one rank: a tuple of n_ranks Hops. Hop 0 works on the rank's own keys.
 
@@ -243,7 +244,7 @@ def plan(schedule, rank, n_ranks, T, causal, direction):
     return tuple(hops)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache(maxsize=1024)
 def hop_table(table, device):
     return torch.tensor(table, dtype=torch.int32, device=device)
 
@@ -363,10 +364,15 @@ def fwd_kernel(Q, K, V, O, ACC, LSE, HOP, sm_scale, H, G, T, GROUP_B,
         tl.store(ACC + offs, acc, mask=mask)
 
 
+ROW_PAD = tl.constexpr(128)  # per-row constants of the backward are padded to a multiple of every tile height, so loads need no mask
+
+
 @triton.jit(do_not_specialize=["H", "T"])
-def delta_kernel(O, DO, DLSE, DELTA, H, T, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
-    """delta = rowsum(do * o) - dlse: (B, H, T) float32. A gradient of lse enters ds = p * (dp - delta) the same way."""
-    n_tiles = tl.cdiv(T, BLOCK_M)
+def rows_kernel(O, DO, LSE, DLSE, LSE2, DELTA, H, T, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """What the backward needs per row, (B, H, T padded) float32: delta = rowsum(do * o) - dlse, as a gradient of lse enters
+    ds = p * (dp - delta) the same way, and lse in base 2, +inf where a row is padding or saw no key, so that p is 0."""
+    T_pad = tl.cdiv(T, ROW_PAD) * ROW_PAD
+    n_tiles = T_pad // BLOCK_M
     bh = tl.program_id(0) // n_tiles
     start_m = tl.program_id(0) % n_tiles * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -377,14 +383,11 @@ def delta_kernel(O, DO, DLSE, DELTA, H, T, HEAD_DIM: tl.constexpr, BLOCK_D: tl.c
     row = bh.to(tl.int64) * T + offs_m
     if DLSE is not None:
         delta -= tl.load(DLSE + row, mask=offs_m < T, other=0.0)
-    tl.store(DELTA + row, delta, mask=offs_m < T)
-
-
-@triton.jit
-def load_lse(LSE, row, mask):
-    """lse in base 2; +inf for rows past T or without a key, so that their p = exp2(s - lse) is 0."""
-    lse = tl.load(LSE + row, mask=mask, other=float("inf"))
-    return tl.where(lse == -float("inf"), float("inf"), lse) * LOG2E
+    lse = tl.load(LSE + row, mask=offs_m < T, other=float("inf"))
+    lse = tl.where(lse == -float("inf"), float("inf"), lse)
+    row = bh.to(tl.int64) * T_pad + offs_m
+    tl.store(LSE2 + row, lse * LOG2E)
+    tl.store(DELTA + row, delta)
 
 
 @triton.jit
@@ -402,7 +405,7 @@ def dq_tiles(dq, q, do, lse, delta, K, V, b, h, lo, hi, row_end, qk_scale, T, st
 
 
 @triton.jit(do_not_specialize=["H", "G", "T", "GROUP_B"])
-def dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, ACC, HOP, sm_scale, H, G, T, GROUP_B,
+def dq_kernel(Q, K, V, DO, LSE2, DELTA, DQ, ACC, HOP, sm_scale, H, G, T, GROUP_B,
               stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_ob, stride_ot, stride_oh,
               CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
@@ -428,9 +431,8 @@ def dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, ACC, HOP, sm_scale, H, G, T, GROUP_B,
 
     q = load_tile(Q, b, h, start_m, T, stride_qb, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
     do = load_tile(DO, b, h, start_m, T, stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
-    row = bh.to(tl.int64) * T + offs_m
-    lse = load_lse(LSE, row, offs_m < T)
-    delta = tl.load(DELTA + row, mask=offs_m < T, other=0.0)
+    row = bh.to(tl.int64) * (tl.cdiv(T, ROW_PAD) * ROW_PAD) + offs_m
+    lse, delta = tl.load(LSE2 + row), tl.load(DELTA + row)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     hk = h // G
     qk_scale = sm_scale * LOG2E
@@ -447,14 +449,13 @@ def dq_kernel(Q, K, V, DO, LSE, DELTA, DQ, ACC, HOP, sm_scale, H, G, T, GROUP_B,
 
 
 @triton.jit
-def dkv_tiles(dk, dv, k, v, Q, DO, LSE, DELTA, hop, b, h, bh, lo, hi, offs_n, qk_scale, T, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh,
+def dkv_tiles(dk, dv, k, v, Q, DO, LSE2, DELTA, hop, b, h, row, lo, hi, offs_n, qk_scale, T, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh,
               BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
     for start_m in tl.range(lo, hi, BLOCK_M):
         q = load_tile(Q, b, h, start_m, T, stride_qb, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
         do = load_tile(DO, b, h, start_m, T, stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        lse = load_lse(LSE, bh.to(tl.int64) * T + offs_m, offs_m < T)
-        delta = tl.load(DELTA + bh.to(tl.int64) * T + offs_m, mask=offs_m < T, other=0.0)
+        lse, delta = tl.load(LSE2 + row + offs_m), tl.load(DELTA + row + offs_m)
         # scores come out transposed, so that both products below take them as they are
         p = tl.math.exp2(tl.dot(k, q.T, input_precision="ieee") * qk_scale - lse[None, :])  # [BLOCK_N, BLOCK_M]
         if MASK:
@@ -467,7 +468,7 @@ def dkv_tiles(dk, dv, k, v, Q, DO, LSE, DELTA, hop, b, h, bh, lo, hi, offs_n, qk
 
 
 @triton.jit(do_not_specialize=["H", "G", "T", "GROUP_B"])
-def dkv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_scale, H, G, T, GROUP_B,
+def dkv_kernel(Q, K, V, DO, LSE2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_scale, H, G, T, GROUP_B,
                stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_ob, stride_ot, stride_oh,
                CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
@@ -498,9 +499,10 @@ def dkv_kernel(Q, K, V, DO, LSE, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_scale, H
     qk_scale = sm_scale * LOG2E
     for g in tl.range(0, G):  # the query heads that share this key head
         hq = h * G + g
-        dk, dv = dkv_tiles(dk, dv, k, v, Q, DO, LSE, DELTA, hop, b, hq, b * H + hq, m_lo, tl.minimum(m_full, T), offs_n, qk_scale, T, stride_qb, stride_qt, stride_qh,
+        row = (b * H + hq).to(tl.int64) * (tl.cdiv(T, ROW_PAD) * ROW_PAD)
+        dk, dv = dkv_tiles(dk, dv, k, v, Q, DO, LSE2, DELTA, hop, b, hq, row, m_lo, tl.minimum(m_full, T), offs_n, qk_scale, T, stride_qb, stride_qt, stride_qh,
                            stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA, MASK=True)  # fmt: skip
-        dk, dv = dkv_tiles(dk, dv, k, v, Q, DO, LSE, DELTA, hop, b, hq, b * H + hq, m_full, T, offs_n, qk_scale, T, stride_qb, stride_qt, stride_qh,
+        dk, dv = dkv_tiles(dk, dv, k, v, Q, DO, LSE2, DELTA, hop, b, hq, row, m_full, T, offs_n, qk_scale, T, stride_qb, stride_qt, stride_qh,
                            stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA, MASK=False)  # fmt: skip
     offs, mask = state_tile(b, h, start_n, T, HKV, BLOCK_N, BLOCK_D, HEAD_DIM)
     dk = dk * sm_scale + tl.load(DK_ACC + offs, mask=mask & carry, other=0.0)
@@ -518,7 +520,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # the kernels then r
 # chosen to fit the registers for float32, whose products run in full precision and not on the tensor cores
 TILES = {
     "fwd": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (128, 64, 8, 2)},
-    "dq": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    "dq": {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
     "dkv": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 64, 8, 2)},
 }
 TILES_FP32 = {
@@ -586,30 +588,32 @@ def triton_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
     )  # fmt: skip
 
 
-def triton_delta(o, do, dlse):
+def triton_rows(o, do, lse, dlse):
+    """What the backward needs to know of each query row, (lse2, delta); of no use but to triton_dq and triton_dkv."""
     B, T, H, D = o.shape
-    delta = torch.empty(B, H, T, dtype=torch.float32, device=o.device)
+    n_rows = triton.cdiv(T, ROW_PAD.value) * ROW_PAD.value
+    lse2, delta = torch.empty(2, B, H, n_rows, dtype=torch.float32, device=o.device)
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    delta_kernel[(triton.cdiv(T, 32) * B * H,)](o, do, dlse, delta, H, T, HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=32, num_warps=4)
-    return delta
+    rows_kernel[(n_rows // 32 * B * H,)](o, do, lse, dlse, lse2, delta, H, T, HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=32, num_warps=4)
+    return lse2, delta
 
 
-def triton_dq(q, k, v, do, lse, delta, dq, acc, hop, causal, sm_scale):
+def triton_dq(q, k, v, do, rows, dq, acc, hop, causal, sm_scale):
     B, T, H, D = q.shape
     config = tile_config("dq", D, q.dtype, q.device)
     tq, tdo, tk, tv, tma = tile_inputs(config, (q, do), (k, v))
     dq_kernel[(triton.cdiv(T, config["BLOCK_M"]) * B * H,)](
-        tq, tk, tv, tdo, lse, delta, dq, acc, hop_table(hop.table, q.device), sm_scale, H, H // k.shape[2], T, B // len(hop.table),
+        tq, tk, tv, tdo, *rows, dq, acc, hop_table(hop.table, q.device), sm_scale, H, H // k.shape[2], T, B // len(hop.table),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], CAUSAL=causal, TMA=tma, **config,
     )  # fmt: skip
 
 
-def triton_dkv(q, k, v, do, lse, delta, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
+def triton_dkv(q, k, v, do, rows, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
     B, T, H, D = q.shape
     config = tile_config("dkv", D, q.dtype, q.device)
     tq, tdo, tk, tv, tma = tile_inputs(config, (q, do), (k, v))
     dkv_kernel[(triton.cdiv(T, config["BLOCK_N"]) * B * k.shape[2],)](
-        tq, tk, tv, tdo, lse, delta, dk, dv, dk_acc, dv_acc, hop_table(hop.table, q.device), sm_scale, H, H // k.shape[2], T, B // len(hop.table),
+        tq, tk, tv, tdo, *rows, dk, dv, dk_acc, dv_acc, hop_table(hop.table, q.device), sm_scale, H, H // k.shape[2], T, B // len(hop.table),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], CAUSAL=causal, TMA=tma, **config,
     )  # fmt: skip
 
@@ -633,13 +637,13 @@ def torch_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
     o.copy_(acc)
 
 
-def torch_delta(o, do, dlse):
-    wide = torch.promote_types(o.dtype, torch.float32)
-    delta = einsum(o.to(wide), do.to(wide), "b t h d, b t h d -> b h t")
-    return delta if dlse is None else delta - dlse
+def torch_rows(o, do, lse, dlse):
+    delta = einsum(o.to(lse.dtype), do.to(lse.dtype), "b t h d, b t h d -> b h t")
+    return lse, delta if dlse is None else delta - dlse
 
 
-def torch_dq(q, k, v, do, lse, delta, dq, acc, hop, causal, sm_scale):
+def torch_dq(q, k, v, do, rows, dq, acc, hop, causal, sm_scale):
+    lse, delta = rows
     if not hop.table[0].carry:
         acc.zero_()
     for b, m, n, q_pos, k_pos in torch_blocks(hop, *q.shape[:2], causal, q.device):
@@ -647,8 +651,8 @@ def torch_dq(q, k, v, do, lse, delta, dq, acc, hop, causal, sm_scale):
     dq.copy_(acc)
 
 
-def torch_dkv(q, k, v, do, lse, delta, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
-    B = q.shape[0]
+def torch_dkv(q, k, v, do, rows, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
+    B, (lse, delta) = q.shape[0], rows
     for g, row in enumerate(hop.table):
         if not row.carry_grad:
             b = slice(g * B // len(hop.table), (g + 1) * B // len(hop.table))
@@ -660,8 +664,8 @@ def torch_dkv(q, k, v, do, lse, delta, dk, dv, dk_acc, dv_acc, hop, causal, sm_s
     dk.copy_(dk_acc), dv.copy_(dv_acc)
 
 
-# (forward, delta, dq, dkv) of a hop
-BACKENDS = {"triton": (triton_fwd, triton_delta, triton_dq, triton_dkv), "torch": (torch_fwd, torch_delta, torch_dq, torch_dkv)}
+# (forward, rows, dq, dkv) of a hop
+BACKENDS = {"triton": (triton_fwd, triton_rows, triton_dq, triton_dkv), "torch": (torch_fwd, torch_rows, torch_dq, torch_dkv)}
 
 # -----------------------------------------------------------------------------
 # transports: how tensors get to the neighbour
@@ -721,6 +725,7 @@ class VirtualRing:
 
     def __init__(self, n_ranks):
         self.n_ranks, self.agreed, self.mail = n_ranks, set(), {}
+        self.rank, self.prev_rank, self.next_rank = 0, n_ranks - 1, 1 % n_ranks
 
     def agree(self, signature, problem):
         if problem:
@@ -768,6 +773,8 @@ def resolve_ring(group):
         return group
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"group must be None, a ProcessGroup this process belongs to, or a VirtualRing, not {group!r}")
     return ring_of(group)
 
 
@@ -815,7 +822,7 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, b
     """dq, dk, dv. The own keys come first for dq and last for dk, dv: the first exchange of keys hides under dq of the
     own keys, every exchange of gradients under dq of the same hop, and the gradients are home after n_ranks - 1 hops."""
     B, T = q.shape[:2]
-    _, make_delta, backward_dq, backward_dkv = BACKENDS[backend]
+    _, make_rows, backward_dq, backward_dkv = BACKENDS[backend]
     hops = plan(schedule, ring.rank, ring.n_ranks, T, causal, -1)
     slices = batch_slices(schedule, B, ring.n_ranks)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -823,7 +830,7 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, b
     dq_acc = state_of(dq, wide, len(hops), backend)
     buffers = [[torch.empty_like(x) for x in (k, v)] for _ in range(min(2, len(hops) - 1))]
     grad_buffers = [[torch.empty_like(x, dtype=wide) for x in (k, v)] for _ in range(2 if len(hops) > 1 else 0)]
-    delta = make_delta(o, do, dlse)
+    rows = make_rows(o, do, lse, dlse)
     kv, wait_grad = (k, v), lambda: None
     for j, hop in enumerate(hops):
         spare = buffers[j % 2] if j < len(hops) - 1 else ()
@@ -832,16 +839,16 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, b
             wait_grad()
             grads, spare_grads = grad_buffers[j % 2], grad_buffers[(j + 1) % 2]
             if hop.visible:
-                backward_dkv(q, *kv, do, lse, delta, *grads, *grads, hop, causal, sm_scale)
+                backward_dkv(q, *kv, do, rows, *grads, *grads, hop, causal, sm_scale)
             wait_grad = ring.exchange(pieces(grads, hop.send_grad, slices), pieces(spare_grads, hop.recv_grad, slices), -1)
         if hop.visible:
-            backward_dq(q, *kv, do, lse, delta, dq, dq_acc, hop, causal, sm_scale)
+            backward_dq(q, *kv, do, rows, dq, dq_acc, hop, causal, sm_scale)
         yield
         wait()
         kv = spare
     wait_grad()
     home = spare_grads if len(hops) > 1 else [state_of(x, wide, 1, backend) for x in (dk, dv)]
-    backward_dkv(q, k, v, do, lse, delta, dk, dv, *home, hops[0], causal, sm_scale)
+    backward_dkv(q, k, v, do, rows, dk, dv, *home, hops[0], causal, sm_scale)
     return dq, dk, dv
 
 
@@ -854,7 +861,8 @@ class RingAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, ring, *args):
         q = q if q.stride(-1) == 1 else q.contiguous()
         k, v = (x if x.stride(-1) == 1 and ring.n_ranks == 1 else x.contiguous() for x in (k, v))  # on a ring they go on the wire
-        o, lse = ring.run(forward_hops, (q, k, v), *args)
+        with torch.cuda.device_of(q):  # kernels launch on the current device
+            o, lse = ring.run(forward_hops, (q, k, v), *args)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.ring, ctx.args = ring, args
         ctx.set_materialize_grads(False)
@@ -886,7 +894,7 @@ class Unshard(torch.autograd.Function):
 # public functions
 
 
-def check_inputs(q, k, v, schedule, n_ranks, virtual, group, causal, sm_scale, backend):
+def check_inputs(q, k, v, schedule, ring, sm_scale, backend):
     """Raise ValueError, with the values and a way out, for anything that the hop loops cannot do."""
     for name, x in dict(q=q, k=k, v=v).items():
         if not isinstance(x, torch.Tensor):
@@ -922,16 +930,16 @@ def check_inputs(q, k, v, schedule, n_ranks, virtual, group, causal, sm_scale, b
         if not INTERPRET and torch.cuda.get_device_capability(q.device) < (8, 0):
             capability = ".".join(map(str, torch.cuda.get_device_capability(q.device)))
             raise ValueError(f'the kernels need CUDA capability 8.0; {torch.cuda.get_device_name(q.device)} has {capability}: use backend="torch"')
-    if virtual:
-        if T % n_ranks:
-            raise ValueError(f"seq_len={T} must be a multiple of {n_ranks=}; pad it, or change the number of ranks")
-        T //= n_ranks
-    elif group is not None and q.device not in [torch.device(d, q.device.index) for d in device_types(group)]:
+    if isinstance(ring, VirtualRing):
+        if T % ring.n_ranks:
+            raise ValueError(f"seq_len={T} must be a multiple of n_ranks={ring.n_ranks}; pad it, or change the number of ranks")
+        T //= ring.n_ranks
+    elif ring.n_ranks > 1 and q.device.type not in device_types(ring.group):
         raise ValueError(
-            f"the process group ({dist.get_backend(group)}) cannot move {q.device.type} tensors; "
+            f"the process group ({dist.get_backend(ring.group)}) cannot move {q.device.type} tensors; "
             f'use init_process_group("{"nccl" if q.device.type == "cuda" else "gloo"}")'
         )
-    check_schedule(schedule, n_ranks, T, B)
+    check_schedule(schedule, ring.n_ranks, T, B)
 
 
 def device_types(group):
@@ -944,22 +952,25 @@ def device_types(group):
 
 
 def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse, backend, problem=None):
+    """What all public functions come down to. problem: what the caller found wrong, to be raised on every rank."""
     causal = bool(causal)
-    if backend is None and isinstance(q, torch.Tensor):
-        backend = "triton" if q.is_cuda or INTERPRET else "torch"
-    if sm_scale is None and isinstance(q, torch.Tensor):
-        sm_scale = q.shape[-1] ** -0.5
-    tensors = tuple((tuple(x.shape), str(x.dtype), x.device.type) if isinstance(x, torch.Tensor) else type(x).__name__ for x in (q, k, v))
-    grad = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v))
-    signature = dict(zip("qkv", tensors)) | dict(schedule=schedule, causal=causal, sm_scale=sm_scale, backend=backend, backward=grad, problem=problem)
-    key = (str(signature), *(str(getattr(x, "device", None)) for x in (q, k, v)))
-    if key not in ring.agreed:
+    usable = isinstance(q, torch.Tensor) and q.ndim > 0
+    if backend is None:
+        backend = "triton" if usable and q.is_cuda or INTERPRET else "torch"
+    if sm_scale is None:
+        sm_scale = max(q.shape[-1], 1) ** -0.5 if usable else 1.0
+    facts = lambda x: (tuple(x.shape), x.dtype, x.device) if isinstance(x, torch.Tensor) else type(x).__name__
+    backward = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v))
+    key = (facts(q), facts(k), facts(v), str(schedule), causal, sm_scale, backend, backward, problem)
+    if key not in ring.agreed:  # checked once; later calls of the same kind cost a look-up
         try:
             if problem is None:
-                check_inputs(q, k, v, schedule, ring.n_ranks, isinstance(ring, VirtualRing), getattr(ring, "group", None), causal, sm_scale, backend)
+                check_inputs(q, k, v, schedule, ring, sm_scale, backend)
         except ValueError as error:
             problem = str(error)
-        ring.agree(signature, problem)
+        names = ("q", "k", "v", "schedule", "causal", "sm_scale", "backend", "backward")
+        told = [(x[0], str(x[1]), x[2].type) if isinstance(x, tuple) else x for x in key[:3]]  # the device's index differs by rank
+        ring.agree(dict(zip(names, (*told, *key[3:]))), problem)
         ring.agreed.add(key)
     o, lse = RingAttention.apply(q, k, v, ring, schedule, causal, sm_scale, backend)
     return (o, lse) if return_lse else o
@@ -991,12 +1002,13 @@ def flash_attn_func(q, k, v, bias=None, causal=True, sm_scale=None):
 
 
 def named_schedule(name, schedule):
-    def func(q, k, v, n_ranks, rank, prev_rank, next_rank, bias=None, causal=True, sm_scale=None, group=None):
+    def func(q, k, v, n_ranks, rank, prev_rank, next_rank, bias=None, causal=True, sm_scale=None, *, group=None):
         ring = resolve_ring(group) if n_ranks > 1 else ring_of(None)
+        given = (n_ranks, rank, prev_rank, next_rank)
+        actual = (ring.n_ranks, ring.rank, ring.prev_rank, ring.next_rank)
         problem = None if bias is None else "bias is not supported yet; pass None"
-        given, actual = (n_ranks, rank, prev_rank, next_rank), (ring.n_ranks, getattr(ring, "rank", 0), getattr(ring, "prev_rank", 0), getattr(ring, "next_rank", 0))
-        if not isinstance(ring, VirtualRing) and given != actual:
-            problem = "n_ranks, rank, prev_rank, next_rank are ({}, {}, {}, {}); in this process group they are ({}, {}, {}, {})".format(*given, *actual)
+        if given != actual:
+            problem = f"n_ranks, rank, prev_rank, next_rank are {given}; in this process group they are {actual}"
         return attend(q, k, v, schedule, ring, causal, sm_scale, False, None, problem)
 
     func.__name__ = func.__qualname__ = name
@@ -1030,3 +1042,29 @@ def unshard(x, schedule, group=None):
         ring.agree(signature, problem)
         ring.agreed.add(str(signature))
     return x if ring.n_ranks == 1 else Unshard.apply(x.contiguous(), schedule, ring)
+
+
+# -----------------------------------------------------------------------------
+# the schedules, drawn from the plans that the hop loops follow
+
+
+def draw(n_ranks=4, T=64):
+    """One table per schedule: at each hop of the forward, whose keys a rank has and how much of the scores it computes."""
+    lines = []
+    for schedule in SCHEDULES:
+        plans = [plan(schedule, r, n_ranks, T, True, 1) for r in range(n_ranks)]
+        lines.append(f"{schedule:12}" + "".join(f"hop {j}   " for j in range(n_ranks)) + "work   shards received")
+        for rank, hops in enumerate(plans):
+            shares, cells = [], []
+            for hop in hops:
+                seen = [layout_positions(Layout(*row[3:6]), T) <= layout_positions(Layout(*row[:3]), T)[:, None] for row in hop.table]
+                shares.append(sum(x.float().mean().item() for x in seen) / len(seen))
+                cells.append(f"k{hop.source} " + "█" * round(4 * shares[-1]) if shares[-1] else "·")
+            received = sum(len(hop.recv) / len(hop.table) for hop in hops)
+            lines.append(f"  rank {rank}    " + "".join(f"{cell:8}" for cell in cells) + f"{sum(shares):<7.1f}{received:g}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(draw())

@@ -13,6 +13,7 @@ import argparse
 import itertools
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -135,8 +136,8 @@ for D, T, causal in itertools.product((64, 80, 96, 128, 192, 256), LENGTHS, (Tru
     if GPU or T == 17 or D in (64, 128):
         dtype = torch.bfloat16 if GPU else (torch.float16 if T == 64 else torch.float32)
         local(f"kernels D{D} T{T} {H}/{HKV} {'causal' if causal else 'full'} {str(dtype)[6:]}", check_virtual, "contiguous", 1, causal, "triton", dtype, 2 if GPU else 1, T, H, HKV, D)
-for D, T, dtype in itertools.product((16, 33, 64, 128, 256), (17, 256), (torch.float16, torch.float32)) if GPU else ((33, 40, torch.float32), (16, 1000, torch.float32), (16, 1023, torch.float16)):
-    for causal in (True, False) if GPU or T < 1000 else (True,):
+for D, T, dtype in itertools.product((33, 64, 128, 256), (17, 256), (torch.float16, torch.float32)) if GPU else ((33, 40, torch.float32), (16, 1000, torch.float32), (16, 1023, torch.float16)):
+    for causal in {17: (True,), 256: (False,), 40: (True, False)}.get(T, (True,)):
         local(f"kernels D{D} T{T} 2/1 {'causal' if causal else 'full'} {str(dtype)[6:]}", check_virtual, "contiguous", 1, causal, "triton", dtype, 1, T, 2, 1, D)
 for T, dtype in itertools.product((1, 17, 1000, 1023), (torch.float32, torch.float16, torch.bfloat16)):
     local(f"torch path T{T} {str(dtype)[6:]}", check_virtual, "contiguous", 1, True, "torch", dtype, 2, T, 6, 2, 24)
@@ -159,15 +160,15 @@ for schedule, n_ranks, causal in itertools.product(SCHEDULES, range(1, 9), (True
 
 def check_masked_rows(backend):
     """Keys that begin at position 5 against queries 0..11: rows 0..4 see nothing and must end as o = 0, lse = -inf, dq = 0."""
-    forward, make_delta, backward_dq, backward_dkv = ring_attn.BACKENDS[backend]
+    forward, make_rows, backward_dq, backward_dkv = ring_attn.BACKENDS[backend]
     q, k, v, do = make(1, 12, 2, 1, 16, torch.float32)
     hop = Hop(0, True, (HopRow(0, 1, 0, 5, 1, 0, INT_MAX, 0, 0),), (), (), (), ())
     o, dq, dk, dv = (torch.empty_like(x) for x in (q, q, k, v))
     lse = torch.empty(1, 2, 12, device=DEVICE)
     forward(q, k, v, o, o, lse, hop, True, 0.25)
-    delta = make_delta(o, do, None)
-    backward_dq(q, k, v, do, lse, delta, dq, dq, hop, True, 0.25)
-    backward_dkv(q, k, v, do, lse, delta, dk, dv, torch.empty_like(dk), torch.empty_like(dv), hop, True, 0.25)
+    rows = make_rows(o, do, lse, None)
+    backward_dq(q, k, v, do, rows, dq, dq, hop, True, 0.25)
+    backward_dkv(q, k, v, do, rows, dk, dv, torch.empty_like(dk), torch.empty_like(dv), hop, True, 0.25)
     require(not o[:, :5].any() and not dq[:, :5].any() and (lse[..., :5] == -math.inf).all(), "rows without a key are not empty")
     # the other rows: query 5 + i sees keys 0..i
     got = o[:, 5:], lse[..., 5:], dq[:, 5:], dk[:, :7], dv[:, :7]
@@ -289,6 +290,12 @@ def check_memory():
         require(max(sum(r == rank and d == dtype for r, d, _ in seen) for rank in range(8)) <= most, f"more than {most} buffers of {dtype}")
 
 
+def check_readme():
+    """The figure in the README is what the plans say today."""
+    readme = Path(ring_attn.__file__).with_name("README.md").read_text()
+    require(ring_attn.draw().strip() in readme, "README.md does not hold the output of `python ring_attn.py`")
+
+
 backends = ("torch", "triton")
 for backend in backends:
     local(f"rows without a key ({backend})", check_masked_rows, backend)
@@ -299,6 +306,7 @@ local("offsets beyond 2**31", check_offsets, gpu=True)
 local("positions, shard, merge", check_positions)
 local("plans: sends match receives", check_plans)
 local("buffers per rank", check_memory)
+local("the figure in the README", check_readme)
 
 # -----------------------------------------------------------------------------
 # bad input
@@ -312,6 +320,7 @@ def check_errors():
     raises(lambda: attn(x, None, x, **alone), "NoneType")
     raises(lambda: attn(x, x[:, :7], x[:, :7], **alone), "(2, 7, 4, 16)", "equal B, T and D")
     raises(lambda: attn(x, x, x[..., :8], **alone), "shapes do not fit")
+    raises(lambda: attn(x[0, 0, 0, 0], x, x, **alone), "shape ()")
     raises(lambda: attn(x[:, :0], x[:, :0], x[:, :0], **alone), "dimension of 0")
     raises(lambda: attn(x, x[:, :, :3], x[:, :, :3], **alone), "4 query heads", "3 key/value heads")
     raises(lambda: attn(x, x.half(), x, **alone), "dtypes differ", "cast")
@@ -320,6 +329,7 @@ def check_errors():
     raises(lambda: attn(*[x.to("meta")] * 3, **alone), "meta", "cpu and cuda")
     raises(lambda: attn(x, x, x, "spiral", **alone), "spiral", "zigzag")
     raises(lambda: attn(x, x, x, sm_scale=-1.0, **alone), "sm_scale=-1.0")
+    raises(lambda: attn(x, x, x, group="world"), "group", "'world'")
     raises(lambda: attn(x, x, x, backend="cuda", **alone), "backend='cuda'", "triton")
     raises(lambda: attn(*[torch.randn(1, 4, 1, 257, device=DEVICE)] * 3, backend="triton", **alone), "257", "256")
     raises(lambda: attn(x, x, x, group=VirtualRing(3)), "seq_len=8", "n_ranks=3")
@@ -423,7 +433,7 @@ def check_attention(kind, n_ranks):
 
 
 def tiny_run(folder, *flags):
-    base = f"--out={folder} --steps=20 --seq_len=128 --batch_size=4 --n_layers=2 --dim=64 --dim_per_head=16 --n_kv_heads=2 --warmup=4 --lr=1e-2".split()
+    base = f"--out={folder} --steps=20 --seq_len=128 --batch_size=4 --n_layers=2 --dim=64 --dim_per_head=16 --n_kv_heads=2 --warmup=4 --lr=3e-3".split()
     return train.parse([*base, "--dtype=float32", "--sample_tokens=0", "--eval_batches=2", "--log_every=20", *flags])
 
 
@@ -438,9 +448,12 @@ def quietly_train(args, group):
 
 
 def shared_folder(group):
-    """One temporary folder for the processes of a group; its first rank removes it."""
+    """One temporary folder for the processes of a group, with a file `text` in it; its first rank removes it."""
     ring = ring_attn.resolve_ring(group)
     folder = [tempfile.mkdtemp() if ring.rank == 0 else None]
+    if ring.rank == 0:
+        words = ["".join(letters) for letters in itertools.product("abcde", "rstuv", "xyz")]
+        Path(folder[0], "text").write_text(" ".join(random.Random(0).choices(words, k=8000)))
     if ring.n_ranks > 1:
         dist.broadcast_object_list(folder, src=dist.get_global_rank(group, 0), group=group)
     return Path(folder[0])
@@ -451,7 +464,7 @@ def check_train(schedule, n_ranks):
     group = RINGS[n_ranks]
     folder, own = shared_folder(group), Path(tempfile.mkdtemp())
     try:
-        text = Path(ring_attn.__file__)
+        text = folder / "text"
         expected, expected_val = quietly_train(tiny_run(own / "sdpa", "--schedule=sdpa", f"--data={text}"), ALONE)
         losses, val = quietly_train(tiny_run(folder / "ring", f"--schedule={schedule}", f"--data={text}"), group)
         quietly_train(tiny_run(folder / "parts", f"--schedule={schedule}", f"--data={text}", "--stop_after=10"), group)
@@ -463,8 +476,7 @@ def check_train(schedule, n_ranks):
         shutil.rmtree(own)
         if ring_attn.resolve_ring(group).rank == 0:
             shutil.rmtree(folder)
-    bound = 1e-3 if GPU else 1e-4
-    return worst([("loss", max(abs(a - b) for a, b in zip(losses, expected)), bound), ("val", abs(val - expected_val), bound)])
+    return worst([("loss", max(abs(a - b) for a, b in zip(losses, expected)), 1e-4), ("val", abs(val - expected_val), 1e-4)])
 
 
 def check_train_errors():
@@ -474,7 +486,7 @@ def check_train_errors():
     run_ = lambda out, *flags: quietly_train(tiny_run(folder / out, *flags), group)
     try:
         if RANK == 0:
-            text.write_bytes(bytes(range(256)) * 20), short.write_bytes(b"x" * 100), empty.write_bytes(b""), blank.mkdir()
+            short.write_bytes(b"x" * 100), empty.write_bytes(b""), blank.mkdir()
         if WORLD > 1:
             dist.barrier()
         data = f"--data={text}"

@@ -186,8 +186,12 @@ def choose_out(args):
 
 def save_checkpoint(file, **state):
     tmp = file.with_suffix(".tmp")
-    torch.save(state, tmp)
-    os.replace(tmp, file)  # whole or not at all
+    try:
+        torch.save(state, tmp)
+        os.replace(tmp, file)  # whole or not at all
+    except (OSError, RuntimeError) as error:  # a full disk, say; the previous checkpoint stays
+        tmp.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {file}: {error}") from error
 
 
 def load_checkpoint(file, config, run):
@@ -355,8 +359,8 @@ def train(args, group=None):
             val_loss = evaluate()
             log(f"step {done:05d}/{args.steps:05d} | validation loss {val_loss:.4f} nats per byte")
         if done % args.save_every == 0 or done == stop:
-            if rank == 0:
-                save_checkpoint(out / "ckpt.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, config=asdict(config), run=run, args=vars(args))
+            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, config=asdict(config), run=run, args=vars(args))
+            together(lambda: save_checkpoint(out / "ckpt.pt", **state) if rank == 0 else None)
         clock += time.perf_counter() - pause  # evaluation and saving stay out of tok/s
 
     if stop == args.steps and args.sample_tokens and rank == 0:
