@@ -330,7 +330,7 @@ def fwd_kernel(Q, K, V, O, ACC, LSE, HOP, sm_scale, H, G, T, GROUP_B,
     b, h = bh // H, bh % H
     offs_m = start_m + tl.arange(0, BLOCK_M)
     hop = HOP + (b // GROUP_B) * HOP_COLUMNS
-    carry = tl.load(hop + 7) != 0
+    carried = tl.load(hop + 7) * T  # rows of the state that earlier hops have filled: none, or all
     q_max = position(hop, tl.minimum(start_m + BLOCK_M, T) - 1, T)
     if CAUSAL:
         n_full = n_le(hop + 3, position(hop, start_m, T), T)
@@ -340,14 +340,14 @@ def fwd_kernel(Q, K, V, O, ACC, LSE, HOP, sm_scale, H, G, T, GROUP_B,
         n_full, n_end = T, T
         row_end = tl.zeros([BLOCK_M], tl.int32) + T
     n_full = n_full // BLOCK_N * BLOCK_N
-    if (n_end == 0) & carry:
+    if (n_end == 0) & (carried > 0):
         return  # nothing to add: the state stays, or O is complete already
 
     q = load_tile(Q, b, h, start_m, T, stride_qb, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
     offs, mask = state_tile(b, h, start_m, T, H, BLOCK_M, BLOCK_D, HEAD_DIM)
     lse = LSE + bh.to(tl.int64) * T + offs_m
-    acc = tl.load(ACC + offs, mask=mask & carry, other=0.0)
-    m_i = tl.load(lse, mask=(offs_m < T) & carry, other=-float("inf")) * LOG2E
+    acc = tl.load(ACC + offs, mask=mask & (offs_m < carried)[:, None], other=0.0)
+    m_i = tl.load(lse, mask=offs_m < carried, other=-float("inf")) * LOG2E
     l_i = tl.full([BLOCK_M], 1.0, tl.float32)  # without a carry m_i is -inf and the first key rescales this 1 to 0
     hk = h // G
     qk_scale = sm_scale * LOG2E
@@ -416,7 +416,7 @@ def dq_kernel(Q, K, V, DO, LSE2, DELTA, DQ, ACC, HOP, sm_scale, H, G, T, GROUP_B
     b, h = bh // H, bh % H
     offs_m = start_m + tl.arange(0, BLOCK_M)
     hop = HOP + (b // GROUP_B) * HOP_COLUMNS
-    carry = tl.load(hop + 7) != 0
+    carried = tl.load(hop + 7) * T  # rows of the state that earlier hops have filled: none, or all
     q_max = position(hop, tl.minimum(start_m + BLOCK_M, T) - 1, T)
     if CAUSAL:
         n_full = n_le(hop + 3, position(hop, start_m, T), T)
@@ -426,7 +426,7 @@ def dq_kernel(Q, K, V, DO, LSE2, DELTA, DQ, ACC, HOP, sm_scale, H, G, T, GROUP_B
         n_full, n_end = T, T
         row_end = tl.zeros([BLOCK_M], tl.int32) + T
     n_full = n_full // BLOCK_N * BLOCK_N
-    if (n_end == 0) & carry:
+    if (n_end == 0) & (carried > 0):
         return
 
     q = load_tile(Q, b, h, start_m, T, stride_qb, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
@@ -441,7 +441,7 @@ def dq_kernel(Q, K, V, DO, LSE2, DELTA, DQ, ACC, HOP, sm_scale, H, G, T, GROUP_B
     dq = dq_tiles(dq, q, do, lse, delta, K, V, b, hk, n_full, n_end, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh,
                   stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA, MASK=True)  # fmt: skip
     offs, mask = state_tile(b, h, start_m, T, H, BLOCK_M, BLOCK_D, HEAD_DIM)
-    dq = dq * sm_scale + tl.load(ACC + offs, mask=mask & carry, other=0.0)
+    dq = dq * sm_scale + tl.load(ACC + offs, mask=mask & (offs_m < carried)[:, None], other=0.0)
     if q_max < tl.load(hop + 6):
         tl.store(DQ + offs, dq.to(DQ.dtype.element_ty), mask=mask)
     else:
@@ -481,13 +481,13 @@ def dkv_kernel(Q, K, V, DO, LSE2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_scale, 
     b, h = bh // HKV, bh % HKV
     offs_n = start_n + tl.arange(0, BLOCK_N)
     hop = HOP + (b // GROUP_B) * HOP_COLUMNS
-    carry = tl.load(hop + 8) != 0
+    carried = tl.load(hop + 8) * T  # rows of DK_ACC, DV_ACC that hold something: none, or all
     if CAUSAL:
         m_lo = n_le(hop, position(hop + 3, start_n, T) - 1, T)  # queries before this see nothing of the tile
         m_full = n_le(hop, position(hop + 3, tl.minimum(start_n + BLOCK_N, T) - 1, T) - 1, T)  # from here on, all of it
     else:
         m_lo, m_full = 0, 0
-    if (m_lo >= T) & carry:
+    if (m_lo >= T) & (carried > 0):
         return
     m_full = tl.cdiv(m_full, BLOCK_M) * BLOCK_M
     m_lo = tl.where(m_lo < T, m_lo // BLOCK_M * BLOCK_M, T)
@@ -505,8 +505,8 @@ def dkv_kernel(Q, K, V, DO, LSE2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_scale, 
         dk, dv = dkv_tiles(dk, dv, k, v, Q, DO, LSE2, DELTA, hop, b, hq, row, m_full, T, offs_n, qk_scale, T, stride_qb, stride_qt, stride_qh,
                            stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA, MASK=False)  # fmt: skip
     offs, mask = state_tile(b, h, start_n, T, HKV, BLOCK_N, BLOCK_D, HEAD_DIM)
-    dk = dk * sm_scale + tl.load(DK_ACC + offs, mask=mask & carry, other=0.0)
-    dv = dv + tl.load(DV_ACC + offs, mask=mask & carry, other=0.0)
+    dk = dk * sm_scale + tl.load(DK_ACC + offs, mask=mask & (offs_n < carried)[:, None], other=0.0)
+    dv = dv + tl.load(DV_ACC + offs, mask=mask & (offs_n < carried)[:, None], other=0.0)
     tl.store(DK + offs, dk.to(DK.dtype.element_ty), mask=mask)
     tl.store(DV + offs, dv.to(DV.dtype.element_ty), mask=mask)
 

@@ -41,13 +41,18 @@ SIZES = {
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, by name
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # a default that depends on the device is told in words
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=lambda prog: HelpFormatter(prog, max_help_position=24, width=120))
     sized = lambda name: f"{SIZES['cpu'][name]} on a CPU, {SIZES['cuda'][name]} on a GPU"
     g = p.add_argument_group("run")
-    g.add_argument("--data", default=None, help="text to learn: a file or a folder; None: the source of Python's standard library")
-    g.add_argument("--out", default=None, help="run folder for the checkpoint and the log; None: a new one under runs/")
-    g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out (None: the newest under runs/)")
+    g.add_argument("--data", default=None, help="text to learn: a file or a folder (the source of Python's standard library)")
+    g.add_argument("--out", default=None, help="run folder for the checkpoint and the log (a new one under runs/)")
+    g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out (the newest under runs/)")
     g.add_argument("--steps", type=int, help=f"optimizer steps ({sized('steps')})")
     g.add_argument("--stop_after", type=int, default=None, help="save and stop after this step, as if interrupted there")
     g.add_argument("--seed", type=int, default=0, help="of weights, batches and dropout")
