@@ -34,12 +34,7 @@ class AttentionType(Enum):
         return self not in (AttentionType.SDPA, AttentionType.FLASH)
 
 
-RING_FUNCS = {
-    AttentionType.RING: ring_attn.ring_attn_func,
-    AttentionType.STRIPED: ring_attn.striped_attn_func,
-    AttentionType.STEP: ring_attn.step_attn_func,
-    AttentionType.ZIGZAG: ring_attn.zigzag_attn_func,
-}
+RING_FUNCS = {t: ring_attn.named_schedule(f"{t.value}_attn", t.value) for t in AttentionType if t.is_ring}
 
 
 def rotary_table(positions, dim_per_head, theta):
@@ -71,8 +66,8 @@ class Attention(nn.Module):
             raise ValueError(f"{attn_type=} must be an AttentionType: {', '.join(map(str, AttentionType))}")
         if dim < 1 or dim_per_head < 1 or dim % dim_per_head:
             raise ValueError(f"{dim=} must be a multiple of {dim_per_head=}")
-        if not 0 <= rank < n_ranks:
-            raise ValueError(f"{rank=} must be in 0..{n_ranks - 1}, as {n_ranks=}")
+        if seq_len < 1 or not 0 <= rank < n_ranks:
+            raise ValueError(f"{seq_len=} must be 1 or more and {rank=} in 0..{n_ranks - 1}, as {n_ranks=}")
         if not 0 <= dropout < 1:
             raise ValueError(f"{dropout=} must be in [0, 1)")
         if rope_theta is not None and dim_per_head % 2:
@@ -166,6 +161,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config, rank=0, n_ranks=1, attn_type=AttentionType.FLASH, group=None):
         super().__init__()
+        if config.n_layers < 1 or config.vocab_size < 1:
+            raise ValueError(f"n_layers={config.n_layers} and vocab_size={config.vocab_size} must be 1 or more")
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)  # also the output projection
         self.blocks = nn.ModuleList(Block(config, rank, n_ranks, attn_type, group) for _ in range(config.n_layers))
@@ -197,8 +194,8 @@ class Transformer(nn.Module):
         """
         if self.blocks[0].attn.n_ranks > 1:
             raise ValueError(f"generate needs the whole sequence on one rank; n_ranks={self.blocks[0].attn.n_ranks}: load the weights into Transformer(config)")
-        if temperature < 0 or tokens.shape[1] == 0:
-            raise ValueError(f"{temperature=} must be 0 or more and the prompt, {tokens.shape[1]} tokens, not empty")
+        if temperature < 0 or tokens.shape[1] == 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"{temperature=} must be 0 or more, {top_k=} 1 or more or None, and the prompt, {tokens.shape[1]} tokens, not empty")
         for _ in range(n_tokens):
             logits = self(tokens[:, -self.config.seq_len :])[:, -1].float()  # (B, vocab_size)
             if temperature == 0:

@@ -101,7 +101,7 @@ class Schedule(NamedTuple):
     layouts: Callable  # (rank, n_ranks, T) -> one Layout per batch group
 
 
-# A new schedule is one more row. Whatever it is, tokens 0..S-1 must each be held by exactly one rank.
+# A new schedule is one more row. Each position 0..S-1 must be held by exactly one rank, and increase with i on each.
 SCHEDULES = {
     "contiguous": Schedule(1, 1, lambda r, R, T: (Layout(r * T, 1, 0),)),
     "striped": Schedule(1, 1, lambda r, R, T: (Layout(r, R, 0),)),
@@ -112,8 +112,10 @@ SCHEDULES = {
 
 def check_schedule(schedule, n_ranks, T, B=None):
     """Raise ValueError unless shards of (B, T) tokens on n_ranks ranks can follow this schedule."""
-    if schedule not in SCHEDULES:
+    if not isinstance(schedule, str) or schedule not in SCHEDULES:
         raise ValueError(f"{schedule=} is unknown; choose one of {', '.join(SCHEDULES)}")
+    if n_ranks < 1 or T < 1:
+        raise ValueError(f"{n_ranks=} and the tokens per rank, {T}, must be 1 or more")
     if n_ranks == 1:
         return  # all schedules are the same on a ring of one
     need = SCHEDULES[schedule]
@@ -161,7 +163,7 @@ def shard(x, schedule, rank, n_ranks):
     Raises ValueError where n_ranks does not divide S, and as `positions` does.
     """
     B, S = x.shape[:2]
-    if S % n_ranks:
+    if n_ranks < 1 or S % n_ranks:
         raise ValueError(f"seq_len={S} must be a multiple of {n_ranks=}; pad it, or change the number of ranks")
     pos = positions(schedule, rank, n_ranks, S // n_ranks, B, x.device)  # (1 or B, T)
     return x[:, pos[0]] if len(pos) == 1 else x[torch.arange(B, device=x.device)[:, None], pos]
@@ -692,9 +694,9 @@ class Ring:
             everywhere = len(set(problems.values())) == 1 and len(problems) == self.n_ranks
             raise ValueError(next(iter(problems.values())) if everywhere else "; ".join(f"rank {r}: {p}" for r, p in problems.items()))
         for rank, (other, _) in enumerate(said):
-            differ = [name for name in signature if other[name] != said[0][0][name]]
+            differ = [name for name in {**said[0][0], **other} if other.get(name) != said[0][0].get(name)]
             if differ:
-                pick = lambda s: ", ".join(f"{name}={s[name]}" for name in differ)
+                pick = lambda s: ", ".join(f"{name}={s.get(name)}" for name in differ)
                 raise ValueError(f"ranks disagree: rank 0 has {pick(said[0][0])}; rank {rank} has {pick(other)}; pass the same on every rank")
 
     def exchange(self, send, recv, direction):
@@ -724,6 +726,8 @@ class VirtualRing:
     """
 
     def __init__(self, n_ranks):
+        if n_ranks < 1:
+            raise ValueError(f"{n_ranks=} must be 1 or more")
         self.n_ranks, self.agreed, self.mail = n_ranks, set(), {}
         self.rank, self.prev_rank, self.next_rank = 0, n_ranks - 1, 1 % n_ranks
 
@@ -762,7 +766,7 @@ def along_tokens(f, *xs):
     return f(*xs) if xs[0].ndim == 4 else f(*(x.transpose(1, 2) for x in xs)).transpose(1, 2).contiguous()
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=None)
 def ring_of(group):
     return Ring(group)
 
@@ -861,7 +865,7 @@ class RingAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, ring, *args):
         q = q if q.stride(-1) == 1 else q.contiguous()
         k, v = (x if x.stride(-1) == 1 and ring.n_ranks == 1 else x.contiguous() for x in (k, v))  # on a ring they go on the wire
-        with torch.cuda.device_of(q):  # kernels launch on the current device
+        with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):  # kernels launch on the current device
             o, lse = ring.run(forward_hops, (q, k, v), *args)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.ring, ctx.args = ring, args
@@ -874,7 +878,9 @@ class RingAttention(torch.autograd.Function):
         q, k, v, o, lse = ctx.saved_tensors
         do = torch.zeros_like(o) if do is None else do.to(o.dtype).contiguous()
         dlse = None if dlse is None else dlse.contiguous()
-        return *ctx.ring.run(backward_hops, (q, k, v, o, lse, do, dlse), *ctx.args), *[None] * (len(ctx.args) + 1)
+        with torch.autocast(q.device.type, enabled=False):
+            grads = ctx.ring.run(backward_hops, (q, k, v, o, lse, do, dlse), *ctx.args)
+        return *grads, *[None] * (len(ctx.args) + 1)
 
 
 class Unshard(torch.autograd.Function):
@@ -894,11 +900,13 @@ class Unshard(torch.autograd.Function):
 # public functions
 
 
-def check_inputs(q, k, v, schedule, ring, sm_scale, backend):
+def check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend):
     """Raise ValueError, with the values and a way out, for anything that the hop loops cannot do."""
     for name, x in dict(q=q, k=k, v=v).items():
         if not isinstance(x, torch.Tensor):
             raise ValueError(f"{name} must be a tensor (B, T, heads, D), not {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise ValueError(f"{name} is {x.layout}; make it dense with .to_dense()")
         if x.ndim != 4 or 0 in x.shape:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be (B, T, heads, D) with no dimension of 0")
     if k.shape != v.shape or (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
@@ -913,9 +921,11 @@ def check_inputs(q, k, v, schedule, ring, sm_scale, backend):
         raise ValueError(f"devices differ: q {q.device}, k {k.device}, v {v.device}; move them to one")
     if q.device.type not in ("cpu", "cuda"):
         raise ValueError(f"tensors are on {q.device}; cpu and cuda are supported")
+    if not isinstance(causal, int):  # bool is one
+        raise ValueError(f"{causal=} must be True or False")
     if not isinstance(sm_scale, (int, float)) or not 0 < sm_scale < math.inf:
         raise ValueError(f"{sm_scale=} must be a finite number above 0; to flip its sign negate q")
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"{backend=} is unknown; choose one of {', '.join(BACKENDS)}, or None to choose by device")
     dtypes = {"triton": (torch.bfloat16, torch.float16, torch.float32), "torch": (torch.bfloat16, torch.float16, torch.float32, torch.float64)}[backend]
     if q.dtype not in dtypes:
@@ -951,28 +961,39 @@ def device_types(group):
     return list(by_device)
 
 
+def described(x):
+    """What all ranks must agree on, and what the checks look at, of an argument that should be a tensor."""
+    return (tuple(x.shape), str(x.dtype), x.device.type, str(x.layout)) if isinstance(x, torch.Tensor) else type(x).__name__
+
+
+def agree_once(ring, key, signature, problem, check):
+    """Before the first call of a kind: raise ValueError on every rank if `check` finds a problem on any, or if the ranks'
+    signatures differ. Later calls with the same key cost a look-up."""
+    if key in ring.agreed:
+        return
+    if problem is None:
+        try:
+            check()
+        except ValueError as error:
+            problem = str(error)
+        except Exception as error:  # whatever it is, the other ranks must hear of it
+            problem = f"{type(error).__name__}: {error}"
+    ring.agree(signature, problem)
+    ring.agreed.add(key)
+
+
 def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse, backend, problem=None):
     """What all public functions come down to. problem: what the caller found wrong, to be raised on every rank."""
-    causal = bool(causal)
     usable = isinstance(q, torch.Tensor) and q.ndim > 0
     if backend is None:
         backend = "triton" if usable and q.is_cuda or INTERPRET else "torch"
     if sm_scale is None:
         sm_scale = max(q.shape[-1], 1) ** -0.5 if usable else 1.0
-    facts = lambda x: (tuple(x.shape), x.dtype, x.device) if isinstance(x, torch.Tensor) else type(x).__name__
-    backward = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v))
-    key = (facts(q), facts(k), facts(v), str(schedule), causal, sm_scale, backend, backward, problem)
-    if key not in ring.agreed:  # checked once; later calls of the same kind cost a look-up
-        try:
-            if problem is None:
-                check_inputs(q, k, v, schedule, ring, sm_scale, backend)
-        except ValueError as error:
-            problem = str(error)
-        names = ("q", "k", "v", "schedule", "causal", "sm_scale", "backend", "backward")
-        told = [(x[0], str(x[1]), x[2].type) if isinstance(x, tuple) else x for x in key[:3]]  # the device's index differs by rank
-        ring.agree(dict(zip(names, (*told, *key[3:]))), problem)
-        ring.agreed.add(key)
-    o, lse = RingAttention.apply(q, k, v, ring, schedule, causal, sm_scale, backend)
+    signature = dict(q=described(q), k=described(k), v=described(v), schedule=repr(schedule), causal=repr(causal), sm_scale=repr(sm_scale),
+                     backend=repr(backend), backward=torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v)))  # fmt: skip
+    key = (*signature.values(), *(getattr(x, "device", None) for x in (q, k, v)), problem)
+    agree_once(ring, key, signature, problem, lambda: check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend))
+    o, lse = RingAttention.apply(q, k, v, ring, schedule, bool(causal), sm_scale, backend)
     return (o, lse) if return_lse else o
 
 
@@ -984,7 +1005,8 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     schedule: a key of SCHEDULES. Under causal=False all of them give the same result.
     group: a process group; None for the default one, or for a ring of one if there is none; or VirtualRing(n).
     sm_scale: above 0; None means D ** -0.5.
-    return_lse: also return lse (B, H, T) float32, the natural log of the softmax's denominator; gradients flow through it.
+    return_lse: also return lse (B, H, T) float32 (float64 for float64 inputs), the natural log of the softmax's denominator;
+       gradients flow through it.
     backend: "triton" or "torch"; None chooses triton for CUDA tensors and under TRITON_INTERPRET=1, torch for CPU tensors.
     Returns o, (B, T, H, D), in the dtype of q.
 
@@ -1003,7 +1025,7 @@ def flash_attn_func(q, k, v, bias=None, causal=True, sm_scale=None):
 
 def named_schedule(name, schedule):
     def func(q, k, v, n_ranks, rank, prev_rank, next_rank, bias=None, causal=True, sm_scale=None, *, group=None):
-        ring = resolve_ring(group) if n_ranks > 1 else ring_of(None)
+        ring = ring_of(None) if n_ranks == 1 and group is None else resolve_ring(group)
         given = (n_ranks, rank, prev_rank, next_rank)
         actual = (ring.n_ranks, ring.rank, ring.prev_rank, ring.next_rank)
         problem = None if bias is None else "bias is not supported yet; pass None"
@@ -1014,8 +1036,8 @@ def named_schedule(name, schedule):
     func.__name__ = func.__qualname__ = name
     func.__doc__ = f"""ring_attn(q, k, v, schedule="{schedule}") with the ring spelled out: ranks within `group` (default: all processes).
 
-    q: (B, T, H, D), k, v: (B, T, HKV, D), this rank's tokens, see `shard`. n_ranks = 1 needs no process group.
-    bias must be None. Returns o (B, T, H, D). Raises ValueError as ring_attn does, and where the ranks are not the group's.
+    q: (B, T, H, D), k, v: (B, T, HKV, D), this rank's tokens, see `shard`. n_ranks = 1 is a local call that needs no process
+    group and takes no notice of one. bias must be None. Returns o (B, T, H, D). Raises ValueError as ring_attn does, and where the ranks are not the group's.
     """
     return func
 
@@ -1033,14 +1055,16 @@ def unshard(x, schedule, group=None):
     Raises ValueError on every rank if the schedule is unknown, cannot cut x, or the ranks' shapes differ.
     """
     ring = resolve_ring(group)
-    signature, problem = dict(x=(tuple(x.shape), str(x.dtype)), schedule=schedule), None
-    if str(signature) not in ring.agreed:
-        try:
-            check_schedule(schedule, ring.n_ranks, x.shape[1], x.shape[0])
-        except ValueError as error:
-            problem = str(error)
-        ring.agree(signature, problem)
-        ring.agreed.add(str(signature))
+    signature = dict(x=described(x), schedule=repr(schedule))
+
+    def check():
+        if isinstance(ring, VirtualRing):
+            raise ValueError("a VirtualRing holds whole sequences: there is nothing to unshard")
+        if not isinstance(x, torch.Tensor) or x.ndim < 2 or x.layout != torch.strided:
+            raise ValueError(f"x is {described(x)}; it must be a dense tensor (B, T, ...)")
+        check_schedule(schedule, ring.n_ranks, x.shape[1], x.shape[0])
+
+    agree_once(ring, tuple(signature.values()), signature, None, check)
     return x if ring.n_ranks == 1 else Unshard.apply(x.contiguous(), schedule, ring)
 
 

@@ -177,17 +177,28 @@ def check_masked_rows(backend):
 
 
 def check_lse_gradient(backend):
+    """A loss of both o and lse: all three gradients."""
     q, k, v, do = make(2, 24, 4, 2, 16, torch.float32)
     dlse = torch.randn(2, 4, 24, device=DEVICE)
     grads = []
     for wide in (False, True):
-        leaf = [x.double().requires_grad_() if wide else x.clone().requires_grad_() for x in (q, k, v)]
+        leaf = [(x.double() if wide else x.clone()).requires_grad_() for x in (q, k, v)]
         if wide:
-            lse = true_lse(leaf[0], leaf[1], True)
+            expanded = (x.repeat_interleave(4 // x.shape[2], 2).transpose(1, 2) for x in leaf)
+            o, lse = F.scaled_dot_product_attention(*expanded, is_causal=True).transpose(1, 2), true_lse(leaf[0], leaf[1], True)
         else:
-            _, lse = ring_attn.ring_attn(*leaf, "striped", VirtualRing(3), return_lse=True, backend=backend)
-        grads.append(torch.autograd.grad(lse, leaf, dlse.to(lse.dtype), allow_unused=True)[:2])
-    return worst([(what, (a - b).abs().max().item(), 1e-5) for what, a, b in zip(("dq", "dk"), *grads)])
+            o, lse = ring_attn.ring_attn(*leaf, "striped", VirtualRing(3), return_lse=True, backend=backend)
+        grads.append(torch.autograd.grad((o, lse), leaf, (do.to(o.dtype), dlse.to(lse.dtype))))
+    return worst([(what, (a - b).abs().max().item(), 2e-5) for what, a, b in zip(("dq", "dk", "dv"), *grads)])
+
+
+def check_autocast(backend):
+    """Autocast must not reach into the hop loops: the same bits with and without."""
+    q, k, v, do = make(1, 24, 4, 2, 16, torch.float32)
+    plain = run(q, k, v, do, "zigzag", VirtualRing(2), True, backend)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        cast = run(q, k, v, do, "zigzag", VirtualRing(2), True, backend)
+    require(all(torch.equal(a, b) for a, b in zip(plain, cast)), "autocast changes the result")
 
 
 def check_same_bits(backend):
@@ -197,7 +208,7 @@ def check_same_bits(backend):
 
 
 def check_strides(backend):
-    """Views into tensors that are nan everywhere else: the same bits as contiguous copies, or as close as tiles allow."""
+    """Views into tensors that are nan everywhere else, transposed, packed and expanded ones."""
     B, T, H, HKV, D = 2, 128 if GPU else 32, 4, 2, 64 if GPU else 32
     q, k, v, do = make(B, T, H, HKV, D, torch.float16)
 
@@ -293,6 +304,7 @@ def check_memory():
 def check_readme():
     """The figure in the README is what the plans say today."""
     readme = Path(ring_attn.__file__).with_name("README.md").read_text()
+    require("@@" not in readme, "README.md has a hole")
     require(ring_attn.draw().strip() in readme, "README.md does not hold the output of `python ring_attn.py`")
 
 
@@ -300,6 +312,7 @@ backends = ("torch", "triton")
 for backend in backends:
     local(f"rows without a key ({backend})", check_masked_rows, backend)
     local(f"gradient of lse ({backend})", check_lse_gradient, backend)
+    local(f"autocast leaves it alone ({backend})", check_autocast, backend)
     local(f"same inputs, same bits ({backend})", check_same_bits, backend)
     local(f"strided views amid nan ({backend})", check_strides, backend)
 local("offsets beyond 2**31", check_offsets, gpu=True)
@@ -318,6 +331,10 @@ def check_errors():
     alone = dict(group=ALONE)
     raises(lambda: attn(x[0], x, x, **alone), "(8, 4, 16)", "(B, T, heads, D)")
     raises(lambda: attn(x, None, x, **alone), "NoneType")
+    raises(lambda: attn(x.to_sparse(), x, x, **alone), "sparse", "to_dense")
+    raises(lambda: attn(x, x, x, ["zigzag"], **alone), "['zigzag']")
+    raises(lambda: attn(x, x, x, sm_scale=[1.0], **alone), "sm_scale=[1.0]")
+    raises(lambda: attn(x, x, x, causal=torch.ones(2), **alone), "causal")
     raises(lambda: attn(x, x[:, :7], x[:, :7], **alone), "(2, 7, 4, 16)", "equal B, T and D")
     raises(lambda: attn(x, x, x[..., :8], **alone), "shapes do not fit")
     raises(lambda: attn(x[0, 0, 0, 0], x, x, **alone), "shape ()")
@@ -344,6 +361,10 @@ def check_errors():
     raises(lambda: positions("spiral", 0, 2, 8), "spiral")
     raises(lambda: shard(x, "striped", 0, 3), "seq_len=8", "n_ranks=3")
     raises(lambda: shard(x[:1], "step", 0, 2), "B=1")
+    raises(lambda: shard(x, "striped", 0, 0), "n_ranks=0")
+    raises(lambda: VirtualRing(0), "n_ranks=0")
+    raises(lambda: unshard(x, "striped", ring2), "VirtualRing")
+    raises(lambda: unshard(x[0, 0, 0], "striped", ALONE), "(B, T, ...)")
 
 
 def check_model_errors():
@@ -366,7 +387,7 @@ def check_errors_together():
     mine = lambda a, b: a if RANK == wrong else b
     attn = ring_attn.ring_attn
     raises(lambda: attn(*[mine(x[:, :6], x)] * 3), "ranks disagree", "(2, 6, 4, 16)", "(2, 8, 4, 16)")
-    raises(lambda: attn(x, x, x, mine("striped", "zigzag")), "ranks disagree", "schedule=striped", "schedule=zigzag")
+    raises(lambda: attn(x, x, x, mine("striped", "zigzag")), "ranks disagree", "schedule='striped'", "schedule='zigzag'")
     raises(lambda: attn(x, x, x, causal=RANK == wrong), "ranks disagree", "causal")
     raises(lambda: attn(*[mine(x[:, :, :, :15], x).requires_grad_(RANK == wrong)] * 3), "ranks disagree", "backward")
     raises(lambda: attn(x, mine(x[:, :, :3], x), mine(x[:, :, :3], x)), f"rank {wrong}: 4 query heads")
@@ -375,6 +396,9 @@ def check_errors_together():
     raises(lambda: attn(*[x[:1]] * 3, "step"), "B=1 must be a multiple of 2")
     raises(lambda: attn(x, x, x, "spiral"), "spiral")
     raises(lambda: unshard(mine(x[:, :6], x), "zigzag"), "ranks disagree")
+    raises(lambda: unshard(mine(x[0, 0, 0], x), "zigzag"), f"rank {wrong}: x is", "(B, T, ...)")
+    raises(lambda: attn(*[mine(x.to_sparse(), x)] * 3), f"rank {wrong}: q is torch.sparse_coo")
+    raises(lambda: attn(x, x, x, mine(["zigzag"], "zigzag")), f"rank {wrong}: schedule=['zigzag']")
     good = (WORLD, RANK, (RANK - 1) % WORLD, (RANK + 1) % WORLD)
     raises(lambda: ring_attn.zigzag_attn_func(x, x, x, *mine((WORLD, RANK, 0, WORLD), good), None, True, 1.0), "in this process group they are")
     raises(lambda: ring_attn.ring_attn_func(x, x, x, WORLD + 1, *good[1:], None, True, 1.0), f"n_ranks, rank, prev_rank, next_rank are ({WORLD + 1}")
@@ -468,7 +492,7 @@ def check_train(schedule, n_ranks):
         expected, expected_val = quietly_train(tiny_run(own / "sdpa", "--schedule=sdpa", f"--data={text}"), ALONE)
         losses, val = quietly_train(tiny_run(folder / "ring", f"--schedule={schedule}", f"--data={text}"), group)
         quietly_train(tiny_run(folder / "parts", f"--schedule={schedule}", f"--data={text}", "--stop_after=10"), group)
-        tail, _ = quietly_train(tiny_run(folder / "parts", f"--schedule={schedule}", f"--data={text}", "--resume"), group)
+        tail, _ = quietly_train(train.parse([f"--out={folder / 'parts'}", "--resume"]), group)  # with the flags it was started with
         if not GPU:  # the embedding's gradient on CUDA adds in any order
             require(tail == losses[10:], f"resumed losses differ: {tail} and {losses[10:]}")
         require(len(losses) == 20 and losses[-1] < losses[0] - 0.5, f"it does not learn: {losses}")
@@ -496,6 +520,8 @@ def check_train_errors():
         raises(lambda: run_("a", f"--data={short}"), "100 bytes", "129")
         raises(lambda: run_("a", data, "--resume"), "ckpt.pt", "does not exist")
         raises(lambda: run_("a", data, "--steps=0"), "--steps=0")
+        raises(lambda: run_("a", data, "--seed=-1"), "--seed=-1")
+        raises(lambda: run_("a", data, "--lr=nan"), "--lr=nan")
         if WORLD > 1:
             raises(lambda: run_("a", data, "--schedule=sdpa"), "--schedule=sdpa", f"has {WORLD}")
             raises(lambda: run_("a", data, f"--seq_len={128 + WORLD // 2}"), f"--seq_len={128 + WORLD // 2}", "multiple")
@@ -506,11 +532,18 @@ def check_train_errors():
         raises(lambda: run_("a", data), "already holds a checkpoint", "--resume")
         raises(lambda: run_("a", data, "--resume", "--dim=32"), "dim is 64 there and 32 here")
         raises(lambda: run_("a", data, "--resume", "--seed=5"), "seed is 0 there and 5 here")
+        raises(lambda: run_("a", f"--data={train.__file__}", "--resume"), "not the text")
+        raises(lambda: run_("a", data, "--resume", "--stop_after=2"), "--stop_after=2", "above 2")
         require((folder / "a/ckpt.pt").read_bytes() == saved, "a refused run overwrote the checkpoint")
         if WORLD > 1:
             dist.barrier()
         if RANK == 0:
             (folder / "a/ckpt.pt").write_bytes(saved[:1000])
+        raises(lambda: run_("a", data, "--resume"), "ckpt.pt is not a checkpoint")
+        if WORLD > 1:
+            dist.barrier()
+        if RANK == 0:
+            (folder / "a/ckpt.pt").write_bytes(b"")
         raises(lambda: run_("a", data, "--resume"), "ckpt.pt is not a checkpoint")
     finally:
         if RANK == 0:
@@ -555,7 +588,7 @@ def execute(f, args):
     start = time.perf_counter()
     try:
         row, failure = f(*args), None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         row, failure = None, f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}: {str(error)[:2000]}"
     return row, failure, time.perf_counter() - start

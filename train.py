@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=2 train.py                    # a ring of two
     torchrun --nproc_per_node=8 train.py --seq_len=262144   # eight GPUs, 32k tokens each
     python train.py --data=my/texts --out=runs/mine --steps=2000
-    python train.py --out=runs/mine --resume                # goes on where runs/mine stopped, batch for batch
+    python train.py --out=runs/mine --resume                # goes on where runs/mine stopped, with its flags, batch for batch
 
 Every rank holds all weights and 1/n of every sequence, laid out by --schedule. The only text a rank reads is the bytes
 at its own positions; the label of a token is the byte after it in the text, wherever the layout puts that one.
@@ -20,7 +20,6 @@ import sys
 import sysconfig
 import time
 import zlib
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -79,28 +78,33 @@ def parse(argv=None):
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"], help="where to run")
     g.add_argument("--dtype", choices=["float32", "bfloat16"], help=f"of products; weights stay float32 ({sized('dtype')})")
     args = p.parse_args(argv)
+    marked = p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), parse)))  # argparse leaves values that are there
+    args.given = sorted(name for name, value in vars(marked).items() if value is not parse)
     for name, value in SIZES[args.device].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
 
 
-def check_args(args, n_ranks):
+def check_args(args, n_ranks, start):
     for name in ("steps", "seq_len", "batch_size", "n_layers", "dim", "dim_per_head", "n_kv_heads", "log_every", "eval_every", "eval_batches", "save_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name}={getattr(args, name)} must be 1 or more")
     for name in ("warmup", "weight_decay", "sample_tokens"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name}={getattr(args, name)} must be 0 or more")
-    if not args.lr > 0 or not args.clip > 0:
-        raise ValueError(f"--lr={args.lr} and --clip={args.clip} must be above 0")
-    if args.stop_after is not None and args.stop_after < 1:
-        raise ValueError(f"--stop_after={args.stop_after} must be 1 or more")
+    if not 0 < args.lr < math.inf or not args.clip > 0 or not args.weight_decay < math.inf:
+        raise ValueError(f"--lr={args.lr} and --clip={args.clip} must be numbers above 0, --weight_decay={args.weight_decay} one from 0 up")
+    if not 0 <= args.seed < 2**23:
+        raise ValueError(f"--seed={args.seed} must be in 0..{2**23 - 1}")
+    if args.stop_after is not None and args.stop_after <= start:
+        raise ValueError(f"--stop_after={args.stop_after} must be above {start}, the steps already done")
     if not AttentionType(args.schedule).is_ring:
         if n_ranks > 1:
             raise ValueError(f"--schedule={args.schedule} works on whole sequences in one process, this run has {n_ranks}; use zigzag")
     elif args.seq_len % n_ranks:
-        raise ValueError(f"--seq_len={args.seq_len} must be a multiple of the {n_ranks} processes; use {args.seq_len // n_ranks * n_ranks or n_ranks}")
+        fits = n_ranks * ring_attn.SCHEDULES[args.schedule].T_multiple
+        raise ValueError(f"--seq_len={args.seq_len} must be a multiple of the {n_ranks} processes; use {args.seq_len // fits * fits or fits}")
     else:
         ring_attn.check_schedule(args.schedule, n_ranks, args.seq_len // n_ranks, args.batch_size)
 
@@ -118,15 +122,16 @@ def text_files(folder):
     return sorted((f for f, names in parts.items() if not skip & set(names) and not any(n.startswith(".") for n in names)), key=parts.get)
 
 
-def prepare_data(path, out, write):
-    """The file to map: `path` itself, or for a folder its files joined into out/data.bin (by the one process told to write)."""
+def prepare_data(path, out, write, keep):
+    """The file to map: `path` itself, or for a folder its files joined into out/data.bin, by the one process told to
+    write; keep: a resumed run goes on with the data.bin it has, whatever became of the folder."""
     path = Path(path or sysconfig.get_path("stdlib"))
     if not path.exists():
         raise ValueError(f"--data={path} does not exist; name a file or a folder of text")
     if path.is_file():
         return path
     joined = out / "data.bin"
-    if write and not joined.exists():
+    if write and not (keep and joined.exists()):
         files = text_files(path)
         if not files:
             raise ValueError(f"--data={path} holds no files; name a file or a folder of text")
@@ -199,17 +204,25 @@ def save_checkpoint(file, **state):
         raise ValueError(f"cannot write {file}: {error}") from error
 
 
-def load_checkpoint(file, config, run):
-    """The saved state; ValueError if it is no checkpoint, or of another model, text or batch sequence."""
+# a resumed run takes these from its checkpoint where they are not given; the first ones cannot be changed
+FIXED = ("batch_size", "seed", "seq_len", "n_layers", "dim", "dim_per_head", "n_kv_heads", "dropout")
+KEPT = (*FIXED, "data", "steps", "schedule", "lr", "warmup", "weight_decay", "clip", "dtype", "log_every", "eval_every", "eval_batches", "save_every", "sample_tokens")
+
+
+def load_checkpoint(file, args):
+    """The saved state, and its flags into args; ValueError if it is no checkpoint, or of another model or batch sequence."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        saved = {**state["config"], **state["run"]}
+        saved = {name: state["args"][name] for name in KEPT}
+        state["model"], state["optimizer"], state["text"], state["step"]
     except Exception as error:
-        raise ValueError(f"{file} is not a checkpoint of train.py ({type(error).__name__}: {str(error).splitlines()[0][:100]})") from error
-    wanted = {**asdict(config), **run}
-    differ = [f"{k} is {saved.get(k)} there and {wanted[k]} here" for k in wanted if saved.get(k) != wanted[k]]
+        raise ValueError(f"{file} is not a checkpoint of train.py: {type(error).__name__} {str(error)[:100]}") from error
+    differ = [f"{name} is {saved[name]} there and {getattr(args, name)} here" for name in FIXED if name in args.given and getattr(args, name) != saved[name]]
     if differ:
-        raise ValueError(f"{file} is of another run: {'; '.join(differ)}; give the same flags, or start anew with another --out")
+        raise ValueError(f"{file} is of another run: {'; '.join(differ)}; leave these flags out, or start anew with another --out")
+    for name in KEPT:
+        if name not in args.given:
+            setattr(args, name, saved[name])
     return state
 
 
@@ -255,8 +268,6 @@ def train(args, group=None):
     ring = ring_attn.resolve_ring(group)
     rank, n_ranks = ring.rank, ring.n_ranks
     device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0))) if args.device == "cuda" else torch.device("cpu")
-    config = Config(256, args.n_layers, args.dim, args.dim_per_head, args.n_kv_heads, args.seq_len, args.dropout)
-    attn_type = AttentionType(args.schedule)
 
     def together(f, **same):
         """Run f on this rank; ValueError on every rank if it failed on any, or if the values of `same` differ."""
@@ -265,40 +276,46 @@ def train(args, group=None):
             result = f()
         except (ValueError, OSError) as error:
             problem = str(error)
-        ring.agree(same, problem)
+        ring.agree({name: repr(value) for name, value in same.items()}, problem)
         return result
 
-    together(lambda: check_args(args, n_ranks), **vars(args))
-    torch.manual_seed(args.seed)
-    model = together(lambda: Transformer(config, rank, n_ranks, attn_type, group)).to(device)
+    together(lambda: None, **vars(args))
     out = [together(lambda: choose_out(args) if rank == 0 else None)]
     if n_ranks > 1:
         dist.broadcast_object_list(out, src=dist.get_global_rank(ring.group, 0), group=ring.group)
-    out = out[0]
-    writer = int(os.environ.get("LOCAL_RANK", 0)) == 0 or rank == 0  # one per host
+    out, start = out[0], 0
+    if args.resume:
+        state = together(lambda: load_checkpoint(out / "ckpt.pt", args))
+        start = state["step"]
+    together(lambda: check_args(args, n_ranks, start), start=start)
+    attn_type = AttentionType(args.schedule)
+    config = Config(256, args.n_layers, args.dim, args.dim_per_head, args.n_kv_heads, args.seq_len, args.dropout)
+    torch.manual_seed(args.seed)
+    model = together(lambda: Transformer(config, rank, n_ranks, attn_type, group)).to(device)
 
     def prepare():
         out.mkdir(parents=True, exist_ok=True)
-        return prepare_data(args.data, out, writer)
+        one_per_host = rank == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0
+        return prepare_data(args.data, out, one_per_host, args.resume)
 
     file = together(prepare)
     train_data, val_data = together(lambda: open_data(file, args.seq_len))
     text = fingerprint(train_data)
-    run = dict(batch_size=args.batch_size, steps=args.steps, seed=args.seed, lr=args.lr, text=text)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-    start = 0
-    if args.resume:
-        state = together(lambda: load_checkpoint(out / "ckpt.pt", config, run))
+
+    def restore():
+        if state["text"] != text:
+            raise ValueError(f"{file} is not the text that {out / 'ckpt.pt'} was trained on; give that one as --data, or start anew with another --out")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-        del state
-    together(lambda: None, text=text, start=start)
+        for group_, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
+            group_["weight_decay"] = decay  # the flag's, should it have changed
 
-    log = Log(out, rank, args, n_ranks)
+    together(restore if args.resume else lambda: None, text=text)
+    log = together(lambda: Log(out, rank, args, n_ranks))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads per process"
     n_params = sum(p.numel() for p in model.parameters())
     log(f"{n_ranks} x {name} | torch {torch.__version__} | {args.schedule}, {args.seq_len} tokens x {args.batch_size}, {args.dtype}")
@@ -364,7 +381,7 @@ def train(args, group=None):
             val_loss = evaluate()
             log(f"step {done:05d}/{args.steps:05d} | validation loss {val_loss:.4f} nats per byte")
         if done % args.save_every == 0 or done == stop:
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, config=asdict(config), run=run, args=vars(args))
+            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, text=text, args=vars(args))
             together(lambda: save_checkpoint(out / "ckpt.pt", **state) if rank == 0 else None)
         clock += time.perf_counter() - pause  # evaluation and saving stay out of tok/s
 
