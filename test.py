@@ -522,6 +522,7 @@ def check_train_errors():
         raises(lambda: run_("a", data, "--steps=0"), "--steps=0")
         raises(lambda: run_("a", data, "--seed=-1"), "--seed=-1")
         raises(lambda: run_("a", data, "--lr=nan"), "--lr=nan")
+        require(not (folder / "a").exists(), "a refused run left a folder behind")
         if WORLD > 1:
             raises(lambda: run_("a", data, "--schedule=sdpa"), "--schedule=sdpa", f"has {WORLD}")
             raises(lambda: run_("a", data, f"--seq_len={128 + WORLD // 2}"), f"--seq_len={128 + WORLD // 2}", "multiple")

@@ -78,8 +78,10 @@ def parse(argv=None):
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"], help="where to run")
     g.add_argument("--dtype", choices=["float32", "bfloat16"], help=f"of products; weights stay float32 ({sized('dtype')})")
     args = p.parse_args(argv)
-    marked = p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), parse)))  # argparse leaves values that are there
-    args.given = sorted(name for name, value in vars(marked).items() if value is not parse)
+    unset = object()  # argparse fills in defaults only where the namespace has no value yet
+    marked = p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    args.given = sorted(name for name, value in vars(marked).items() if value is not unset)
+    args.data = args.data and os.path.abspath(args.data)  # a resumed run may start elsewhere
     for name, value in SIZES[args.device].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -135,6 +137,7 @@ def prepare_data(path, out, write, keep):
         files = text_files(path)
         if not files:
             raise ValueError(f"--data={path} holds no files; name a file or a folder of text")
+        out.mkdir(parents=True, exist_ok=True)
         with open(out / "data.bin.tmp", "wb") as f:
             for file in files:
                 f.write(file.read_bytes())
@@ -177,7 +180,7 @@ def get_batch(data, batch_size, seq_len, pos, key, device):
 
 
 def choose_out(args):
-    """The run folder, made; ValueError where this would overwrite a run, or there is nothing to resume."""
+    """The run folder; ValueError where this would overwrite a run, or there is nothing to resume."""
     if args.out is None and args.resume:
         found = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda f: f.stat().st_mtime)
         if not found:
@@ -190,7 +193,6 @@ def choose_out(args):
         raise ValueError(f"--out={out} already holds a checkpoint; add --resume to go on with it, or name another folder")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out={out} is a file; name a folder")
-    out.mkdir(parents=True, exist_ok=True)
     return out
 
 
@@ -230,8 +232,10 @@ class Log:
     """Prints on rank 0 and keeps a copy in the run folder, which opens with all that is needed to repeat the run."""
 
     def __init__(self, out, rank, args, n_ranks):
-        self.file = open(out / "log.txt", "a") if rank == 0 else None
-        if self.file:
+        self.file = None
+        if rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            self.file = open(out / "log.txt", "a")
             for name in ("train.py", "model.py", "ring_attn.py"):
                 self.file.write(f"==== {name}\n{Path(__file__).with_name(name).read_text()}\n")
             self.file.write(f"==== {sys.argv}\n{json.dumps(vars(args))}\nn_ranks {n_ranks}, python {sys.version.split()[0]}, torch {torch.__version__}\n")
@@ -293,12 +297,8 @@ def train(args, group=None):
     torch.manual_seed(args.seed)
     model = together(lambda: Transformer(config, rank, n_ranks, attn_type, group)).to(device)
 
-    def prepare():
-        out.mkdir(parents=True, exist_ok=True)
-        one_per_host = rank == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0
-        return prepare_data(args.data, out, one_per_host, args.resume)
-
-    file = together(prepare)
+    one_per_host = rank == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0
+    file = together(lambda: prepare_data(args.data, out, one_per_host, args.resume))
     train_data, val_data = together(lambda: open_data(file, args.seq_len))
     text = fingerprint(train_data)
     matrices = [p for p in model.parameters() if p.ndim == 2]
