@@ -126,7 +126,7 @@ class Attention(nn.Module):
 
 @dataclass
 class Config:
-    """What a checkpoint needs to rebuild the model."""
+    """The shape of a Transformer."""
 
     vocab_size: int = 256  # bytes
     n_layers: int = 4

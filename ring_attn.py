@@ -50,7 +50,7 @@ def reference_fwd(q, k, v, o, lse, q_pos, k_pos, sm_scale):
     """Fold keys and values into the softmax state (o, lse) of the queries and return the new state.
 
     q, o (B, M, H, D), lse (B, H, M), k, v (B, N, HKV, D). q_pos (M,), k_pos (N,): query i sees key j where
-    k_pos[j] <= q_pos[i]; both None: every key. Computes in the dtype of o (float32; float64 in tests).
+    k_pos[j] <= q_pos[i]; both None: every key. Computes in the dtype of o: float32, or float64 for float64 inputs.
     """
     G = q.shape[2] // k.shape[2]
     q, o = (rearrange(x.to(o.dtype), "b m (h g) d -> b h g m d", g=G) for x in (q, o))
@@ -130,10 +130,14 @@ def check_schedule(schedule, n_ranks, T, B=None):
         raise ValueError(f"seq_len={n_ranks * T} must stay below 2**31; positions are 32 bit in the kernels")
 
 
-def batch_slices(schedule, B, n_ranks):
-    """The batch rows that share a layout, as slices of the batch dimension."""
-    n = SCHEDULES[schedule].batch_groups if n_ranks > 1 else 1
-    return [slice(g * B // n, (g + 1) * B // n) for g in range(n)]
+def batch_slices(B, n_groups):
+    """The batch rows of each group, which share a layout, as slices of the batch dimension."""
+    return [slice(g * B // n_groups, (g + 1) * B // n_groups) for g in range(n_groups)]
+
+
+def rank_layouts(schedule, rank, n_ranks, T):
+    """One Layout per batch group; a ring of one has a single group under every schedule."""
+    return SCHEDULES[schedule].layouts(rank, n_ranks, T)[: 1 if n_ranks == 1 else None]
 
 
 def layout_positions(layout, T, device=None):  # (T,) int64
@@ -150,11 +154,10 @@ def positions(schedule, rank, n_ranks, T, B=1, device=None):
     check_schedule(schedule, n_ranks, T, B)
     if not 0 <= rank < n_ranks:
         raise ValueError(f"{rank=} must be in 0..{n_ranks - 1}")
-    layouts = SCHEDULES[schedule].layouts(rank, n_ranks, T)
-    slices = batch_slices(schedule, B, n_ranks)
-    if len(slices) == 1:
+    layouts = rank_layouts(schedule, rank, n_ranks, T)
+    if len(layouts) == 1:
         return layout_positions(layouts[0], T, device)[None]
-    return torch.cat([layout_positions(at, T, device).expand(s.stop - s.start, T) for at, s in zip(layouts, slices)])
+    return torch.cat([layout_positions(at, T, device).expand(s.stop - s.start, T) for at, s in zip(layouts, batch_slices(B, len(layouts)))])
 
 
 def shard(x, schedule, rank, n_ranks):
@@ -213,7 +216,7 @@ def plan(schedule, rank, n_ranks, T, causal, direction):
     keys come home after hop n_ranks - 1 and are finished last.
     """
     R = n_ranks
-    layouts = [SCHEDULES[schedule].layouts(r, R, T)[: 1 if R == 1 else None] for r in range(R)]
+    layouts = [rank_layouts(schedule, r, R, T) for r in range(R)]
     groups = range(len(layouts[0]))
     last = lambda at: at.start + at.stride * (T - 1) + at.jump * (T - 1 >= T // 2)
     first = lambda at: at.start + at.jump * (T // 2 == 0)
@@ -518,8 +521,8 @@ def dkv_kernel(Q, K, V, DO, LSE2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_scale, 
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # the kernels then run on CPU tensors, in numpy
 
-# BLOCK_M (queries), BLOCK_N (keys), num_warps, num_stages by padded head dim; measured on one H100 for 16-bit inputs,
-# chosen to fit the registers for float32, whose products run in full precision and not on the tensor cores
+# BLOCK_M (queries), BLOCK_N (keys), num_warps, num_stages by padded head dim. 64 and 128 were measured on one H100 for 16-bit
+# inputs; 256 and float32, whose products run in full precision and not on the tensor cores, were chosen to spill little
 TILES = {
     "fwd": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (128, 64, 8, 2)},
     "dq": {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
@@ -622,8 +625,7 @@ def triton_dkv(q, k, v, do, rows, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale)
 
 def torch_blocks(hop, B, T, causal, device, rows=512):
     """Blocks of queries and the prefix of keys that they see: (batch slice, query slice, key slice, q_pos, k_pos)."""
-    for g, row in enumerate(hop.table):
-        b = slice(g * B // len(hop.table), (g + 1) * B // len(hop.table))
+    for row, b in zip(hop.table, batch_slices(B, len(hop.table))):
         q_pos, k_pos = layout_positions(Layout(*row[:3]), T, device), layout_positions(Layout(*row[3:6]), T, device)
         for m in (slice(i, min(i + rows, T)) for i in range(0, T, rows)):
             n_end = int((k_pos <= q_pos[m][-1]).sum()) if causal else T
@@ -654,10 +656,9 @@ def torch_dq(q, k, v, do, rows, dq, acc, hop, causal, sm_scale):
 
 
 def torch_dkv(q, k, v, do, rows, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
-    B, (lse, delta) = q.shape[0], rows
-    for g, row in enumerate(hop.table):
+    lse, delta = rows
+    for row, b in zip(hop.table, batch_slices(len(q), len(hop.table))):
         if not row.carry_grad:
-            b = slice(g * B // len(hop.table), (g + 1) * B // len(hop.table))
             dk_acc[b].zero_(), dv_acc[b].zero_()
     for b, m, n, q_pos, k_pos in torch_blocks(hop, *q.shape[:2], causal, q.device):
         _, dk_hop, dv_hop = reference_bwd(q[b, m], k[b, n], v[b, n], do[b, m], lse[b, :, m], delta[b, :, m], q_pos, k_pos, sm_scale)
@@ -803,7 +804,7 @@ def forward_hops(ring, q, k, v, schedule, causal, sm_scale, backend):
     B, T, H, D = q.shape
     forward, *_ = BACKENDS[backend]
     hops = plan(schedule, ring.rank, ring.n_ranks, T, causal, 1)
-    slices = batch_slices(schedule, B, ring.n_ranks)
+    slices = batch_slices(B, len(hops[0].table))
     wide = torch.promote_types(q.dtype, torch.float32)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=wide, device=q.device)
@@ -828,7 +829,7 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, b
     B, T = q.shape[:2]
     _, make_rows, backward_dq, backward_dkv = BACKENDS[backend]
     hops = plan(schedule, ring.rank, ring.n_ranks, T, causal, -1)
-    slices = batch_slices(schedule, B, ring.n_ranks)
+    slices = batch_slices(B, len(hops[0].table))
     wide = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     dq_acc = state_of(dq, wide, len(hops), backend)
@@ -1024,6 +1025,8 @@ def flash_attn_func(q, k, v, bias=None, causal=True, sm_scale=None):
 
 
 def named_schedule(name, schedule):
+    """The function `name`, which is ring_attn under one schedule with the ring spelled out."""
+
     def func(q, k, v, n_ranks, rank, prev_rank, next_rank, bias=None, causal=True, sm_scale=None, *, group=None):
         ring = ring_of(None) if n_ranks == 1 and group is None else resolve_ring(group)
         given = (n_ranks, rank, prev_rank, next_rank)
@@ -1036,8 +1039,9 @@ def named_schedule(name, schedule):
     func.__name__ = func.__qualname__ = name
     func.__doc__ = f"""ring_attn(q, k, v, schedule="{schedule}") with the ring spelled out: ranks within `group` (default: all processes).
 
-    q: (B, T, H, D), k, v: (B, T, HKV, D), this rank's tokens, see `shard`. n_ranks = 1 is a local call that needs no process
-    group and takes no notice of one. bias must be None. Returns o (B, T, H, D). Raises ValueError as ring_attn does, and where the ranks are not the group's.
+    q: (B, T, H, D), k, v: (B, T, HKV, D), this rank's tokens, see `shard`. n_ranks = 1 is a local call: it needs no process
+    group and, unless one is given, takes no notice of any. bias must be None. Returns o (B, T, H, D).
+    Raises ValueError as ring_attn does, and where the ranks are not the group's.
     """
     return func
 

@@ -7,7 +7,7 @@
     python train.py --out=runs/mine --resume                # goes on where runs/mine stopped, with its flags, batch for batch
 
 Every rank holds all weights and 1/n of every sequence, laid out by --schedule. The only text a rank reads is the bytes
-at its own positions; the label of a token is the byte after it in the text, wherever the layout puts that one.
+at its own positions and the ones after them, the labels, wherever the layout puts those tokens.
 """
 
 import argparse
@@ -315,6 +315,7 @@ def train(args, group=None):
             group_["weight_decay"] = decay  # the flag's, should it have changed
 
     together(restore if args.resume else lambda: None, text=text)
+    state = None  # a whole checkpoint: free its memory
     log = together(lambda: Log(out, rank, args, n_ranks))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads per process"
     n_params = sum(p.numel() for p in model.parameters())
@@ -376,11 +377,14 @@ def train(args, group=None):
             log(f"step {done:05d}/{args.steps:05d} | loss {value:.4f} | lr {lr:.1e} | dt {1000 * dt:.1f}ms | tok/s {tokens:,.0f} | mfu {mfu} | "
                 f"mem {memory(device):.1f}GiB | eta {eta}")  # fmt: skip
             clock, clock_step = time.perf_counter(), done
+        evaluating, saving = done % args.eval_every == 0 or done == args.steps, done % args.save_every == 0 or done == stop
+        if device.type == "cuda" and (evaluating or saving):
+            torch.cuda.synchronize()  # what still runs belongs to the steps, not to the pause
         pause = time.perf_counter()
-        if done % args.eval_every == 0 or done == args.steps:
+        if evaluating:
             val_loss = evaluate()
             log(f"step {done:05d}/{args.steps:05d} | validation loss {val_loss:.4f} nats per byte")
-        if done % args.save_every == 0 or done == stop:
+        if saving:
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, text=text, args=vars(args))
             together(lambda: save_checkpoint(out / "ckpt.pt", **state) if rank == 0 else None)
         clock += time.perf_counter() - pause  # evaluation and saving stay out of tok/s
