@@ -15,18 +15,19 @@ q, o, do (B, T, H, D); k, v (B, T, HKV, D); lse, delta (B, H, T) float32, natura
 
 A schedule is data: which global positions a rank holds. Kernels see positions and never a schedule's name: the keys
 at or before a query are a prefix of the local keys, so skipped, unmasked and masked tiles are loop bounds.
-Parallelism: forward and dq one program per (query tile, head, batch); dk, dv one per (key tile, kv head, batch),
-looping over the G query heads of the group: no atomics, the same bits every time.
+Parallelism: forward and dq by (query tile, head, batch); dk, dv by (key tile, kv head, batch), looping over the G query
+heads of the group: no atomics, the same bits every time. Each is there twice: in portable Triton, and for Hopper in Gluon.
 
 Not here: attention bias, windows, dropout on the probabilities, queries and keys of different lengths.
 
-Sources: Ring Attention (arXiv 2310.01889), Striped Attention (2311.09431), FlashAttention-2 (2307.08691), step
+Sources: Ring Attention (arXiv 2310.01889), Striped Attention (2311.09431), FlashAttention-2 (2307.08691), FlashAttention-3 (2407.08608), step
 attention and the argument names (github mgmalek/ring-attention), zigzag (zhuzilin/ring-flash-attention issue 2).
 
     python test.py                              # tests: kernels, schedules, virtual rings of 1 to 8
     torchrun --nproc_per_node=4 test.py         # the same, and real processes
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -37,6 +38,10 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 from einops import einsum, rearrange
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # -----------------------------------------------------------------------------
@@ -322,6 +327,27 @@ def fwd_tiles(acc, l_i, m_i, q, K, V, b, h, lo, hi, row_end, qk_scale, T, stride
     return acc, l_i, m_i
 
 
+@triton.jit
+def query_tile(HOP, H, T, GROUP_B, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's tile of queries and the keys it sees: all rows those before n_full, row i those before row_end[i], none from n_end on."""
+    n_tiles = tl.cdiv(T, BLOCK_M)
+    start_m = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BLOCK_M  # under a causal mask the longest tiles go first
+    bh = tl.program_id(0) // n_tiles
+    b, h = bh // H, bh % H
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    hop = HOP + (b // GROUP_B) * HOP_COLUMNS
+    if CAUSAL:
+        n_full = n_le(hop + 3, position(hop, start_m, T), T)
+        n_end = n_le(hop + 3, position(hop, tl.minimum(start_m + BLOCK_M, T) - 1, T), T)
+        row_end = n_le(hop + 3, position(hop, offs_m, T), T)
+    else:
+        n_full, n_end = T, T
+        row_end = tl.zeros([BLOCK_M], tl.int32) + T
+    final = position(hop, tl.minimum(start_m + BLOCK_M, T) - 1, T) < tl.load(hop + 6)  # no later hop has keys for these queries
+    carried = tl.load(hop + 7) * T  # rows of the state that earlier hops have filled: none, or all
+    return b, h, start_m, offs_m, n_full // BLOCK_N * BLOCK_N, n_end, row_end, carried, final
+
+
 @triton.jit(do_not_specialize=["H", "G", "T", "GROUP_B"])
 def fwd_kernel(Q, K, V, O, ACC, LSE, HOP, sm_scale, H, G, T, GROUP_B,
                stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -329,28 +355,13 @@ def fwd_kernel(Q, K, V, O, ACC, LSE, HOP, sm_scale, H, G, T, GROUP_B,
                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """One hop of the forward for one tile of queries. State in ACC (B, T, H, D) and LSE (B, H, T), float32; the last
     hop that a tile takes part in writes O in its own dtype instead of ACC."""
-    n_tiles = tl.cdiv(T, BLOCK_M)
-    start_m = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BLOCK_M  # under a causal mask the longest tiles go first
-    bh = tl.program_id(0) // n_tiles
-    b, h = bh // H, bh % H
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    hop = HOP + (b // GROUP_B) * HOP_COLUMNS
-    carried = tl.load(hop + 7) * T  # rows of the state that earlier hops have filled: none, or all
-    q_max = position(hop, tl.minimum(start_m + BLOCK_M, T) - 1, T)
-    if CAUSAL:
-        n_full = n_le(hop + 3, position(hop, start_m, T), T)
-        n_end = n_le(hop + 3, q_max, T)
-        row_end = n_le(hop + 3, position(hop, offs_m, T), T)  # each row sees the keys [0, row_end)
-    else:
-        n_full, n_end = T, T
-        row_end = tl.zeros([BLOCK_M], tl.int32) + T
-    n_full = n_full // BLOCK_N * BLOCK_N
+    b, h, start_m, offs_m, n_full, n_end, row_end, carried, final = query_tile(HOP, H, T, GROUP_B, CAUSAL, BLOCK_M, BLOCK_N)
     if (n_end == 0) & (carried > 0):
         return  # nothing to add: the state stays, or O is complete already
 
     q = load_tile(Q, b, h, start_m, T, stride_qb, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
     offs, mask = state_tile(b, h, start_m, T, H, BLOCK_M, BLOCK_D, HEAD_DIM)
-    lse = LSE + bh.to(tl.int64) * T + offs_m
+    lse = LSE + (b * H + h).to(tl.int64) * T + offs_m
     acc = tl.load(ACC + offs, mask=mask & (offs_m < carried)[:, None], other=0.0)
     m_i = tl.load(lse, mask=offs_m < carried, other=-float("inf")) * LOG2E
     l_i = tl.full([BLOCK_M], 1.0, tl.float32)  # without a carry m_i is -inf and the first key rescales this 1 to 0
@@ -358,12 +369,13 @@ def fwd_kernel(Q, K, V, O, ACC, LSE, HOP, sm_scale, H, G, T, GROUP_B,
     qk_scale = sm_scale * LOG2E
     acc, l_i, m_i = fwd_tiles(acc, l_i, m_i, q, K, V, b, hk, 0, n_full, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh,
                               stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA, MASK=False)  # fmt: skip
-    acc, l_i, m_i = fwd_tiles(acc, l_i, m_i, q, K, V, b, hk, n_full, n_end, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh,
-                              stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA, MASK=True)  # fmt: skip
+    if CAUSAL or not TMA:  # with TMA no tile overhangs
+        acc, l_i, m_i = fwd_tiles(acc, l_i, m_i, q, K, V, b, hk, n_full, n_end, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh,
+                                  stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA, MASK=True)  # fmt: skip
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # a row that never saw a key: o = 0, lse = -inf
     acc = acc / l_i[:, None]
     tl.store(lse, (m_i + tl.math.log2(l_i)) / LOG2E, mask=offs_m < T)
-    if q_max < tl.load(hop + 6):
+    if final:
         tl.store(O + offs, acc.to(O.dtype.element_ty), mask=mask)
     else:
         tl.store(ACC + offs, acc, mask=mask)
@@ -415,46 +427,32 @@ def dq_kernel(Q, K, V, DO, LSE2, DELTA, DQ, ACC, HOP, sm_scale, H, G, T, GROUP_B
               CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """One hop of dq for one tile of queries; bounds, state (ACC, float32) and the last write (DQ) as in fwd_kernel."""
-    n_tiles = tl.cdiv(T, BLOCK_M)
-    start_m = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BLOCK_M
-    bh = tl.program_id(0) // n_tiles
-    b, h = bh // H, bh % H
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    hop = HOP + (b // GROUP_B) * HOP_COLUMNS
-    carried = tl.load(hop + 7) * T  # rows of the state that earlier hops have filled: none, or all
-    q_max = position(hop, tl.minimum(start_m + BLOCK_M, T) - 1, T)
-    if CAUSAL:
-        n_full = n_le(hop + 3, position(hop, start_m, T), T)
-        n_end = n_le(hop + 3, q_max, T)
-        row_end = n_le(hop + 3, position(hop, offs_m, T), T)
-    else:
-        n_full, n_end = T, T
-        row_end = tl.zeros([BLOCK_M], tl.int32) + T
-    n_full = n_full // BLOCK_N * BLOCK_N
+    b, h, start_m, offs_m, n_full, n_end, row_end, carried, final = query_tile(HOP, H, T, GROUP_B, CAUSAL, BLOCK_M, BLOCK_N)
     if (n_end == 0) & (carried > 0):
         return
 
     q = load_tile(Q, b, h, start_m, T, stride_qb, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
     do = load_tile(DO, b, h, start_m, T, stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
-    row = bh.to(tl.int64) * (tl.cdiv(T, ROW_PAD) * ROW_PAD) + offs_m
+    row = (b * H + h).to(tl.int64) * (tl.cdiv(T, ROW_PAD) * ROW_PAD) + offs_m
     lse, delta = tl.load(LSE2 + row), tl.load(DELTA + row)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     hk = h // G
     qk_scale = sm_scale * LOG2E
     dq = dq_tiles(dq, q, do, lse, delta, K, V, b, hk, 0, n_full, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh,
                   stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA, MASK=False)  # fmt: skip
-    dq = dq_tiles(dq, q, do, lse, delta, K, V, b, hk, n_full, n_end, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh,
-                  stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA, MASK=True)  # fmt: skip
+    if CAUSAL or not TMA:
+        dq = dq_tiles(dq, q, do, lse, delta, K, V, b, hk, n_full, n_end, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh,
+                      stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA, MASK=True)  # fmt: skip
     offs, mask = state_tile(b, h, start_m, T, H, BLOCK_M, BLOCK_D, HEAD_DIM)
     dq = dq * sm_scale + tl.load(ACC + offs, mask=mask & (offs_m < carried)[:, None], other=0.0)
-    if q_max < tl.load(hop + 6):
+    if final:
         tl.store(DQ + offs, dq.to(DQ.dtype.element_ty), mask=mask)
     else:
         tl.store(ACC + offs, dq, mask=mask)
 
 
 @triton.jit
-def dkv_tiles(dk, dv, k, v, Q, DO, LSE2, DELTA, hop, b, h, row, lo, hi, offs_n, qk_scale, T, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh,
+def dkv_tiles(dk, dv, k, v, Q, DO, LSE2, DELTA, b, h, row, lo, hi, row_first, qk_scale, T, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh,
               BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
     for start_m in tl.range(lo, hi, BLOCK_M):
         q = load_tile(Q, b, h, start_m, T, stride_qb, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
@@ -464,8 +462,7 @@ def dkv_tiles(dk, dv, k, v, Q, DO, LSE2, DELTA, hop, b, h, row, lo, hi, offs_n, 
         # scores come out transposed, so that both products below take them as they are
         p = tl.math.exp2(tl.dot(k, q.T, input_precision="ieee") * qk_scale - lse[None, :])  # [BLOCK_N, BLOCK_M]
         if MASK:
-            row_end = n_le(hop + 3, position(hop, offs_m, T), T)
-            p = tl.where(offs_n[:, None] < row_end[None, :], p, 0.0)
+            p = tl.where(offs_m[None, :] >= row_first[:, None], p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, D]
         ds = p * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, D]
@@ -490,8 +487,10 @@ def dkv_kernel(Q, K, V, DO, LSE2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_scale, 
     if CAUSAL:
         m_lo = n_le(hop, position(hop + 3, start_n, T) - 1, T)  # queries before this see nothing of the tile
         m_full = n_le(hop, position(hop + 3, tl.minimum(start_n + BLOCK_N, T) - 1, T) - 1, T)  # from here on, all of it
+        row_first = n_le(hop, position(hop + 3, offs_n, T) - 1, T)  # each key is seen by the queries from row_first on
     else:
         m_lo, m_full = 0, 0
+        row_first = tl.zeros([BLOCK_N], tl.int32)
     if (m_lo >= T) & (carried > 0):
         return
     m_full = tl.cdiv(m_full, BLOCK_M) * BLOCK_M
@@ -505,9 +504,10 @@ def dkv_kernel(Q, K, V, DO, LSE2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_scale, 
     for g in tl.range(0, G):  # the query heads that share this key head
         hq = h * G + g
         row = (b * H + hq).to(tl.int64) * (tl.cdiv(T, ROW_PAD) * ROW_PAD)
-        dk, dv = dkv_tiles(dk, dv, k, v, Q, DO, LSE2, DELTA, hop, b, hq, row, m_lo, tl.minimum(m_full, T), offs_n, qk_scale, T, stride_qb, stride_qt, stride_qh,
-                           stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA, MASK=True)  # fmt: skip
-        dk, dv = dkv_tiles(dk, dv, k, v, Q, DO, LSE2, DELTA, hop, b, hq, row, m_full, T, offs_n, qk_scale, T, stride_qb, stride_qt, stride_qh,
+        if CAUSAL:
+            dk, dv = dkv_tiles(dk, dv, k, v, Q, DO, LSE2, DELTA, b, hq, row, m_lo, tl.minimum(m_full, T), row_first, qk_scale, T, stride_qb, stride_qt, stride_qh,
+                               stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA, MASK=True)  # fmt: skip
+        dk, dv = dkv_tiles(dk, dv, k, v, Q, DO, LSE2, DELTA, b, hq, row, m_full, T, row_first, qk_scale, T, stride_qb, stride_qt, stride_qh,
                            stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA, MASK=False)  # fmt: skip
     offs, mask = state_tile(b, h, start_n, T, HKV, BLOCK_N, BLOCK_D, HEAD_DIM)
     dk = dk * sm_scale + tl.load(DK_ACC + offs, mask=mask & (offs_n < carried)[:, None], other=0.0)
@@ -517,9 +517,452 @@ def dkv_kernel(Q, K, V, DO, LSE2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_scale, 
 
 
 # -----------------------------------------------------------------------------
+# Hopper kernels, in Gluon: arguments, state and results as in fwd_kernel, dq_kernel and dkv_kernel. One warp feeds tiles by TMA into
+# a circle of buffers; two or three warpgroups with 64 rows each use them, one's softmax under another's products (FlashAttention-3,
+# arXiv 2407.08608). There is a program per SM, which works through items, tiles of rows that stay; the next one's tiles arrive while the
+# last one is stored. Barriers: x_full says that buffer x holds data, x_empty that its readers are done with it
+
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed in triton 3.9
+
+
+@gluon.jit
+def barriers(N: gl.constexpr, COUNT: gl.constexpr):
+    bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(bars.index(i), count=COUNT)
+    return bars
+
+
+@gluon.jit
+def nth_item(n, n_items):
+    """This program's n-th item, and whether there is one. Longer items come first; every second round deals them out backwards, so
+    that the programs' sums come out even."""
+    P = gl.num_programs(0)
+    i = n * P + gl.where(n % 2 == 0, gl.program_id(0), P - 1 - gl.program_id(0))
+    return gl.minimum(i, n_items - 1), i < n_items
+
+
+@gluon.jit
+def place(i, n_tiles, n_heads, SECTION):
+    """(tile, head) of item i, tile 0 being the longest. So many heads at a time that a few programs always share each head's keys in L2."""
+    section = i // (n_tiles * SECTION)
+    width = gl.minimum(SECTION, n_heads - section * SECTION)
+    j = i - section * n_tiles * SECTION
+    return j // width, section * SECTION + j % width
+
+
+@gluon.jit
+def state_offsets(b, h, row, T, H, ROWS: gl.constexpr, BLOCK_D: gl.constexpr, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
+    """A tile of a contiguous (B, T, H, D) tensor: its first element, and offsets from there, and mask, [ROWS, BLOCK_D]."""
+    rows, cols = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, LAYOUT))
+    first = ((b.to(gl.int64) * T + row) * H + h) * HEAD_DIM
+    return first, (rows * (H * HEAD_DIM))[:, None] + cols[None, :], (row + rows < T)[:, None] & (cols < HEAD_DIM)[None, :]
+
+
+@gluon.jit
+def fwd_item(i, problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
+    """Batch, head, first query and HopRow of item i; how many of its tiles of keys no row masks; how many there are."""
+    HOP, B, H, G, T, GROUP_B, SECTION = problem
+    n_m = gl.cdiv(T, BLOCK_M)
+    tile, bh = place(i, n_m, B * H, SECTION)
+    start_m = (n_m - 1 - tile) * BLOCK_M  # under a causal mask the last queries see the most keys
+    b, h = bh // H, bh % H
+    hop = HOP + (b // GROUP_B) * HOP_COLUMNS
+    n_full, n_end = T, T
+    if CAUSAL:
+        n_full = n_le(hop + 3, position(hop, start_m, T), T)
+        n_end = n_le(hop + 3, position(hop, gl.minimum(start_m + BLOCK_M, T) - 1, T), T)
+    n_tiles = gl.maximum(gl.cdiv(n_end, BLOCK_N), 1 - gl.load(hop + 7))  # without a carry there is something to write
+    return b, h, start_m, hop, n_full // BLOCK_N, n_tiles
+
+
+@gluon.jit
+def fwd_producer(descs, buffers, problem, CAUSAL: gl.constexpr):
+    q_desc, k_desc, v_desc = descs
+    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = buffers
+    HOP, B, H, G, T, GROUP_B, SECTION = problem
+    CONSUMERS: gl.constexpr = q_smem.shape[0]
+    STAGES: gl.constexpr = k_smem.shape[0]
+    ROWS: gl.constexpr = q_smem.shape[2]
+    BLOCK_N: gl.constexpr = k_smem.shape[2]
+    n_items = gl.cdiv(T, CONSUMERS * ROWS) * B * H
+    item, tile = 0, 0  # used so far: they say which buffer is next, and the phase of its barriers
+    for n in range(gl.cdiv(n_items, gl.num_programs(0))):
+        i, exists = nth_item(n, n_items)
+        b, h, start_m, hop, n_full, n_tiles = fwd_item(i, problem, CONSUMERS * ROWS, BLOCK_N, CAUSAL)
+        if exists & (n_tiles > 0):
+            for j in range(n_tiles):
+                s, phase = tile % STAGES, tile // STAGES & 1
+                start_n = (n_tiles - 1 - j) * BLOCK_N  # from the diagonal down: the masked tiles come first
+                mbarrier.wait(k_empty.index(s), phase ^ 1)
+                mbarrier.expect(k_full.index(s), k_desc.block_type.nbytes)
+                tma_load(k_desc, [b, start_n, h // G, 0], k_full.index(s), k_smem.index(s))
+                if j == 0:
+                    for c in gl.static_range(CONSUMERS):
+                        mbarrier.wait(q_empty.index(c), item & 1 ^ 1)
+                        mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
+                        tma_load(q_desc, [b, start_m + c * ROWS, h, 0], q_full.index(c), q_smem.index(c))
+                mbarrier.wait(v_empty.index(s), phase ^ 1)
+                mbarrier.expect(v_full.index(s), v_desc.block_type.nbytes)
+                tma_load(v_desc, [b, start_n, h // G, 0], v_full.index(s), v_smem.index(s))
+                tile += 1
+            item += 1
+
+
+@gluon.jit
+def softmax_tile(s, m_i, l_i, qk_scale, offs_n, row_end, masked):
+    """p of a tile of scores, and what the rows' new maximum m_i does to their sum l_i and (alpha) to the output so far."""
+    if masked:
+        s = gl.where(offs_n[None, :] < row_end[:, None], s, -float("inf"))
+    m_new = gl.maximum(m_i, gl.max(s, 1) * qk_scale)
+    shift = gl.where(m_new == -float("inf"), 0.0, m_new)  # a row that has seen no key yet: p = exp2(-inf - 0) = 0, not nan
+    p = gl.exp2(s * qk_scale - shift[:, None])
+    alpha = gl.exp2(m_i - shift)
+    return p, m_new, l_i * alpha + gl.sum(p, 1), alpha
+
+
+@gluon.jit
+def fwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr):
+    O, ACC, LSE, sm_scale = state
+    q_smem, k_smem, v_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, turn = buffers
+    HOP, B, H, G, T, GROUP_B, SECTION = problem
+    CONSUMERS: gl.constexpr = q_smem.shape[0]
+    STAGES: gl.constexpr = k_smem.shape[0]
+    ROWS: gl.constexpr = q_smem.shape[2]
+    BLOCK_N: gl.constexpr = k_smem.shape[2]
+    BLOCK_D: gl.constexpr = k_smem.shape[4]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
+    row_s: gl.constexpr = gl.SliceLayout(1, s_layout)
+    row_o: gl.constexpr = gl.SliceLayout(1, o_layout)
+    q = q_smem.index(c).reshape([ROWS, BLOCK_D])
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
+    offs_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))
+    qk_scale = sm_scale * LOG2E
+    n_items = gl.cdiv(T, CONSUMERS * ROWS) * B * H
+    item, tile, turns = 0, 0, 0 if c > 0 else 1  # the first warpgroup's first turn waits for nobody
+    for n in range(gl.cdiv(n_items, gl.num_programs(0))):
+        i, exists = nth_item(n, n_items)
+        b, h, start_m, hop, n_full, n_tiles = fwd_item(i, problem, CONSUMERS * ROWS, BLOCK_N, CAUSAL)
+        if exists & (n_tiles > 0):
+            offs_m = start_m + c * ROWS + gl.arange(0, ROWS, layout=row_s)
+            m_i, l_i = gl.full([ROWS], -float("inf"), gl.float32, row_s), gl.zeros([ROWS], gl.float32, row_s)
+            acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
+            start_n = (n_tiles - 1) * BLOCK_N
+            mbarrier.wait(q_full.index(c), item & 1)
+            mbarrier.wait(k_full.index(tile % STAGES), tile // STAGES & 1)
+            s_async = warpgroup_mma(q, k_smem.index(tile % STAGES).reshape([BLOCK_N, BLOCK_D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+            if CAUSAL:
+                row_end = n_le(hop + 3, position(hop, offs_m, T), T)  # each row sees the keys [0, row_end)
+            else:
+                row_end = gl.full([ROWS], T, gl.int32, row_s)
+            scores = warpgroup_mma_wait(0, (s_async,))  # [BLOCK_M, BLOCK_N]
+            mbarrier.arrive(k_empty.index(tile % STAGES), count=1)
+            p, m_i, l_i, alpha = softmax_tile(scores, m_i, l_i, qk_scale, start_n + offs_n, row_end, True)
+            p = gl.convert_layout(p.to(k_smem.dtype), p_layout)
+            for j in range(1, n_tiles):
+                s, last = (tile + j) % STAGES, (tile + j - 1) % STAGES
+                mbarrier.wait(k_full.index(s), (tile + j) // STAGES & 1)
+                mbarrier.wait(turn.index(c), turns & 1)  # products of one warpgroup after another's, so that each runs under another's softmax
+                s_async = warpgroup_mma(q, k_smem.index(s).reshape([BLOCK_N, BLOCK_D]).permute((1, 0)), zero, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(last), (tile + j - 1) // STAGES & 1)
+                acc_async = warpgroup_mma(p, v_smem.index(last).reshape([BLOCK_N, BLOCK_D]), acc, is_async=True)
+                mbarrier.arrive(turn.index((c + 1) % CONSUMERS), count=1)
+                turns += 1
+                scores = warpgroup_mma_wait(1, (s_async,))
+                mbarrier.arrive(k_empty.index(s), count=1)
+                p_new, m_i, l_i, alpha = softmax_tile(scores, m_i, l_i, qk_scale, start_n - j * BLOCK_N + offs_n, row_end, j < n_tiles - n_full)
+                acc = warpgroup_mma_wait(0, (acc_async,))
+                mbarrier.arrive(v_empty.index(last), count=1)
+                p = gl.convert_layout(p_new.to(k_smem.dtype), p_layout)  # not before the wait: until then the product reads p from registers
+                acc = acc * gl.convert_layout(alpha, row_o)[:, None]
+            tile += n_tiles
+            item += 1
+            mbarrier.arrive(q_empty.index(c), count=1)
+            s = (tile - 1) % STAGES
+            mbarrier.wait(v_full.index(s), (tile - 1) // STAGES & 1)
+            acc = warpgroup_mma(p, v_smem.index(s).reshape([BLOCK_N, BLOCK_D]), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, (acc,))
+            mbarrier.arrive(v_empty.index(s), count=1)
+
+            first, offs, mask = state_offsets(b, h, start_m + c * ROWS, T, H, ROWS, BLOCK_D, HEAD_DIM, o_layout)
+            lse_rows = LSE + (b * H + h).to(gl.int64) * T + offs_m
+            l_i = gl.where(l_i == 0.0, 1.0, l_i)  # a row that saw no key: acc = 0, lse = -inf
+            lse = m_i + gl.log2(l_i)
+            weight = 1.0 / l_i
+            if gl.load(hop + 7) > 0:  # the state of earlier hops joins here and not at the start, where it would delay the first tile
+                old = gl.load(lse_rows, mask=offs_m < T, other=-float("inf")) * LOG2E
+                top = gl.maximum(old, lse)
+                shift = gl.where(top == -float("inf"), 0.0, top)
+                top = shift + gl.log2(gl.exp2(old - shift) + gl.exp2(lse - shift))
+                shift = gl.where(top == -float("inf"), 0.0, top)
+                acc = acc * gl.convert_layout(weight * gl.exp2(lse - shift), row_o)[:, None]
+                acc += gl.load(ACC + first + offs, mask=mask, other=0.0) * gl.convert_layout(gl.exp2(old - shift), row_o)[:, None]
+                lse = top
+            else:
+                acc = acc * gl.convert_layout(weight, row_o)[:, None]
+            gl.store(lse_rows, lse / LOG2E, mask=offs_m < T)
+            if position(hop, gl.minimum(start_m + CONSUMERS * ROWS, T) - 1, T) < gl.load(hop + 6):
+                gl.store(O + first + offs, acc.to(O.dtype.element_ty), mask=mask)
+            else:
+                gl.store(ACC + first + offs, acc, mask=mask)
+
+
+@gluon.jit(do_not_specialize=["B", "H", "G", "T", "GROUP_B", "SECTION"])
+def hopper_fwd_kernel(q_desc, k_desc, v_desc, O, ACC, LSE, HOP, sm_scale, B, H, G, T, GROUP_B, SECTION,
+                      HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
+    buffers = (q_smem, k_smem, v_smem, barriers(CONSUMERS, 1), barriers(CONSUMERS, 1), barriers(STAGES, 1), barriers(STAGES, CONSUMERS),
+               barriers(STAGES, 1), barriers(STAGES, CONSUMERS), barriers(CONSUMERS, 1))  # fmt: skip
+    problem = (HOP, B, H, G, T, GROUP_B, SECTION)
+    descs, state = (q_desc, k_desc, v_desc), (O, ACC, LSE, sm_scale)
+    if CONSUMERS == 2:  # registers: 240 for a consumer's thread, 24 for the producer's
+        gl.warp_specialize([
+            (fwd_consumer, (0, state, buffers, problem, HEAD_DIM, CAUSAL)),
+            (fwd_consumer, (1, state, buffers, problem, HEAD_DIM, CAUSAL)),
+            (fwd_producer, (descs, buffers, problem, CAUSAL)),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (fwd_consumer, (0, state, buffers, problem, HEAD_DIM, CAUSAL)),
+            (fwd_consumer, (1, state, buffers, problem, HEAD_DIM, CAUSAL)),
+            (fwd_consumer, (2, state, buffers, problem, HEAD_DIM, CAUSAL)),
+            (fwd_producer, (descs, buffers, problem, CAUSAL)),
+        ], [4, 4, 1], [160, 160, 24])  # fmt: skip
+
+
+# The backward is one kernel. dq: a tile of q and do stays (a, a2), tiles of k and v stream by (b, b2). dk, dv: the other way round.
+# s = a b^T, dp = a2 b2^T, ds = p * (dp - delta), acc += ds b; and for dv, acc2 += p b2
+
+
+@gluon.jit
+def bwd_item(i, problem, BLOCK_A: gl.constexpr, BLOCK_B: gl.constexpr, DKV: gl.constexpr, CAUSAL: gl.constexpr):
+    """Batch, head, first row and HopRow of item i; the first tile that streams by, the masked ones coming first; how
+    many are masked; how many there are; whether there is anything to do."""
+    HOP, B, H, G, T, GROUP_B, SECTION = problem
+    n_a = gl.cdiv(T, BLOCK_A)
+    heads = H // G if DKV else H
+    tile, bh = place(i, n_a, B * heads, SECTION)
+    start = (tile if DKV else n_a - 1 - tile) * BLOCK_A  # under a causal mask the first keys, and the last queries, have the most to do
+    b, h = bh // heads, bh % heads
+    hop = HOP + (b // GROUP_B) * HOP_COLUMNS
+    end = gl.minimum(start + BLOCK_A, T) - 1
+    if DKV:
+        lo, full = 0, 0
+        if CAUSAL:
+            lo = n_le(hop, position(hop + 3, start, T) - 1, T)  # queries before this see none of the keys
+            full = n_le(hop, position(hop + 3, end, T) - 1, T)  # from here on, all of them
+        first = lo // BLOCK_B
+        n_tiles = gl.where(lo < T, gl.cdiv(T, BLOCK_B) - first, 0)
+        n_masked = gl.minimum(gl.cdiv(full, BLOCK_B) - first, n_tiles)
+    else:
+        full, hi = T, T
+        if CAUSAL:
+            full = n_le(hop + 3, position(hop, start, T), T)
+            hi = n_le(hop + 3, position(hop, end, T), T)
+        n_tiles = gl.cdiv(hi, BLOCK_B)
+        first = n_tiles - 1
+        n_masked = n_tiles - full // BLOCK_B
+    active = (n_tiles > 0) | (gl.load(hop + 7 + DKV) == 0)  # without a carry there is something to write
+    return b, h, start, hop, first, n_masked, n_tiles, active
+
+
+@gluon.jit
+def bwd_producer(descs, buffers, problem, DKV: gl.constexpr, CAUSAL: gl.constexpr):
+    a_desc, a2_desc, b_desc, b2_desc, rows_desc = descs
+    a_smem, a2_smem, b_smem, b2_smem, rows_smem, a_full, a_empty, b_full, b2_full, b_empty = buffers
+    HOP, B, H, G, T, GROUP_B, SECTION = problem
+    CONSUMERS: gl.constexpr = a_smem.shape[0]
+    STAGES: gl.constexpr = b_smem.shape[0]
+    ROWS: gl.constexpr = a_smem.shape[2]
+    BLOCK_B: gl.constexpr = b_smem.shape[2]
+    n_items = gl.cdiv(T, CONSUMERS * ROWS) * B * (H // G if DKV else H)
+    item, tile = 0, 0
+    for n in range(gl.cdiv(n_items, gl.num_programs(0))):
+        i, exists = nth_item(n, n_items)
+        b, h, start, hop, first, n_masked, n_tiles, active = bwd_item(i, problem, CONSUMERS * ROWS, BLOCK_B, DKV, CAUSAL)
+        if exists & active:
+            for c in gl.static_range(CONSUMERS):
+                mbarrier.wait(a_empty.index(c), item & 1 ^ 1)
+                mbarrier.expect(a_full.index(c), 2 * a_desc.block_type.nbytes)
+                tma_load(a_desc, [b, start + c * ROWS, h, 0], a_full.index(c), a_smem.index(c))
+                tma_load(a2_desc, [b, start + c * ROWS, h, 0], a_full.index(c), a2_smem.index(c))
+            for g in range(G if DKV else 1):  # the query heads that share this key head
+                h_b = h * G + g if DKV else h // G
+                for j in range(n_tiles):
+                    s, phase = tile % STAGES, tile // STAGES & 1
+                    row = (first + j if DKV else first - j) * BLOCK_B
+                    mbarrier.wait(b_empty.index(s), phase ^ 1)
+                    if DKV:
+                        mbarrier.expect(b_full.index(s), b_desc.block_type.nbytes + rows_desc.block_type.nbytes)
+                        tma_load(rows_desc, [0, b * H + h_b, row], b_full.index(s), rows_smem.index(s))
+                    else:
+                        mbarrier.expect(b_full.index(s), b_desc.block_type.nbytes)
+                    tma_load(b_desc, [b, row, h_b, 0], b_full.index(s), b_smem.index(s))
+                    mbarrier.expect(b2_full.index(s), b2_desc.block_type.nbytes)
+                    tma_load(b2_desc, [b, row, h_b, 0], b2_full.index(s), b2_smem.index(s))
+                    tile += 1
+            item += 1
+
+
+@gluon.jit
+def bwd_tiles(acc, acc2, a, a2, lse, delta, buffers, lo, full, hi, first, edge, qk_scale, DKV: gl.constexpr):
+    a_smem, a2_smem, b_smem, b2_smem, rows_smem, a_full, a_empty, b_full, b2_full, b_empty = buffers
+    STAGES: gl.constexpr = b_smem.shape[0]
+    ROWS: gl.constexpr = a_smem.shape[2]
+    BLOCK_B: gl.constexpr = b_smem.shape[2]
+    BLOCK_D: gl.constexpr = b_smem.shape[4]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_B, 16])
+    ds_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
+    zero = gl.zeros([ROWS, BLOCK_B], gl.float32, s_layout)
+    for tile in range(lo, hi):
+        s, phase = tile % STAGES, tile // STAGES & 1
+        b, b2 = b_smem.index(s).reshape([BLOCK_B, BLOCK_D]), b2_smem.index(s).reshape([BLOCK_B, BLOCK_D])
+        mbarrier.wait(b_full.index(s), phase)
+        s_async = warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
+        mbarrier.wait(b2_full.index(s), phase)
+        dp_async = warpgroup_mma(a2, b2.permute((1, 0)), zero, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(1, (s_async,))  # [BLOCK_A, BLOCK_B]
+        if DKV:
+            lse_t = rows_smem.index(s).reshape([2, BLOCK_B]).slice(0, 1).load(s_layout)  # [1, BLOCK_B]
+        else:
+            lse_t = lse[:, None]  # [BLOCK_A, 1]
+        p = gl.exp2(scores * qk_scale - lse_t)
+        if tile < full:
+            offs_b = (first + (tile - lo) if DKV else first - (tile - lo)) * BLOCK_B + gl.arange(0, BLOCK_B, layout=gl.SliceLayout(0, s_layout))
+            visible = offs_b[None, :] >= edge[:, None] if DKV else offs_b[None, :] < edge[:, None]
+            p = gl.where(visible, p, 0.0)
+        if DKV:
+            acc2_async = warpgroup_mma(gl.convert_layout(p.to(b_smem.dtype), ds_layout), b2, acc2, is_async=True)
+            dp = warpgroup_mma_wait(1, (dp_async,))
+            delta_t = rows_smem.index(s).reshape([2, BLOCK_B]).slice(1, 1).load(s_layout)
+        else:
+            dp = warpgroup_mma_wait(0, (dp_async,))
+            delta_t = delta[:, None]
+        ds = p * (dp - delta_t)
+        acc_async = warpgroup_mma(gl.convert_layout(ds.to(b_smem.dtype), ds_layout), b, acc, is_async=True)
+        if DKV:
+            acc, acc2 = warpgroup_mma_wait(0, (acc_async, acc2_async))
+        else:
+            acc = warpgroup_mma_wait(0, (acc_async,))
+        mbarrier.arrive(b_empty.index(s), count=1)
+    return acc, acc2
+
+
+@gluon.jit
+def bwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexpr, DKV: gl.constexpr, CAUSAL: gl.constexpr):
+    LSE2, OUT, OUT2, ACC, ACC2, sm_scale = state
+    a_smem, a2_smem, b_smem, b2_smem, rows_smem, a_full, a_empty, b_full, b2_full, b_empty = buffers
+    HOP, B, H, G, T, GROUP_B, SECTION = problem
+    CONSUMERS: gl.constexpr = a_smem.shape[0]
+    ROWS: gl.constexpr = a_smem.shape[2]
+    BLOCK_B: gl.constexpr = b_smem.shape[2]
+    BLOCK_D: gl.constexpr = b_smem.shape[4]
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_B, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16])
+    row_s: gl.constexpr = gl.SliceLayout(1, s_layout)
+    row_o: gl.constexpr = gl.SliceLayout(1, o_layout)
+    a, a2 = a_smem.index(c).reshape([ROWS, BLOCK_D]), a2_smem.index(c).reshape([ROWS, BLOCK_D])
+    qk_scale = sm_scale * LOG2E
+    heads = H // G if DKV else H
+    n_items = gl.cdiv(T, CONSUMERS * ROWS) * B * heads
+    item, tile = 0, 0
+    for n in range(gl.cdiv(n_items, gl.num_programs(0))):
+        i, exists = nth_item(n, n_items)
+        b, h, start, hop, first, n_masked, n_tiles, active = bwd_item(i, problem, CONSUMERS * ROWS, BLOCK_B, DKV, CAUSAL)
+        if exists & active:
+            offs_a = start + c * ROWS + gl.arange(0, ROWS, layout=row_s)
+            lse, delta, edge = offs_a, offs_a, offs_a
+            if DKV:  # lse and delta stream by; a key is seen by the queries from edge on
+                if CAUSAL:
+                    edge = n_le(hop, position(hop + 3, offs_a, T) - 1, T)
+            else:  # a query sees the keys before edge
+                T_pad = gl.cdiv(T, ROW_PAD) * ROW_PAD
+                row = (b * H + h).to(gl.int64) * T_pad + offs_a
+                lse = gl.load(LSE2 + row, mask=offs_a < T, other=float("inf"))
+                delta = gl.load(LSE2 + B.to(gl.int64) * H * T_pad + row, mask=offs_a < T, other=0.0)
+                if CAUSAL:
+                    edge = n_le(hop + 3, position(hop, offs_a, T), T)
+                else:
+                    edge = gl.full([ROWS], T, gl.int32, row_s)
+            acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
+            acc2 = acc
+            mbarrier.wait(a_full.index(c), item & 1)
+            for g in range(G if DKV else 1):
+                acc, acc2 = bwd_tiles(acc, acc2, a, a2, lse, delta, buffers, tile, tile + n_masked, tile + n_tiles, first, edge, qk_scale, DKV)
+                tile += n_tiles
+            item += 1
+            mbarrier.arrive(a_empty.index(c), count=1)
+
+            origin, offs, mask = state_offsets(b, h, start + c * ROWS, T, heads, ROWS, BLOCK_D, HEAD_DIM, o_layout)
+            acc = acc * sm_scale
+            if gl.load(hop + 7 + DKV) > 0:
+                acc += gl.load(ACC + origin + offs, mask=mask, other=0.0)
+                if DKV:
+                    acc2 += gl.load(ACC2 + origin + offs, mask=mask, other=0.0)
+            if DKV:
+                gl.store(OUT + origin + offs, acc.to(OUT.dtype.element_ty), mask=mask)
+                gl.store(OUT2 + origin + offs, acc2.to(OUT2.dtype.element_ty), mask=mask)
+            elif position(hop, gl.minimum(start + CONSUMERS * ROWS, T) - 1, T) < gl.load(hop + 6):
+                gl.store(OUT + origin + offs, acc.to(OUT.dtype.element_ty), mask=mask)
+            else:
+                gl.store(ACC + origin + offs, acc, mask=mask)
+
+
+@gluon.jit(do_not_specialize=["B", "H", "G", "T", "GROUP_B", "SECTION"])
+def hopper_bwd_kernel(a_desc, a2_desc, b_desc, b2_desc, rows_desc, ROWS, OUT, OUT2, ACC, ACC2, HOP, sm_scale, B, H, G, T, GROUP_B, SECTION,
+                      DKV: gl.constexpr, HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    a_smem = gl.allocate_shared_memory(a_desc.dtype, [CONSUMERS] + a_desc.block_type.shape, a_desc.layout)
+    a2_smem = gl.allocate_shared_memory(a_desc.dtype, [CONSUMERS] + a_desc.block_type.shape, a_desc.layout)
+    b_smem = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_type.shape, b_desc.layout)
+    b2_smem = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_type.shape, b_desc.layout)
+    rows_smem = gl.allocate_shared_memory(gl.float32, [STAGES] + rows_desc.block_type.shape, rows_desc.layout)
+    buffers = (a_smem, a2_smem, b_smem, b2_smem, rows_smem, barriers(CONSUMERS, 1), barriers(CONSUMERS, 1), barriers(STAGES, 1), barriers(STAGES, 1),
+               barriers(STAGES, CONSUMERS))  # fmt: skip
+    problem = (HOP, B, H, G, T, GROUP_B, SECTION)
+    descs, state = (a_desc, a2_desc, b_desc, b2_desc, rows_desc), (ROWS, OUT, OUT2, ACC, ACC2, sm_scale)
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (bwd_consumer, (0, state, buffers, problem, HEAD_DIM, DKV, CAUSAL)),
+            (bwd_consumer, (1, state, buffers, problem, HEAD_DIM, DKV, CAUSAL)),
+            (bwd_producer, (descs, buffers, problem, DKV, CAUSAL)),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (bwd_consumer, (0, state, buffers, problem, HEAD_DIM, DKV, CAUSAL)),
+            (bwd_consumer, (1, state, buffers, problem, HEAD_DIM, DKV, CAUSAL)),
+            (bwd_consumer, (2, state, buffers, problem, HEAD_DIM, DKV, CAUSAL)),
+            (bwd_producer, (descs, buffers, problem, DKV, CAUSAL)),
+        ], [4, 4, 1], [160, 160, 24])  # fmt: skip
+
+
+# -----------------------------------------------------------------------------
 # launchers: one hop on real tensors. `triton` runs the kernels above, `torch` the reference; both take the same arguments
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # the kernels then run on CPU tensors, in numpy
+
+@functools.lru_cache(maxsize=None)
+def capability(device):
+    return torch.cuda.get_device_capability(device)
+
+
+COMPILED = {}  # what `launch` has compiled
+
+
+def launch(kernel, depends, grid, args, constants, **options):
+    """kernel[grid](*args, **constants, **options) without Triton's search for the compiled kernel, which takes the host longer than
+    a small problem takes the GPU. depends: whatever else the compiled code depends on (dtypes, tile shapes, alignment, device)."""
+    key = kernel, depends, *constants.values()
+    if INTERPRET:
+        kernel[(grid,)](*args, **constants)
+    elif key in COMPILED:
+        COMPILED[key][(grid, 1, 1)](*args, *constants.values())
+    else:
+        COMPILED[key] = kernel[(grid,)](*args, **constants, **options)
+
 
 # BLOCK_M (queries), BLOCK_N (keys), num_warps, num_stages by padded head dim. 64 and 128 were measured on one H100 for 16-bit
 # inputs; 256 and float32, whose products run in full precision and not on the tensor cores, were chosen to spill little
@@ -549,9 +992,8 @@ def tile_config(kernel, D, dtype, device):
     return dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages)
 
 
-@functools.lru_cache(maxsize=None)
 def has_tma(device):
-    return INTERPRET or torch.cuda.get_device_capability(device)[0] >= 9
+    return INTERPRET or capability(device)[0] >= 9
 
 
 def describable(x):
@@ -594,13 +1036,15 @@ def triton_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
 
 
 def triton_rows(o, do, lse, dlse):
-    """What the backward needs to know of each query row, (lse2, delta); of no use but to triton_dq and triton_dkv."""
+    """What the backward needs to know of each query row, lse2 and delta; of no use but to the dq and dkv kernels."""
     B, T, H, D = o.shape
     n_rows = triton.cdiv(T, ROW_PAD.value) * ROW_PAD.value
-    lse2, delta = torch.empty(2, B, H, n_rows, dtype=torch.float32, device=o.device)
+    rows = torch.empty(2, B, H, n_rows, dtype=torch.float32, device=o.device)
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    rows_kernel[(n_rows // 32 * B * H,)](o, do, lse, dlse, lse2, delta, H, T, HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=32, num_warps=4)
-    return lse2, delta
+    depends = o.dtype, o.device, dlse is None, *(x is not None and x.data_ptr() % 16 == 0 for x in (do, dlse))
+    constants = dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=32)
+    launch(rows_kernel, depends, n_rows // 32 * B * H, (o, do, lse, dlse, *rows, H, T), constants, num_warps=4)
+    return rows
 
 
 def triton_dq(q, k, v, do, rows, dq, acc, hop, causal, sm_scale):
@@ -621,6 +1065,73 @@ def triton_dkv(q, k, v, do, rows, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale)
         tq, tk, tv, tdo, *rows, dk, dv, dk_acc, dv_acc, hop_table(hop.table, q.device), sm_scale, H, H // k.shape[2], T, B // len(hop.table),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], CAUSAL=causal, TMA=tma, **config,
     )  # fmt: skip
+
+
+# warpgroups of 64 rows that stay, rows of a tile that streams by, stages, by padded head dim; other head dims run in portable Triton
+HOPPER_TILES = {
+    "fwd": {64: (3, 128, 2), 128: (2, 128, 2)},
+    "dq": {64: (3, 64, 3), 128: (2, 64, 3)},
+    "dkv": {64: (2, 128, 2), 128: (2, 64, 3)},
+}
+
+
+def hopper_takes(D, dtype):
+    """Are there Hopper kernels for this head dim and dtype? TMA wants rows of whole 16 bytes."""
+    return D <= max(HOPPER_TILES["fwd"]) and D % 8 == 0 and dtype in (torch.bfloat16, torch.float16)
+
+
+@functools.lru_cache(maxsize=1024)
+def descriptor(shape, strides, block, dtype):
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[dtype])
+    strides = [s if n > 1 else 16 for s, n in zip(strides, shape)][:-1] + [1]  # a dimension of 1 may have any
+    return GluonDescriptor(torch.empty(0, dtype=dtype), list(shape), strides, list(block), layout)
+
+
+def describe(x, block):
+    """x for TMA, in tiles of shape `block`; what lies outside x reads as 0. A copy of x where TMA cannot read x itself."""
+    if x.data_ptr() % 16 or x.stride(-1) != 1 or any((s <= 0 or s * x.element_size() % 16) and n > 1 for s, n in zip(x.stride()[:-1], x.shape)):
+        x = x.contiguous()
+    described = object.__new__(GluonDescriptor)  # its checks, which take longer than a launch, are made once per shape
+    vars(described).update(vars(descriptor(x.shape, x.stride(), block, x.dtype)), base=x)
+    return described
+
+
+@functools.lru_cache(maxsize=1024)
+def hopper_config(kernel, shape, HKV, dtype, device, table, causal):
+    """Of a launch: the shapes of tiles that stay and of those that stream by, the integers that describe the problem, grid, constants, options."""
+    B, T, H, D = shape
+    BLOCK_D = max(64, triton.next_power_of_2(D))
+    consumers, streamed, stages = HOPPER_TILES[kernel][BLOCK_D]
+    n_sm = torch.cuda.get_device_properties(device).multi_processor_count
+    grid = min(triton.cdiv(T, 64 * consumers) * B * (HKV if kernel == "dkv" else H), n_sm)
+    constants = dict(HEAD_DIM=D, CAUSAL=causal, CONSUMERS=consumers, STAGES=stages)
+    options = dict(num_warps=4, maxnreg={2: 168, 3: 128}[consumers])
+    return (1, 64, 1, BLOCK_D), (1, streamed, 1, BLOCK_D), (B, H, H // HKV, T, B // len(table), max(1, n_sm // 4)), grid, constants, options
+
+
+def hopper_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
+    stay, stream, problem, grid, constants, options = hopper_config("fwd", q.shape, k.shape[2], q.dtype, q.device, hop.table, causal)
+    args = describe(q, stay), describe(k, stream), describe(v, stream), o, acc, lse, hop_table(hop.table, q.device), sm_scale, *problem
+    launch(hopper_fwd_kernel, (q.dtype, stream, q.device), grid, args, constants, **options)
+
+
+def hopper_bwd(kernel, a, a2, b, b2, rows, outs, accs, q, k, hop, causal, sm_scale):
+    stay, stream, problem, grid, constants, options = hopper_config(kernel, q.shape, k.shape[2], q.dtype, q.device, hop.table, causal)
+    by_row = describe(rows.flatten(1, 2), (2, 1, stream[1]))
+    args = (
+        describe(a, stay), describe(a2, stay), describe(b, stream), describe(b2, stream), by_row, rows, *outs, *accs,
+        hop_table(hop.table, q.device), sm_scale, *problem,
+    )  # fmt: skip
+    constants = dict(DKV=kernel == "dkv", **constants)
+    launch(hopper_bwd_kernel, (q.dtype, outs[0].dtype, stream, q.device), grid, args, constants, **options)
+
+
+def hopper_dq(q, k, v, do, rows, dq, acc, hop, causal, sm_scale):
+    hopper_bwd("dq", q, do, k, v, rows, (dq, dq), (acc, acc), q, k, hop, causal, sm_scale)
+
+
+def hopper_dkv(q, k, v, do, rows, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
+    hopper_bwd("dkv", k, v, q, do, rows, (dk, dv), (dk_acc, dv_acc), q, k, hop, causal, sm_scale)
 
 
 def torch_blocks(hop, B, T, causal, device, rows=512):
@@ -668,10 +1179,24 @@ def torch_dkv(q, k, v, do, rows, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
 
 
 # (forward, rows, dq, dkv) of a hop
-BACKENDS = {"triton": (triton_fwd, triton_rows, triton_dq, triton_dkv), "torch": (torch_fwd, torch_rows, torch_dq, torch_dkv)}
+BACKENDS = {
+    "torch": (torch_fwd, torch_rows, torch_dq, torch_dkv),
+    "triton": (triton_fwd, triton_rows, triton_dq, triton_dkv),
+    "gluon": (hopper_fwd, triton_rows, hopper_dq, hopper_dkv),
+}
+
+
+def best_backend(q):
+    """The fastest backend that takes q."""
+    if not q.is_cuda:
+        return "triton" if INTERPRET else "torch"
+    return "gluon" if capability(q.device)[0] == 9 and hopper_takes(q.shape[-1], q.dtype) else "triton"
+
 
 # -----------------------------------------------------------------------------
 # transports: how tensors get to the neighbour
+
+RINGS = []  # every Ring and VirtualRing of this process: operators take their numbers, as they cannot take objects
 
 
 class Ring:
@@ -682,7 +1207,9 @@ class Ring:
         self.group = group
         self.rank, self.n_ranks = (0, 1) if alone else (dist.get_rank(group), dist.get_world_size(group))
         self.prev_rank, self.next_rank = (self.rank - 1) % self.n_ranks, (self.rank + 1) % self.n_ranks
-        self.agreed = set()  # signatures that every rank has confirmed
+        self.agreed = set()  # what every rank has confirmed
+        self.number = len(RINGS)
+        RINGS.append(self)
 
     def agree(self, signature, problem):
         """Raise ValueError on every rank if any rank has a problem (a string), or if their signatures (dicts) differ."""
@@ -731,6 +1258,8 @@ class VirtualRing:
             raise ValueError(f"{n_ranks=} must be 1 or more")
         self.n_ranks, self.agreed, self.mail = n_ranks, set(), {}
         self.rank, self.prev_rank, self.next_rank = 0, n_ranks - 1, 1 % n_ranks
+        self.number = len(RINGS)
+        RINGS.append(self)
 
     def agree(self, signature, problem):
         if problem:
@@ -767,15 +1296,17 @@ def along_tokens(f, *xs):
     return f(*xs) if xs[0].ndim == 4 else f(*(x.transpose(1, 2) for x in xs)).transpose(1, 2).contiguous()
 
 
-@functools.lru_cache(maxsize=None)
-def ring_of(group):
-    return Ring(group)
+ring_of = functools.lru_cache(maxsize=None)(Ring)
+ALONE = ring_of(None)  # a ring of one, whatever the process group
 
 
 def resolve_ring(group):
     """A transport from what users pass as `group`: None, a ProcessGroup, a VirtualRing."""
-    if isinstance(group, VirtualRing):
-        return group
+    return group if isinstance(group, VirtualRing) else process_ring(group)
+
+
+@torch.compiler.assume_constant_result  # called once, when a graph is made: the compiled graph keeps the ring
+def process_ring(group):
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
     if group is not None and not isinstance(group, dist.ProcessGroup):
@@ -792,11 +1323,16 @@ def pieces(tensors, groups, slices):
     return list(tensors) if len(groups) == len(slices) else [x[slices[g]] for x in tensors for g in groups]
 
 
+@functools.lru_cache(maxsize=None)
+def nothing(dtype, device):
+    return torch.empty(0, dtype=dtype, device=device)
+
+
 def state_of(x, wide, n_hops, backend):
     """Where hops keep x in float32 until it is complete: x itself if wide enough, nothing if one kernel does it all."""
     if x.dtype == wide:
         return x
-    return torch.empty(x.shape if n_hops > 1 or backend == "torch" else 0, dtype=wide, device=x.device)
+    return torch.empty(x.shape, dtype=wide, device=x.device) if n_hops > 1 or backend == "torch" else nothing(wide, x.device)
 
 
 def forward_hops(ring, q, k, v, schedule, causal, sm_scale, backend):
@@ -858,30 +1394,73 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, b
 
 
 # -----------------------------------------------------------------------------
-# autograd
+# operators and autograd. Every call, eager or compiled, goes through the operators torch.ops.ring_attn.forward and .backward:
+# torch.compile reads shapes off the *_fake functions, puts the operators into its graph as they are, and breaks no graph here
+
+
+def wire_ready(q, k, v, ring):
+    """Kernels want the D numbers of a head side by side; keys and values that go on the wire are whole blocks."""
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    k, v = (x if x.stride(-1) == 1 and RINGS[ring].n_ranks == 1 else x.contiguous() for x in (k, v))
+    return q, k, v
+
+
+def run_hops(hops, tensors, ring, schedule, causal, sm_scale, backend):
+    q = tensors[0]
+    backend = best_backend(q) if backend is None else backend
+    casts = torch.is_autocast_enabled(q.device.type)
+    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False) if casts else contextlib.nullcontext():
+        return RINGS[ring].run(hops, tensors, schedule, causal, sm_scale, backend)  # kernels launch on the current device
+
+
+def forward_real(q, k, v, ring, schedule, causal, sm_scale, backend, backward, checked, problem):
+    if not checked:  # it comes from a compiled graph
+        check_once(q, k, v, schedule, RINGS[ring], causal, sm_scale, backend, backward, problem)
+    return run_hops(forward_hops, wire_ready(q, k, v, ring), ring, schedule, causal, sm_scale, backend)
+
+
+def forward_fake(q, k, v, *args):
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def backward_real(do, dlse, q, k, v, o, lse, ring, *args):
+    do = torch.zeros_like(o) if do is None else do.to(o.dtype).contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    return run_hops(backward_hops, (*wire_ready(q, k, v, ring), o, lse, do, dlse), ring, *args)
+
+
+def backward_fake(do, dlse, q, k, v, *args):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 class RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, ring, *args):
-        q = q if q.stride(-1) == 1 else q.contiguous()
-        k, v = (x if x.stride(-1) == 1 and ring.n_ranks == 1 else x.contiguous() for x in (k, v))  # on a ring they go on the wire
-        with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False):  # kernels launch on the current device
-            o, lse = ring.run(forward_hops, (q, k, v), *args)
+    def forward(ctx, q, k, v, *args):
+        q, k, v = wire_ready(q, k, v, args[0])  # here already, as these are kept for the backward
+        with torch._C._AutoDispatchBelowAutograd():  # the same operator again, now the part below autograd
+            o, lse = torch.ops.ring_attn.forward.default(q, k, v, *args)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.ring, ctx.args = ring, args
+        ctx.args = args
         ctx.set_materialize_grads(False)
         return o, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dlse):
-        q, k, v, o, lse = ctx.saved_tensors
-        do = torch.zeros_like(o) if do is None else do.to(o.dtype).contiguous()
-        dlse = None if dlse is None else dlse.contiguous()
-        with torch.autocast(q.device.type, enabled=False):
-            grads = ctx.ring.run(backward_hops, (q, k, v, o, lse, do, dlse), *ctx.args)
-        return *grads, *[None] * (len(ctx.args) + 1)
+        grads = torch.ops.ring_attn.backward.default(do, dlse, *ctx.saved_tensors, *ctx.args[:5])
+        return *grads, *[None] * len(ctx.args)
+
+
+LIBRARY = torch.library.Library("ring_attn", "DEF")
+OPTIONS = "int ring, str schedule, bool causal, float sm_scale, str? backend"
+LIBRARY.define(f"forward(Tensor q, Tensor k, Tensor v, {OPTIONS}, bool backward, bool checked, str? problem) -> (Tensor, Tensor)")
+LIBRARY.define(f"backward(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {OPTIONS}) -> (Tensor, Tensor, Tensor)")
+LIBRARY.impl("forward", RingAttention.apply, "Autograd")
+LIBRARY.impl("forward", forward_real, "CompositeExplicitAutograd")  # on any device: check_inputs says which are supported
+LIBRARY.impl("backward", backward_real, "CompositeExplicitAutograd")
+torch.library.register_fake("ring_attn::forward", forward_fake, lib=LIBRARY)
+torch.library.register_fake("ring_attn::backward", backward_fake, lib=LIBRARY)
 
 
 class Unshard(torch.autograd.Function):
@@ -928,9 +1507,14 @@ def check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend):
         raise ValueError(f"{sm_scale=} must be a finite number above 0; to flip its sign negate q")
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"{backend=} is unknown; choose one of {', '.join(BACKENDS)}, or None to choose by device")
-    dtypes = {"triton": (torch.bfloat16, torch.float16, torch.float32), "torch": (torch.bfloat16, torch.float16, torch.float32, torch.float64)}[backend]
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)[: {"torch": 4, "triton": 3, "gluon": 2}[backend]]
     if q.dtype not in dtypes:
         raise ValueError(f'{q.dtype} is not supported by backend="{backend}"; cast to one of {", ".join(map(str, dtypes))}')
+    if backend == "gluon":
+        if not q.is_cuda or capability(q.device)[0] != 9:
+            raise ValueError(f'backend="gluon" needs a Hopper GPU (capability 9.0), the tensors are on {q.device}; use backend="triton"')
+        if not hopper_takes(D, q.dtype):
+            raise ValueError(f'head dim {D} must be a multiple of 8 up to {max(HOPPER_TILES["fwd"])} for backend="gluon"; use backend="triton"')
     if backend == "triton":
         if D > 256:
             raise ValueError(f'head dim {D} is above 256, the most the kernels take; use smaller heads, or backend="torch"')
@@ -938,9 +1522,9 @@ def check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend):
             raise ValueError("bfloat16 is wrong in Triton's interpreter; use float16 or float32, or unset TRITON_INTERPRET")
         if not INTERPRET and q.device.type != "cuda":
             raise ValueError('backend="triton" needs CUDA tensors, or TRITON_INTERPRET=1 in the environment to run on the CPU')
-        if not INTERPRET and torch.cuda.get_device_capability(q.device) < (8, 0):
-            capability = ".".join(map(str, torch.cuda.get_device_capability(q.device)))
-            raise ValueError(f'the kernels need CUDA capability 8.0; {torch.cuda.get_device_name(q.device)} has {capability}: use backend="torch"')
+        if not INTERPRET and capability(q.device) < (8, 0):
+            has = ".".join(map(str, capability(q.device)))
+            raise ValueError(f'the kernels need CUDA capability 8.0; {torch.cuda.get_device_name(q.device)} has {has}: use backend="torch"')
     if isinstance(ring, VirtualRing):
         if T % ring.n_ranks:
             raise ValueError(f"seq_len={T} must be a multiple of n_ranks={ring.n_ranks}; pad it, or change the number of ranks")
@@ -983,18 +1567,27 @@ def agree_once(ring, key, signature, problem, check):
     ring.agreed.add(key)
 
 
+def check_once(q, k, v, schedule, ring, causal, sm_scale, backend, backward, problem):
+    """check_inputs, and that every rank has the same, the first time that these shapes and options come up."""
+    if backend is None:
+        backend = best_backend(q) if isinstance(q, torch.Tensor) and q.ndim > 0 else "torch"
+    kind = lambda x: (x.shape, x.dtype, x.device, x.layout) if isinstance(x, torch.Tensor) else type(x)
+    options = dict(schedule=repr(schedule), causal=repr(causal), sm_scale=repr(sm_scale), backend=repr(backend), backward=backward)
+    key = kind(q), kind(k), kind(v), *options.values(), problem
+    if key not in ring.agreed:
+        signature = dict(q=described(q), k=described(k), v=described(v), **options)
+        agree_once(ring, key, signature, problem, lambda: check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend))
+
+
 def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse, backend, problem=None):
     """What all public functions come down to. problem: what the caller found wrong, to be raised on every rank."""
-    usable = isinstance(q, torch.Tensor) and q.ndim > 0
-    if backend is None:
-        backend = "triton" if usable and q.is_cuda or INTERPRET else "torch"
     if sm_scale is None:
-        sm_scale = max(q.shape[-1], 1) ** -0.5 if usable else 1.0
-    signature = dict(q=described(q), k=described(k), v=described(v), schedule=repr(schedule), causal=repr(causal), sm_scale=repr(sm_scale),
-                     backend=repr(backend), backward=torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v)))  # fmt: skip
-    key = (*signature.values(), *(getattr(x, "device", None) for x in (q, k, v)), problem)
-    agree_once(ring, key, signature, problem, lambda: check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend))
-    o, lse = RingAttention.apply(q, k, v, ring, schedule, bool(causal), sm_scale, backend)
+        sm_scale = max(q.shape[-1], 1) ** -0.5 if isinstance(q, torch.Tensor) and q.ndim > 0 else 1.0
+    backward = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v))
+    checked = not torch.compiler.is_compiling()  # a compiled graph is made before the tensors: there the operator checks them
+    if checked:
+        check_once(q, k, v, schedule, ring, causal, sm_scale, backend, backward, problem)
+    o, lse = torch.ops.ring_attn.forward.default(q, k, v, ring.number, schedule, bool(causal), sm_scale, backend, backward, checked, problem)
     return (o, lse) if return_lse else o
 
 
@@ -1008,7 +1601,7 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     sm_scale: above 0; None means D ** -0.5.
     return_lse: also return lse (B, H, T) float32 (float64 for float64 inputs), the natural log of the softmax's denominator;
        gradients flow through it.
-    backend: "triton" or "torch"; None chooses triton for CUDA tensors and under TRITON_INTERPRET=1, torch for CPU tensors.
+    backend: "torch", "triton" (any GPU, and CPU tensors under TRITON_INTERPRET=1) or "gluon" (Hopper); None chooses the fastest one.
     Returns o, (B, T, H, D), in the dtype of q.
 
     Raises ValueError on every rank if any rank's inputs do not fit or the ranks' inputs differ. That is checked once
@@ -1021,14 +1614,14 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
 def flash_attn_func(q, k, v, bias=None, causal=True, sm_scale=None):
     """ring_attn on a ring of one: (B, T, H, D) -> (B, T, H, D), whatever the process group. bias must be None."""
     problem = None if bias is None else "bias is not supported yet; pass None"
-    return attend(q, k, v, "contiguous", ring_of(None), causal, sm_scale, False, None, problem)
+    return attend(q, k, v, "contiguous", ALONE, causal, sm_scale, False, None, problem)
 
 
 def named_schedule(name, schedule):
     """The function `name`, which is ring_attn under one schedule with the ring spelled out."""
 
     def func(q, k, v, n_ranks, rank, prev_rank, next_rank, bias=None, causal=True, sm_scale=None, *, group=None):
-        ring = ring_of(None) if n_ranks == 1 and group is None else resolve_ring(group)
+        ring = ALONE if n_ranks == 1 and group is None else resolve_ring(group)
         given = (n_ranks, rank, prev_rank, next_rank)
         actual = (ring.n_ranks, ring.rank, ring.prev_rank, ring.next_rank)
         problem = None if bias is None else "bias is not supported yet; pass None"
@@ -1052,6 +1645,7 @@ zigzag_attn_func = named_schedule("zigzag_attn_func", "zigzag")
 step_attn_func = named_schedule("step_attn_func", "step")
 
 
+@torch.compiler.disable  # a graph break, where a model calls it under torch.compile
 def unshard(x, schedule, group=None):
     """The inverse of `shard`: every rank's (B, T, ...) -> the whole (B, S, ...), on every rank. Memory O(S).
 

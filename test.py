@@ -14,6 +14,7 @@ import itertools
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from pathlib import Path
 import torch
 
 GPU = torch.cuda.is_available()
-if not GPU:
+if not GPU and "--compile_only" not in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before ring_attn decorates its kernels
 
 import torch.distributed as dist
@@ -136,6 +137,15 @@ for D, T, causal in itertools.product((64, 80, 96, 128, 192, 256), LENGTHS, (Tru
     if GPU or T == 17 or D in (64, 128):
         dtype = torch.bfloat16 if GPU else (torch.float16 if T == 64 else torch.float32)
         local(f"kernels D{D} T{T} {H}/{HKV} {'causal' if causal else 'full'} {str(dtype)[6:]}", check_virtual, "contiguous", 1, causal, "triton", dtype, 2 if GPU else 1, T, H, HKV, D)
+HOPPER = GPU and torch.cuda.get_device_capability()[0] == 9
+for D, T, causal in itertools.product((64, 80, 128), LENGTHS, (True, False)):
+    H, HKV = next(kinds)
+    if HOPPER:
+        local(f"hopper kernels D{D} T{T} {H}/{HKV} {'causal' if causal else 'full'} bfloat16", check_virtual, "contiguous", 1, causal, "gluon", torch.bfloat16, 2, T, H, HKV, D)
+if HOPPER:
+    for D in (16, 128):
+        local(f"hopper kernels D{D} T1000 6/2 causal float16", check_virtual, "contiguous", 1, True, "gluon", torch.float16, 2, 1000, 6, 2, D)
+    local("hopper kernels 2000 items", check_virtual, "contiguous", 1, True, "gluon", torch.bfloat16, 16, 600, 32, 4, 64)
 for D, T, dtype in itertools.product((33, 64, 128, 256), (17, 256), (torch.float16, torch.float32)) if GPU else ((33, 40, torch.float32), (16, 1000, torch.float32), (16, 1023, torch.float16)):
     for causal in {17: (True,), 256: (False,), 40: (True, False)}.get(T, (True,)):
         local(f"kernels D{D} T{T} 2/1 {'causal' if causal else 'full'} {str(dtype)[6:]}", check_virtual, "contiguous", 1, causal, "triton", dtype, 1, T, 2, 1, D)
@@ -151,6 +161,8 @@ for schedule, n_ranks, causal in itertools.product(SCHEDULES, range(1, 9), (True
     if GPU:
         for T, D, (H, HKV) in ((1000, 128, (6, 2)), (512, 64, (4, 4))):
             local(f"kernels {schedule} x{n_ranks} T{T} D{D} {mask} bfloat16", check_virtual, schedule, n_ranks, causal, "triton", torch.bfloat16, 2, T, H, HKV, D)
+            if HOPPER:
+                local(f"hopper kernels {schedule} x{n_ranks} T{T} D{D} {mask} bfloat16", check_virtual, schedule, n_ranks, causal, "gluon", torch.bfloat16, 2, T, H, HKV, D)
     elif causal or n_ranks == 3:
         local(f"kernels {schedule} x{n_ranks} {mask} float32", check_virtual, schedule, n_ranks, causal, "triton", torch.float32, 2, 34 if n_ranks == 2 else 6, 2, 1, 16)
         if n_ranks == 4:
@@ -160,17 +172,21 @@ for schedule, n_ranks, causal in itertools.product(SCHEDULES, range(1, 9), (True
 # properties of kernels and schedules
 
 
+LOW = dict(torch=torch.float32, triton=torch.float32, gluon=torch.float16)  # the Hopper kernels take 16-bit inputs only
+
+
 def check_masked_rows(backend):
     """Keys that begin at position 5 against queries 0..11: rows 0..4 see nothing and must end as o = 0, lse = -inf, dq = 0."""
     forward, make_rows, backward_dq, backward_dkv = ring_attn.BACKENDS[backend]
-    q, k, v, do = make(1, 12, 2, 1, 16, torch.float32)
+    q, k, v, do = make(1, 12, 2, 1, 16, LOW[backend])
+    wide = lambda x: torch.empty_like(x, dtype=torch.float32)
     hop = Hop(0, True, (HopRow(0, 1, 0, 5, 1, 0, INT_MAX, 0, 0),), (), (), (), ())
     o, dq, dk, dv = (torch.empty_like(x) for x in (q, q, k, v))
     lse = torch.empty(1, 2, 12, device=DEVICE)
-    forward(q, k, v, o, o, lse, hop, True, 0.25)
+    forward(q, k, v, o, o if o.dtype == torch.float32 else wide(o), lse, hop, True, 0.25)
     rows = make_rows(o, do, lse, None)
-    backward_dq(q, k, v, do, rows, dq, dq, hop, True, 0.25)
-    backward_dkv(q, k, v, do, rows, dk, dv, torch.empty_like(dk), torch.empty_like(dv), hop, True, 0.25)
+    backward_dq(q, k, v, do, rows, dq, dq if dq.dtype == torch.float32 else wide(dq), hop, True, 0.25)
+    backward_dkv(q, k, v, do, rows, dk, dv, wide(dk), wide(dv), hop, True, 0.25)
     require(not o[:, :5].any() and not dq[:, :5].any() and (lse[..., :5] == -math.inf).all(), "rows without a key are not empty")
     # the other rows: query 5 + i sees keys 0..i
     got = o[:, 5:], lse[..., 5:], dq[:, 5:], dk[:, :7], dv[:, :7]
@@ -196,7 +212,7 @@ def check_lse_gradient(backend):
 
 def check_autocast(backend):
     """Autocast must not reach into the hop loops: the same bits with and without."""
-    q, k, v, do = make(1, 24, 4, 2, 16, torch.float32)
+    q, k, v, do = make(1, 24, 4, 2, 16, LOW[backend])
     plain = run(q, k, v, do, "zigzag", VirtualRing(2), True, backend)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         cast = run(q, k, v, do, "zigzag", VirtualRing(2), True, backend)
@@ -303,6 +319,119 @@ def check_memory():
         require(max(sum(r == rank and d == dtype for r, d, _ in seen) for rank in range(8)) <= most, f"more than {most} buffers of {dtype}")
 
 
+def check_operators():
+    """torch.library.opcheck: schemas, fake implementations (shapes, dtypes, strides) and autograd of both operators are true."""
+    for group, dtype in ((ALONE, torch.float64), (VirtualRing(2), torch.float16)):
+        q, k, v, do = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in make(2, 8, 4, 2, 16, dtype))
+        options = ring_attn.resolve_ring(group).number, "zigzag", True, 0.25, "torch"
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        torch.library.opcheck(torch.ops.ring_attn.forward.default, (*leaves, *options, True, False, None))
+        saved = [x.detach() for x in (*leaves, *torch.ops.ring_attn.forward(*leaves, *options, True, False, None))]
+        for grads in ((do, None), (None, saved[-1])):
+            torch.library.opcheck(torch.ops.ring_attn.backward.default, (*grads, *saved, *options))
+
+
+def check_compiled():
+    """One graph: o, lse and gradients as in eager, whichever of the two has one; other lengths, no_grad; errors when it runs."""
+    ring = VirtualRing(2)
+    attn = lambda q, k, v: ring_attn.ring_attn(2 * q, k, v, "zigzag", ring, return_lse=True, backend=None if GPU else "torch")
+    compiled = torch.compile(attn, fullgraph=True, backend="inductor" if GPU else "aot_eager")
+    losses = (lambda o, lse: o.square().sum(), lambda o, lse: lse.square().sum(), lambda o, lse: o.sum() + lse.square().sum())
+    rows = []
+    for T, loss in zip((8, 16, 24), losses):
+        leaves = [x.requires_grad_() for x in make(2, T, 4, 2, 16, torch.float32)[:3]]
+        eager, got = ((*f(*leaves), *torch.autograd.grad(loss(*f(*leaves)), leaves, materialize_grads=True)) for f in (attn, compiled))
+        rows += [(what, (a - b).abs().max().item(), 1e-5) for what, a, b in zip(("o", "lse", "dq", "dk", "dv"), got, eager)]
+    with torch.no_grad():
+        require(torch.equal(compiled(*leaves)[0], attn(*leaves)[0]), "it differs under no_grad")
+    raises(lambda: compiled(*(x[:, :7] for x in leaves)), "seq_len=7", "n_ranks=2")
+    raises(lambda: torch.compile(ring_attn.flash_attn_func, fullgraph=True, backend="aot_eager")(*leaves, bias=leaves[0]), "bias")
+    return worst(rows)
+
+
+def check_million():
+    """2**20 tokens, 8 heads: sampled rows of o, dq and of dk, dv against float64. The yardstick is the same sum with o, its probabilities
+    and score gradients rounded to 16 bits, which is what tensor cores are given. dk, dv take o and lse from the forward under test."""
+    torch.manual_seed(0)
+    T, H, D = 2**20, 8, 128
+    q, k, v, do = (torch.randn(1, T, H, D, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    o, lse, dq, dk, dv = run(q, k, v, do)
+    peak = (torch.cuda.max_memory_allocated() - before) / q.nbytes
+    require(peak < 5.5, f"forward and backward keep {peak:.1f} times the memory of q")  # o, dq, dk, dv and some float32 per row
+    rows, scale = [], D**-0.5
+    low = lambda x: x.bfloat16().double()
+    for h in range(0, H, 3):
+        for i in (0, 1, 12345, T // 2 - 1, T - 1):  # queries see the keys 0..i, keys are seen by the queries i..
+            s = (k[0, : i + 1, h].double() @ q[0, i, h].double()) * scale
+            p = s.softmax(0)
+            delta = (p @ v[0, : i + 1, h].double()) @ do[0, i, h].double()
+            ds = p * (v[0, : i + 1, h].double() @ do[0, i, h].double() - delta) * scale
+            seen_k, seen_v = k[0, : i + 1, h].double(), v[0, : i + 1, h].double()
+            o_low = low(low(p) @ seen_v)
+            ds_low = p * (seen_v @ do[0, i, h].double() - o_low @ do[0, i, h].double()) * scale  # delta is taken from the 16-bit o
+            for what, got, truth, peer in (("o", o, p @ seen_v, o_low), ("dq", dq, ds @ seen_k, low(low(ds_low) @ seen_k))):
+                rows.append((f"{what} {i}", (got[0, i, h].double() - truth).norm().item(), 3 * (peer - truth).norm().item() + 1e-5))
+            rows.append((f"lse {i}", abs(lse[0, h, i].item() - s.logsumexp(0).item()), 1e-4))
+            p = ((q[0, i:, h].double() @ k[0, i, h].double()) * scale - lse[0, h, i:].double()).exp()
+            ds = p * (do[0, i:, h].double() @ v[0, i, h].double() - (o[0, i:, h].double() * do[0, i:, h].double()).sum(1)) * scale
+            for what, got, weights, x in (("dv", dv, p, do), ("dk", dk, ds, q)):
+                truth, peer = weights @ x[0, i:, h].double(), low(low(weights) @ x[0, i:, h].double())
+                rows.append((f"{what} {i}", (got[0, i, h].double() - truth).norm().item(), 3 * (peer - truth).norm().item() + 1e-5))
+    return worst(rows)
+
+
+def check_graph():
+    """A training step captured in a CUDA graph and replayed on other batches gives the losses of eager training."""
+    torch.manual_seed(0)
+    batches = torch.randint(256, (6, 2, 257), device=DEVICE)
+    losses = []
+    for captured in (False, True):
+        torch.manual_seed(1)
+        model = Transformer(Config(n_layers=2, dim=128, dim_per_head=64, n_kv_heads=1, seq_len=256), attn_type=AttentionType.FLASH).to(DEVICE)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
+        text = batches[0].clone()
+
+        def step():
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(text[:, :-1], text[:, 1:])
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        play = step
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loss = step()
+
+            def play():
+                graph.replay()
+                return loss.clone()
+
+        losses.append([])
+        for batch in batches:
+            text.copy_(batch)
+            losses[-1].append(play().item())
+    require(len(set(losses[1])) == len(batches), f"replays do not see their batches: {losses[1]}")
+    return worst([("loss", max(abs(a - b) for a, b in zip(*losses)), 1e-2)])  # the embedding's gradient adds in any order
+
+
+def check_compile():
+    """What this machine's Triton makes of the kernels for Hopper, GPU or not: see compile_kernels."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, __file__, "--compile_only"], capture_output=True, text=True, env=env, timeout=600)
+    require(done.returncode == 0, (done.stdout + done.stderr)[-1500:])
+
+
 def check_readme():
     """The figure in the README is what the plans say today."""
     readme = Path(ring_attn.__file__).with_name("README.md").read_text()
@@ -310,17 +439,22 @@ def check_readme():
     require(ring_attn.draw().strip() in readme, "README.md does not hold the output of `python ring_attn.py`")
 
 
-backends = ("torch", "triton")
-for backend in backends:
+for backend in ("torch", "triton", "gluon") if HOPPER else ("torch", "triton"):
     local(f"rows without a key ({backend})", check_masked_rows, backend)
-    local(f"gradient of lse ({backend})", check_lse_gradient, backend)
+    if backend != "gluon":
+        local(f"gradient of lse ({backend})", check_lse_gradient, backend)
     local(f"autocast leaves it alone ({backend})", check_autocast, backend)
     local(f"same inputs, same bits ({backend})", check_same_bits, backend)
     local(f"strided views amid nan ({backend})", check_strides, backend)
 local("offsets beyond 2**31", check_offsets, gpu=True)
+local("a million tokens", check_million, gpu=True)
+local("a training step in a CUDA graph", check_graph, gpu=True)
+local("every kernel compiles for Hopper", check_compile)
 local("positions, shard, merge", check_positions)
 local("plans: sends match receives", check_plans)
 local("buffers per rank", check_memory)
+local("operators under opcheck", check_operators)
+local("compiled, with lse", check_compiled)
 local("the figure in the README", check_readme)
 
 # -----------------------------------------------------------------------------
@@ -358,6 +492,11 @@ def check_errors():
         raises(lambda: attn(*[x.cpu()] * 3, backend="triton", **alone), "CUDA tensors")
     else:
         raises(lambda: attn(*[x.bfloat16()] * 3, backend="triton", **alone), "interpreter", "float16")
+    if HOPPER:
+        raises(lambda: attn(*[x[..., :12].bfloat16()] * 3, backend="gluon", **alone), "12", "multiple of 8")
+    else:
+        raises(lambda: attn(*[x.half()] * 3, backend="gluon", **alone), "Hopper", 'backend="triton"')
+    raises(lambda: attn(x, x, x, backend="gluon", **alone), "torch.float32", "float16")
     raises(lambda: ring_attn.flash_attn_func(x, x, x, x, True, 1.0), "bias", "None")
     raises(lambda: positions("zigzag", 2, 2, 8), "rank=2")
     raises(lambda: positions("spiral", 0, 2, 8), "spiral")
@@ -405,6 +544,9 @@ def check_errors_together():
     raises(lambda: ring_attn.zigzag_attn_func(x, x, x, *mine((WORLD, RANK, 0, WORLD), good), None, True, 1.0), "in this process group they are")
     raises(lambda: ring_attn.ring_attn_func(x, x, x, WORLD + 1, *good[1:], None, True, 1.0), f"n_ranks, rank, prev_rank, next_rank are ({WORLD + 1}")
     raises(lambda: ring_attn.step_attn_func(x, x, x, *good, mine(x, None), True, 1.0), f"rank {wrong}: bias")
+    compiled = torch.compile(attn, fullgraph=True, backend="aot_eager")  # the operator's own checks
+    raises(lambda: compiled(*[mine(x[:, :6], x)] * 3), "ranks disagree", "(2, 6, 4, 16)", "(2, 8, 4, 16)")
+    raises(lambda: compiled(*[mine(x[:, :7], x)] * 3), f"rank {wrong}: seq_len={7 * WORLD}")
     o = ring_attn.ring_attn_func(x, x, x, *good, None, True, 1.0)
     require(o.isfinite().all() and o.shape == x.shape, "the ring is broken after errors")
 
@@ -456,6 +598,25 @@ def check_attention(kind, n_ranks):
             [dist.all_reduce(g, group=group) for g in grads]
         results.append((y, *grads))
     return worst([(what, (a - b).abs().max().item(), 1e-4) for what, a, b in zip(("y", "dx", "dqkv", "do_proj"), *results)])
+
+
+def check_compiled_model(kind, n_ranks, autocast):
+    """A compiled Transformer, in one graph, equals the eager one: loss and gradients."""
+    group = RINGS[n_ranks]
+    rank = ring_attn.resolve_ring(group).rank
+    torch.manual_seed(0)
+    model = Transformer(Config(n_layers=2, dim=32, dim_per_head=16, n_kv_heads=1, seq_len=16 * n_ranks), rank, n_ranks, kind, group).to(DEVICE)
+    whole = torch.randint(256, (2, 2, 16 * n_ranks), device=DEVICE)
+    tokens, targets = (model.blocks[0].attn.shard(x) for x in whole)
+    compiled = torch.compile(model, fullgraph=True, backend="inductor" if GPU else "aot_eager")
+    results = []
+    for f in (model, compiled, compiled):
+        with torch.autocast(DEVICE.type, torch.float16 if ring_attn.INTERPRET else torch.bfloat16, enabled=autocast):
+            loss = f(tokens, targets)
+        results.append([loss, *torch.autograd.grad(loss, model.parameters())])
+    error = lambda a, b: (a - b).abs().max().item() / max(1e-3, b.abs().max().item())
+    rows = [(what, error(a, b), 5e-2 if autocast else 1e-4) for what, a, b in zip(["loss"] + ["grad"] * 99, results[-1], results[0])]
+    return worst(rows)
 
 
 def tiny_run(folder, *flags):
@@ -569,7 +730,7 @@ for schedule, causal, n_ranks in itertools.product(SCHEDULES, (True, False), sor
     name = f"real ring {schedule} x{n_ranks} {'causal' if causal else 'full'}"
     if GPU:
         for T, D, H, HKV in ((1000, 80, 6, 2), (1024, 128, 8, 2), (1024, 64, 4, 4)):
-            real(f"{name} T{T} D{D} bfloat16", check_real, schedule, causal, n_ranks, "triton", torch.bfloat16, 2, T, H, HKV, D, ranks=n_ranks)
+            real(f"{name} T{T} D{D} bfloat16", check_real, schedule, causal, n_ranks, None, torch.bfloat16, 2, T, H, HKV, D, ranks=n_ranks)
     else:
         real(f"{name} torch float32", check_real, schedule, causal, n_ranks, "torch", torch.float32, 2, 20, 6, 2, 24, ranks=n_ranks)
         if causal:
@@ -577,10 +738,109 @@ for schedule, causal, n_ranks in itertools.product(SCHEDULES, (True, False), sor
 for n_ranks in sorted({1, 2, WORLD}):
     for kind in (t for t in AttentionType if t is not AttentionType.SDPA):
         real(f"Attention {kind.name} x{n_ranks} equals SDPA", check_attention, kind, n_ranks, ranks=n_ranks)
+    for kind, autocast in ((AttentionType.FLASH, False), (AttentionType.ZIGZAG, False), (AttentionType.ZIGZAG, True)):
+        real(f"compiled {kind.name} x{n_ranks}{' autocast' * autocast} equals eager", check_compiled_model, kind, n_ranks, autocast, ranks=n_ranks)
     for schedule in SCHEDULES:
         real(f"train {schedule} x{n_ranks} equals SDPA x1, resumes", check_train, schedule, n_ranks, ranks=n_ranks)
 real("train refuses bad input", check_train_errors)
 local("train.py at the command line", check_command_line)
+
+# -----------------------------------------------------------------------------
+# compilation for Hopper, which needs no GPU: ptxas comes with triton
+
+
+def compiled(kernel, types, constants, **options):
+    """(SASS, what ptxas says) of a kernel for capability 9.0. types: of the run-time arguments, by name."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    names = kernel.arg_names
+    place = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, type_ in types.items() if type_.startswith("*") or name.startswith("stride")}
+    source = GluonASTSource if kernel.is_gluon() else ASTSource
+    done = compile(source(kernel, {name: types.get(name, "constexpr") for name in names}, place, aligned), target=GPUTarget("cuda", 90, 32), options=options)
+    tools = Path(ring_attn.triton.__file__).with_name("backends") / "nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(done.asm["ptx"]), cubin.write_bytes(done.asm["cubin"])
+        said = subprocess.run([tools / "ptxas", "-v", "-arch=sm_90a", ptx, "-o", Path(folder, "again.cubin")], capture_output=True, text=True).stderr
+        return subprocess.run([tools / "cuobjdump", "--dump-sass", cubin], capture_output=True, text=True).stdout, said
+
+
+def inspect_loops(sass):
+    """(products, spills, overwritten) over the loops with products: spills to local memory, and writes to a register that a product in
+    flight still reads. No hardware interlock protects those, and ptxas has been seen to forget about them."""
+    code = [(int(m[1], 16), re.sub(r"^@!?U?P\d+ +", "", m[2].strip())) for m in re.finditer(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)]
+    end = max(at for at, op in code if op.startswith("EXIT"))  # what follows are the slow paths of waits, which branch back as well
+    back = [(int(m[1], 16), at) for at, op in code if at < end and (m := re.match(r"BRA.*?0x([0-9a-f]+)", op)) and int(m[1], 16) < at]
+    holds = lambda lo, hi: sum("HGMMA" in op for at, op in code if lo <= at <= hi)
+    back = [(lo, hi) for lo, hi in back if holds(lo, hi)]
+    inner = [(lo, hi) for lo, hi in back if not any((lo, hi) != (a, b) and lo <= a and b <= hi for a, b in back)]
+    products = spills = overwritten = 0
+    for lo, hi in inner:
+        body = [op for at, op in code if lo <= at <= hi]
+        products, spills = products + holds(lo, hi), spills + sum(op.startswith(("STL", "LDL")) for op in body)
+        groups, group = [], set()  # registers that products read, by group that one wait covers
+        for op in body + body:  # twice: what one round leaves in flight meets the next one
+            if m := re.match(r"HGMMA\S* R\d+, (?:R(\d+), )?", op):
+                group |= set(range(int(m[1]), int(m[1]) + 4)) if m[1] else set()
+                if "gsb0" in op:
+                    groups, group = groups + [group], set()
+            elif m := re.search(r"DEPBAR\.LE gsb0, 0x(\d)", op):
+                groups = groups[len(groups) - int(m[1]) :] if len(groups) > int(m[1]) else groups
+            elif (m := re.match(r"(\S+) (?:U?P\d, )?R(\d+),", op)) and not op.startswith(("ST", "SYNCS", "RED")):
+                overwritten += any(int(m[2]) in g for g in (*groups, group))
+    return products, spills, overwritten
+
+
+def compile_kernels():
+    """Compile the kernels in the configurations that are shipped; False if one serialises its products, spills in a loop with
+    products, or overwrites what a product in flight reads."""
+    gl, good = ring_attn.gl, True
+    timed = tuple(map(int, ring_attn.triton.__version__.split(".")[:2])) < (3, 9)  # 3.9 spills more; what that costs has not been measured
+    integers = dict.fromkeys(("B", "H", "G", "T", "GROUP_B", "SECTION"), "i32")
+    print(f"triton {ring_attn.triton.__version__}, capability 9.0: registers, bytes spilled; in loops with products: products, spills, overwritten registers")
+
+    def report(name, strict, *args, **options):
+        nonlocal good
+        sass, said = compiled(*args, **options)
+        products, spills, overwritten = inspect_loops(sass)
+        serial = "serialized" in said
+        bad = serial or not products or overwritten > 0 or strict and timed and 10 * spills > products  # a reload here and there does no harm
+        good &= not bad
+        number = lambda what: (re.findall(what, said) or ["?"])[-1]
+        used, spilled = number(r"Used (\d+) registers"), number(r"(\d+) bytes spill stores")
+        print(f"{name:32} {used:>4} {spilled:>5}   {products:3} {spills:3} {overwritten:3}{' SERIALIZED' * serial}{' BAD' * bad}", flush=True)
+
+    def tile(rows, D, kind="bf16", shape=None):
+        layout = gl.NVMMASharedLayout.get_default_for(shape or [1, rows, 1, D], gl.bfloat16 if kind == "bf16" else gl.float32)
+        return f"tensordesc<{kind}{shape or [1, rows, 1, D]},{layout!r}>"
+
+    for (kernel, table), causal in itertools.product(ring_attn.HOPPER_TILES.items(), (True, False)):
+        for D, (consumers, streamed, stages) in table.items():
+            constants = dict(HEAD_DIM=D, CAUSAL=causal, CONSUMERS=consumers, STAGES=stages)
+            stay, stream, options = tile(64, D), tile(streamed, D), dict(num_warps=4, maxnreg={2: 168, 3: 128}[consumers])
+            types = dict(HOP="*i32", sm_scale="fp32", ACC="*fp32", **integers)
+            if kernel == "fwd":
+                types = dict(q_desc=stay, k_desc=stream, v_desc=stream, O="*bf16", LSE="*fp32", **types)
+            else:
+                rows = tile(0, 0, "fp32", [2, 1, streamed])
+                types = dict(a_desc=stay, a2_desc=stay, b_desc=stream, b2_desc=stream, rows_desc=rows, ROWS="*fp32", OUT="*bf16", OUT2="*bf16", ACC2="*fp32", **types)
+                constants["DKV"] = kernel == "dkv"
+            function = ring_attn.hopper_fwd_kernel if kernel == "fwd" else ring_attn.hopper_bwd_kernel
+            report(f"hopper {kernel} D{D} {'causal' if causal else 'full'}", True, function, types, constants, **options)
+    for kernel, D in itertools.product(ring_attn.TILES, (64, 128, 256)):
+        BLOCK_M, BLOCK_N, num_warps, num_stages = ring_attn.TILES[kernel][D]
+        function = getattr(ring_attn, f"{kernel}_kernel")
+        floats = dict.fromkeys(("ACC", "LSE", "LSE2", "DELTA", "DK_ACC", "DV_ACC"), "*fp32")
+        tiles = {name: f"tensordesc<bf16[{rows}, {D}]>" for rows, names in ((BLOCK_M, ("Q", "DO")), (BLOCK_N, ("K", "V"))) for name in names}
+        known = dict(HOP="*i32", sm_scale="fp32", **dict.fromkeys(("O", "DQ", "DK", "DV"), "*bf16"), **floats, **tiles, **integers)
+        types = {name: known.get(name, "i32") for name in function.arg_names if name in known or name.startswith("stride")}
+        constants = dict(CAUSAL=True, TMA=True, HEAD_DIM=D, BLOCK_D=D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
+        report(f"portable {kernel} D{D} causal", D < 256, function, types, constants, num_warps=num_warps, num_stages=num_stages)
+    return good
+
 
 # -----------------------------------------------------------------------------
 # runner
@@ -601,7 +861,10 @@ def main():
     global ALONE
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--filter", default="", help="run only the cases whose name contains this")
+    parser.add_argument("--compile_only", action="store_true", help="compile the kernels for Hopper, without a GPU, and say what they cost")
     args = parser.parse_args()
+    if args.compile_only:
+        sys.exit(not compile_kernels())
     cases = [c for c in CASES if args.filter in c[0]]
     warnings.filterwarnings("ignore")
     torch.use_deterministic_algorithms(True, warn_only=True)  # and with it, every torch.empty is filled with nan
@@ -656,7 +919,7 @@ def main():
         report(name, [everyone[name]])
     for name, f, f_args, *_ in (c for c in ready if c[3] == "real"):
         # a ring of fewer processes than there are may leave some without one: those pass
-        needed = f_args[2] if f is check_real else f_args[1] if f in (check_attention, check_train) else WORLD
+        needed = f_args[2] if f is check_real else f_args[1] if f in (check_attention, check_compiled_model, check_train) else WORLD
         report(name, gathered(execute(f, f_args) if needed in RINGS or needed == WORLD else (None, None, 0.0)))
     for name, why in skipped:
         say(f"skipped: {name} ({why})")
