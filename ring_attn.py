@@ -1041,7 +1041,7 @@ def triton_rows(o, do, lse, dlse):
     n_rows = triton.cdiv(T, ROW_PAD.value) * ROW_PAD.value
     rows = torch.empty(2, B, H, n_rows, dtype=torch.float32, device=o.device)
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    depends = o.dtype, o.device, dlse is None, *(x is not None and x.data_ptr() % 16 == 0 for x in (do, dlse))
+    depends = o.dtype, o.device, dlse is None, *(x is not None and x.data_ptr() % 16 == 0 for x in (o, do, lse, dlse))
     constants = dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=32)
     launch(rows_kernel, depends, n_rows // 32 * B * H, (o, do, lse, dlse, *rows, H, T), constants, num_warps=4)
     return rows
@@ -1080,19 +1080,24 @@ def hopper_takes(D, dtype):
     return D <= max(HOPPER_TILES["fwd"]) and D % 8 == 0 and dtype in (torch.bfloat16, torch.float16)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)
 def descriptor(shape, strides, block, dtype):
+    """What `describe` returns, but for the tensor; None where TMA cannot read such a tensor."""
+    if strides[-1] != 1 or any(n > 1 and (s <= 0 or s * dtype.itemsize % 16) for s, n in zip(strides[:-1], shape)):
+        return None
     layout = gl.NVMMASharedLayout.get_default_for(list(block), {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[dtype])
-    strides = [s if n > 1 else 16 for s, n in zip(strides, shape)][:-1] + [1]  # a dimension of 1 may have any
-    return GluonDescriptor(torch.empty(0, dtype=dtype), list(shape), strides, list(block), layout)
+    strides = [s if n > 1 else 16 for s, n in zip(strides[:-1], shape)]  # a dimension of 1 may have any
+    return GluonDescriptor(torch.empty(0, dtype=dtype), list(shape), [*strides, 1], list(block), layout)
 
 
 def describe(x, block):
-    """x for TMA, in tiles of shape `block`; what lies outside x reads as 0. A copy of x where TMA cannot read x itself."""
-    if x.data_ptr() % 16 or x.stride(-1) != 1 or any((s <= 0 or s * x.element_size() % 16) and n > 1 for s, n in zip(x.stride()[:-1], x.shape)):
-        x = x.contiguous()
-    described = object.__new__(GluonDescriptor)  # its checks, which take longer than a launch, are made once per shape
-    vars(described).update(vars(descriptor(x.shape, x.stride(), block, x.dtype)), base=x)
+    """x for TMA, in tiles of shape `block`; what lies outside x reads as 0. Of a copy of x where TMA cannot read x itself."""
+    known = descriptor(x.shape, x.stride(), block, x.dtype)
+    if known is None or x.data_ptr() % 16:
+        x = x.contiguous() if known is None else x.clone()
+        known = descriptor(x.shape, x.stride(), block, x.dtype)
+    described = object.__new__(GluonDescriptor)  # its own checks take longer than a launch
+    vars(described).update(vars(known), base=x)
     return described
 
 
