@@ -11,6 +11,7 @@ is filled with nan first. One row per case: what was worst, its error, the bound
 
 import argparse
 import itertools
+import json
 import math
 import os
 import random
@@ -727,6 +728,19 @@ def check_command_line():
     require("--stop_after" in call("--help").stdout, "--help does not help")
 
 
+def check_bench():
+    """One row of bench.py, whose last line is JSON; a filter that fits nothing is told what there is."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    call = lambda *flags: subprocess.run([sys.executable, str(Path(__file__).with_name("bench.py")), *flags], capture_output=True, text=True, env=env, timeout=300)
+    row = "memory 32k" if GPU else "schedule zigzag"
+    done = call("--quick", f"--filter={row}")
+    require(done.returncode == 0, (done.stdout + done.stderr)[-1500:])
+    rows = json.loads(done.stdout.strip().splitlines()[-1])["rows"]
+    require([r["name"] for r in rows] == [row] and any(line.startswith(row) for line in done.stdout.splitlines()), done.stdout)
+    done = call("--filter=nonesuch")
+    require(done.returncode == 2 and "nonesuch" in done.stderr and "D64" in done.stderr and "Traceback" not in done.stderr, done.stderr)
+
+
 real("unshard(shard(x)) is x, " + ", ".join(SCHEDULES), lambda: [check_unshard(s) for s in SCHEDULES] and None)
 for schedule, causal, n_ranks in itertools.product(SCHEDULES, (True, False), sorted({1, 2, WORLD})):
     name = f"real ring {schedule} x{n_ranks} {'causal' if causal else 'full'}"
@@ -746,6 +760,7 @@ for n_ranks in sorted({1, 2, WORLD}):
         real(f"train {schedule} x{n_ranks} equals SDPA x1, resumes", check_train, schedule, n_ranks, ranks=n_ranks)
 real("train refuses bad input", check_train_errors)
 local("train.py at the command line", check_command_line)
+local("bench.py at the command line", check_bench)
 
 # -----------------------------------------------------------------------------
 # compilation for Hopper, which needs no GPU: ptxas comes with triton
