@@ -940,9 +940,11 @@ def hopper_bwd_kernel(a_desc, a2_desc, b_desc, b2_desc, rows_desc, ROWS, OUT, OU
 
 
 # -----------------------------------------------------------------------------
-# launchers: one hop on real tensors. `triton` runs the kernels above, `torch` the reference; both take the same arguments
+# launchers: one hop on real tensors. triton_* run the portable kernels, hopper_* those in Gluon, torch_* the reference; all take
+# the same arguments
 
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # the kernels then run on CPU tensors, in numpy
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # the portable kernels then run on CPU tensors, in numpy
+
 
 @functools.lru_cache(maxsize=None)
 def capability(device):
@@ -1102,7 +1104,7 @@ def describe(x, block):
 
 
 @functools.lru_cache(maxsize=1024)
-def hopper_config(kernel, shape, HKV, dtype, device, table, causal):
+def hopper_config(kernel, shape, HKV, device, table, causal):
     """Of a launch: the shapes of tiles that stay and of those that stream by, the integers that describe the problem, grid, constants, options."""
     B, T, H, D = shape
     BLOCK_D = max(64, triton.next_power_of_2(D))
@@ -1115,13 +1117,13 @@ def hopper_config(kernel, shape, HKV, dtype, device, table, causal):
 
 
 def hopper_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
-    stay, stream, problem, grid, constants, options = hopper_config("fwd", q.shape, k.shape[2], q.dtype, q.device, hop.table, causal)
+    stay, stream, problem, grid, constants, options = hopper_config("fwd", q.shape, k.shape[2], q.device, hop.table, causal)
     args = describe(q, stay), describe(k, stream), describe(v, stream), o, acc, lse, hop_table(hop.table, q.device), sm_scale, *problem
     launch(hopper_fwd_kernel, (q.dtype, stream, q.device), grid, args, constants, **options)
 
 
 def hopper_bwd(kernel, a, a2, b, b2, rows, outs, accs, q, k, hop, causal, sm_scale):
-    stay, stream, problem, grid, constants, options = hopper_config(kernel, q.shape, k.shape[2], q.dtype, q.device, hop.table, causal)
+    stay, stream, problem, grid, constants, options = hopper_config(kernel, q.shape, k.shape[2], q.device, hop.table, causal)
     by_row = describe(rows.flatten(1, 2), (2, 1, stream[1]))
     args = (
         describe(a, stay), describe(a2, stay), describe(b, stream), describe(b2, stream), by_row, rows, *outs, *accs,

@@ -428,6 +428,34 @@ def check_graph():
     return worst([("loss", max(abs(a - b) for a, b in zip(*losses)), 1e-2)])  # the embedding's gradient adds in any order
 
 
+def check_launches():
+    """What the launchers of the Hopper kernels pass on, by place, fits the kernels' signatures: constants last, in their order."""
+    real_launch, real_properties, seen = ring_attn.launch, torch.cuda.get_device_properties, []
+
+    def launch(kernel, depends, grid, args, constants, **options):
+        require(kernel.arg_names[len(args) :] == list(constants), f"{kernel.__name__}: {kernel.arg_names} against {len(args)} values and {list(constants)}")
+        for name, value in zip(kernel.arg_names, args):
+            kind = "tiles" if hasattr(value, "block_shape") else "pointer" if isinstance(value, torch.Tensor) else "number"
+            expected = "tiles" if name.endswith("_desc") else "number" if name in ("sm_scale", "B", "H", "G", "T", "GROUP_B", "SECTION") else "pointer"
+            require(kind == expected, f"{kernel.__name__}: {name} is {value}")
+        seen.append((kernel.__name__, grid))
+
+    ring_attn.launch = launch
+    torch.cuda.get_device_properties = lambda device: type("Properties", (), dict(multi_processor_count=10))
+    ring_attn.hopper_config.cache_clear()
+    try:
+        q, k, v, do = make(2, 200, 4, 2, 40, torch.float16)
+        hop, rows = plan("zigzag", 0, 1, 200, True, 1)[0], torch.zeros(2, 2, 4, 256, device=DEVICE)
+        _, _, dq, dkv = ring_attn.BACKENDS["gluon"]
+        ring_attn.hopper_fwd(q, k, v, q, q.float(), rows, hop, True, 0.5)
+        dq(q, k, v, do, rows, q, q.float(), hop, True, 0.5)
+        dkv(q, k, v, do, rows, k, v, k.float(), v.float(), hop, True, 0.5)
+    finally:
+        ring_attn.launch, torch.cuda.get_device_properties = real_launch, real_properties
+        ring_attn.hopper_config.cache_clear()
+    require(seen == [("hopper_fwd_kernel", 10), ("hopper_bwd_kernel", 10), ("hopper_bwd_kernel", 8)], f"{seen}")
+
+
 def check_compile():
     """What this machine's Triton makes of the kernels for Hopper, GPU or not: see compile_kernels."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -453,6 +481,7 @@ local("offsets beyond 2**31", check_offsets, gpu=True)
 local("a million tokens", check_million, gpu=True)
 local("a training step in a CUDA graph", check_graph, gpu=True)
 local("every kernel compiles for Hopper", check_compile)
+local("launchers fit the Hopper kernels", check_launches)
 local("positions, shard, merge", check_positions)
 local("plans: sends match receives", check_plans)
 local("buffers per rank", check_memory)
