@@ -20,8 +20,8 @@ heads of the group: no atomics, the same bits every time. Each is there twice: i
 
 Not here: attention bias, windows, dropout on the probabilities, queries and keys of different lengths.
 
-Sources: Ring Attention (arXiv 2310.01889), Striped Attention (2311.09431), FlashAttention-2 (2307.08691), FlashAttention-3 (2407.08608), step
-attention and the argument names (github mgmalek/ring-attention), zigzag (zhuzilin/ring-flash-attention issue 2).
+Sources: Ring Attention (arXiv 2310.01889), Striped Attention (2311.09431), FlashAttention-2 and -3 (2307.08691, 2407.08608),
+step attention and the argument names (github mgmalek/ring-attention), zigzag (zhuzilin/ring-flash-attention issue 2).
 
     python test.py                              # tests: kernels, schedules, virtual rings of 1 to 8
     torchrun --nproc_per_node=4 test.py         # the same, and real processes
@@ -525,6 +525,18 @@ def dkv_kernel(Q, K, V, DO, LSE2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_scale, 
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed in triton 3.9
 
 
+@gluon.constexpr_function
+def product_layout(N):
+    """Where a warpgroup holds the [64, N] result of a product."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+
+
+@gluon.constexpr_function
+def operand_layout(N):
+    """Where it holds the left operand, in 16 bit, of a product with an [64, N] result."""
+    return gl.DotOperandLayout(operand_index=0, parent=product_layout(N), k_width=2)
+
+
 @gluon.jit
 def barriers(N: gl.constexpr, COUNT: gl.constexpr):
     bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
@@ -631,9 +643,9 @@ def fwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexp
     ROWS: gl.constexpr = q_smem.shape[2]
     BLOCK_N: gl.constexpr = k_smem.shape[2]
     BLOCK_D: gl.constexpr = k_smem.shape[4]
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=o_layout, k_width=2)
+    s_layout: gl.constexpr = product_layout(BLOCK_N)
+    o_layout: gl.constexpr = product_layout(BLOCK_D)
+    p_layout: gl.constexpr = operand_layout(BLOCK_D)
     row_s: gl.constexpr = gl.SliceLayout(1, s_layout)
     row_o: gl.constexpr = gl.SliceLayout(1, o_layout)
     q = q_smem.index(c).reshape([ROWS, BLOCK_D])
@@ -815,8 +827,8 @@ def bwd_tiles(acc, acc2, a, a2, lse, delta, buffers, lo, full, hi, first, edge, 
     ROWS: gl.constexpr = a_smem.shape[2]
     BLOCK_B: gl.constexpr = b_smem.shape[2]
     BLOCK_D: gl.constexpr = b_smem.shape[4]
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_B, 16])
-    ds_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=acc.type.layout, k_width=2)
+    s_layout: gl.constexpr = product_layout(BLOCK_B)
+    ds_layout: gl.constexpr = operand_layout(BLOCK_D)
     zero = gl.zeros([ROWS, BLOCK_B], gl.float32, s_layout)
     for tile in range(lo, hi):
         s, phase = tile % STAGES, tile // STAGES & 1
@@ -861,8 +873,8 @@ def bwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexp
     ROWS: gl.constexpr = a_smem.shape[2]
     BLOCK_B: gl.constexpr = b_smem.shape[2]
     BLOCK_D: gl.constexpr = b_smem.shape[4]
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_B, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16])
+    s_layout: gl.constexpr = product_layout(BLOCK_B)
+    o_layout: gl.constexpr = product_layout(BLOCK_D)
     row_s: gl.constexpr = gl.SliceLayout(1, s_layout)
     row_o: gl.constexpr = gl.SliceLayout(1, o_layout)
     a, a2 = a_smem.index(c).reshape([ROWS, BLOCK_D]), a2_smem.index(c).reshape([ROWS, BLOCK_D])
@@ -875,12 +887,12 @@ def bwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexp
         b, h, start, hop, first, n_masked, n_tiles, active = bwd_item(i, problem, CONSUMERS * ROWS, BLOCK_B, DKV, CAUSAL)
         if exists & active:
             offs_a = start + c * ROWS + gl.arange(0, ROWS, layout=row_s)
-            lse, delta, edge = offs_a, offs_a, offs_a
+            lse, delta, edge = offs_a, offs_a, offs_a  # unused where not set below
             if DKV:  # lse and delta stream by; a key is seen by the queries from edge on
                 if CAUSAL:
                     edge = n_le(hop, position(hop + 3, offs_a, T) - 1, T)
             else:  # a query sees the keys before edge
-                T_pad = gl.cdiv(T, ROW_PAD) * ROW_PAD
+                T_pad = gl.cdiv(T, ROW_PAD) * ROW_PAD  # all of lse2, then all of delta
                 row = (b * H + h).to(gl.int64) * T_pad + offs_a
                 lse = gl.load(LSE2 + row, mask=offs_a < T, other=float("inf"))
                 delta = gl.load(LSE2 + B.to(gl.int64) * H * T_pad + row, mask=offs_a < T, other=0.0)
@@ -913,7 +925,7 @@ def bwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexp
 
 
 @gluon.jit(do_not_specialize=["B", "H", "G", "T", "GROUP_B", "SECTION"])
-def hopper_bwd_kernel(a_desc, a2_desc, b_desc, b2_desc, rows_desc, ROWS, OUT, OUT2, ACC, ACC2, HOP, sm_scale, B, H, G, T, GROUP_B, SECTION,
+def hopper_bwd_kernel(a_desc, a2_desc, b_desc, b2_desc, rows_desc, LSE2, OUT, OUT2, ACC, ACC2, HOP, sm_scale, B, H, G, T, GROUP_B, SECTION,
                       DKV: gl.constexpr, HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     a_smem = gl.allocate_shared_memory(a_desc.dtype, [CONSUMERS] + a_desc.block_type.shape, a_desc.layout)
     a2_smem = gl.allocate_shared_memory(a_desc.dtype, [CONSUMERS] + a_desc.block_type.shape, a_desc.layout)
@@ -923,7 +935,7 @@ def hopper_bwd_kernel(a_desc, a2_desc, b_desc, b2_desc, rows_desc, ROWS, OUT, OU
     buffers = (a_smem, a2_smem, b_smem, b2_smem, rows_smem, barriers(CONSUMERS, 1), barriers(CONSUMERS, 1), barriers(STAGES, 1), barriers(STAGES, 1),
                barriers(STAGES, CONSUMERS))  # fmt: skip
     problem = (HOP, B, H, G, T, GROUP_B, SECTION)
-    descs, state = (a_desc, a2_desc, b_desc, b2_desc, rows_desc), (ROWS, OUT, OUT2, ACC, ACC2, sm_scale)
+    descs, state = (a_desc, a2_desc, b_desc, b2_desc, rows_desc), (LSE2, OUT, OUT2, ACC, ACC2, sm_scale)
     if CONSUMERS == 2:
         gl.warp_specialize([
             (bwd_consumer, (0, state, buffers, problem, HEAD_DIM, DKV, CAUSAL)),
@@ -1069,7 +1081,8 @@ def triton_dkv(q, k, v, do, rows, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale)
     )  # fmt: skip
 
 
-# warpgroups of 64 rows that stay, rows of a tile that streams by, stages, by padded head dim; other head dims run in portable Triton
+# warpgroups of 64 rows that stay, rows of a tile that streams by, stages, by padded head dim, as measured on one H100. Other head
+# dims run in portable Triton
 HOPPER_TILES = {
     "fwd": {64: (3, 128, 2), 128: (2, 128, 2)},
     "dq": {64: (3, 64, 3), 128: (2, 64, 3)},
@@ -1331,7 +1344,7 @@ def pieces(tensors, groups, slices):
 
 
 @functools.lru_cache(maxsize=None)
-def nothing(dtype, device):
+def nothing(dtype, device):  # an argument that no kernel reads
     return torch.empty(0, dtype=dtype, device=device)
 
 
