@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
 import ring_attn
+from decode import KVCache, captured
 
 
 class AttentionType(Enum):
@@ -104,8 +106,12 @@ class Attention(nn.Module):
     def rotary(self, B, T, device):
         return rotary_table(self.positions(B, T, device), self.dim_per_head, self.rope_theta)
 
-    def forward(self, x, rotary=None):
-        """x (B, T, dim) -> (B, T, dim). rotary: the table of `rotary`, if the caller has it already."""
+    def forward(self, x, rotary=None, cache=None, layer=0, prefill=False):
+        """x (B, T, dim) -> (B, T, dim). rotary: the table of `rotary`, if the caller has it already.
+
+        cache: a KVCache, whose last T tokens these are; its keys and values of `layer` take the place of those of x, to which
+        they are added. prefill: all the tokens of the cache are in x, or, on a ring, in the shards of the ranks.
+        """
         B, T, _ = x.shape
         heads = rearrange(self.qkv_proj(x), "b t (h d) -> b t h d", d=self.dim_per_head)
         q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)  # (B, T, H, D), (B, T, HKV, D) twice
@@ -113,7 +119,13 @@ class Attention(nn.Module):
             cos, sin = rotary or self.rotary(B, T, x.device)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         sm_scale = self.dim_per_head**-0.5
-        if self.attn_type is AttentionType.SDPA:
+        if prefill:
+            cache.fill(layer, k, v)
+        elif cache is not None:
+            cache.write(layer, k, v)
+        if cache is not None and not prefill:
+            o = cache.attend(layer, q, sm_scale)
+        elif self.attn_type is AttentionType.SDPA:
             qt, kt, vt = (y.transpose(1, 2) for y in (q, k, v))
             o = F.scaled_dot_product_attention(qt, kt, vt, is_causal=self.causal, scale=sm_scale, enable_gqa=self.n_heads != self.n_kv_heads).transpose(1, 2)
         elif self.attn_type is AttentionType.FLASH:
@@ -148,8 +160,8 @@ class Block(nn.Module):
             nn.Linear(c.dim, 4 * c.dim, bias=False), nn.GELU(), nn.Linear(4 * c.dim, c.dim, bias=False), nn.Dropout(c.dropout)
         )
 
-    def forward(self, x, rotary):  # (B, T, dim)
-        x = x + self.attn(self.attn_norm(x), rotary)
+    def forward(self, x, *args):  # (B, T, dim); args of Attention.forward
+        x = x + self.attn(self.attn_norm(x), *args)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -172,13 +184,19 @@ class Transformer(nn.Module):
                 out = name.endswith(("o_proj.weight", "mlp.2.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * config.n_layers) ** 0.5 if out else 0.02)
 
+    def hidden(self, tokens, cache=None, prefill=False):
+        """tokens (B, T) -> what the output projection takes, (B, T, dim). cache, prefill: as for Attention."""
+        x = self.embedding(tokens)  # (B, T, dim)
+        attn = self.blocks[0].attn
+        pos = attn.positions(*tokens.shape, tokens.device) if cache is None or prefill else cache.positions(tokens.shape[1])
+        rotary = rotary_table(pos, attn.dim_per_head, attn.rope_theta)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotary, cache, layer, prefill)
+        return self.norm(x)
+
     def forward(self, tokens, targets=None):
         """tokens (B, T) int64, this rank's -> logits (B, T, vocab_size); with targets (B, T), the mean loss in nats instead."""
-        x = self.embedding(tokens)  # (B, T, dim)
-        rotary = self.blocks[0].attn.rotary(*tokens.shape, tokens.device)
-        for block in self.blocks:
-            x = block(x, rotary)
-        logits = F.linear(self.norm(x), self.embedding.weight)  # (B, T, vocab_size)
+        logits = F.linear(self.hidden(tokens), self.embedding.weight)  # (B, T, vocab_size)
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     def flops_per_token(self, seq_len):
@@ -186,23 +204,73 @@ class Transformer(nn.Module):
         weights = sum(p.numel() for p in self.parameters() if p.ndim == 2)  # the embedding counts once, as output projection
         return 6 * weights + 3.5 * self.config.n_layers * 2 * seq_len * self.config.dim
 
-    @torch.no_grad()
-    def generate(self, tokens, n_tokens, temperature=0.8, top_k=None, generator=None):
-        """Continue tokens (B, T) by n_tokens sampled ones -> (B, T + n_tokens). The model must not be sharded.
+    def new_cache(self, B, n_tokens):
+        """An empty KVCache for B sequences of up to n_tokens tokens, striped over the ranks of the model."""
+        attn, weight = self.blocks[0].attn, self.embedding.weight
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        group = None
+        if attn.n_ranks > 1:
+            group = dist.group.WORLD if attn.group is None else attn.group
+        return KVCache(len(self.blocks), B, n_tokens, attn.n_kv_heads, attn.dim_per_head, dtype, weight.device, group)
 
-        temperature 0 takes the likeliest token. Recomputes the whole context, at most seq_len tokens, for every token.
+    def prefill(self, tokens, cache):
+        """Put tokens (B, S), the same on every rank, into the empty cache: logits (B, vocab_size) for what follows them.
+
+        On a ring each rank runs its own 1/n of them, and the model's type must be STRIPED, which leaves every key where the
+        cache keeps it. Raises ValueError if it is not, if the cache holds something, and if the tokens do not fit.
         """
-        if self.blocks[0].attn.n_ranks > 1:
-            raise ValueError(f"generate needs the whole sequence on one rank; n_ranks={self.blocks[0].attn.n_ranks}: load the weights into Transformer(config)")
+        (B, S), attn = tokens.shape, self.blocks[0].attn
+        R = attn.n_ranks
+        if R > 1 and attn.attn_type is not AttentionType.STRIPED:
+            raise ValueError(f"attn_type={attn.attn_type} leaves the cache where decoding does not look on {R} ranks; make the model with AttentionType.STRIPED")
+        if cache.length or S == 0:
+            raise ValueError(f"the cache holds {cache.length} tokens and the prompt {S}; prefill wants an empty cache and a prompt of 1 or more")
+        cache.extend(S)
+        x = self.hidden(attn.shard(F.pad(tokens, (0, -S % R))), cache, True)  # what pads is behind every real token, and not counted
+        last = x[:, (S - 1) // R].contiguous()  # (B, dim), on the rank that has the last token
+        if R > 1:
+            group = cache.ring.group
+            dist.broadcast(last, dist.get_global_rank(group, (S - 1) % R), group=group)
+        return F.linear(last, self.embedding.weight)
+
+    def step(self, tokens, cache):
+        """Put tokens (B, M), the same on every rank, behind those in the cache: logits (B, M, vocab_size) for what follows each."""
+        cache.extend(tokens.shape[1])
+        return F.linear(self.hidden(tokens, cache), self.embedding.weight)
+
+    @torch.no_grad()
+    def stream(self, tokens, n_tokens, temperature=0.8, top_k=None, generator=None, cache=None, graph=False):
+        """Continue tokens (B, S), the same on every rank, by n_tokens sampled ones: yields (B, 1) at a time.
+
+        temperature 0 takes the likeliest token. generator: of this device, seeded alike on every rank. cache: an empty one to use.
+        graph: from the second token on replay a CUDA graph. Raises ValueError before the first token if something does not fit.
+        """
         if temperature < 0 or tokens.shape[1] == 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"{temperature=} must be 0 or more, {top_k=} 1 or more or None, and the prompt, {tokens.shape[1]} tokens, not empty")
-        for _ in range(n_tokens):
-            logits = self(tokens[:, -self.config.seq_len :])[:, -1].float()  # (B, vocab_size)
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
+        need = tokens.shape[1] + max(n_tokens, 1) - 1  # the last token is not followed by anything
+        cache = self.new_cache(len(tokens), need) if cache is None else cache
+        cache.check_room(need)
+        step = self.step
+        for i in range(n_tokens):
+            if i == 0:
+                logits = self.prefill(tokens, cache)
             else:
-                if top_k is not None:
-                    logits[logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]] = -torch.inf
-                new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            tokens = torch.cat((tokens, new), dim=1)
-        return tokens
+                logits = step(new, cache)[:, -1]
+                if i == 1 and graph and n_tokens > 2:
+                    step = captured(step, new, cache)
+            new = self.sample(logits.float(), temperature, top_k, generator)
+            if cache.ring.n_ranks > 1:  # the ranks found the same logits; should rounding ever differ, they still go on alike
+                dist.broadcast(new, dist.get_global_rank(cache.ring.group, 0), group=cache.ring.group)
+            yield new
+
+    def sample(self, logits, temperature, top_k, generator):  # (B, vocab_size) -> (B, 1)
+        if temperature == 0:
+            return logits.argmax(-1, keepdim=True)
+        if top_k is not None:
+            logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+
+    def generate(self, tokens, n_tokens, *args, **options):
+        """tokens (B, S) and n_tokens more: (B, S + n_tokens). Arguments as for `stream`."""
+        return torch.cat([tokens, *self.stream(tokens, n_tokens, *args, **options)], dim=1)

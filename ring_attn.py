@@ -1536,15 +1536,7 @@ def check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend):
         if not hopper_takes(D, q.dtype):
             raise ValueError(f'head dim {D} must be a multiple of 8 up to {max(HOPPER_TILES["fwd"])} for backend="gluon"; use backend="triton"')
     if backend == "triton":
-        if D > 256:
-            raise ValueError(f'head dim {D} is above 256, the most the kernels take; use smaller heads, or backend="torch"')
-        if INTERPRET and q.dtype == torch.bfloat16:
-            raise ValueError("bfloat16 is wrong in Triton's interpreter; use float16 or float32, or unset TRITON_INTERPRET")
-        if not INTERPRET and q.device.type != "cuda":
-            raise ValueError('backend="triton" needs CUDA tensors, or TRITON_INTERPRET=1 in the environment to run on the CPU')
-        if not INTERPRET and capability(q.device) < (8, 0):
-            has = ".".join(map(str, capability(q.device)))
-            raise ValueError(f'the kernels need CUDA capability 8.0; {torch.cuda.get_device_name(q.device)} has {has}: use backend="torch"')
+        check_portable(q)
     if isinstance(ring, VirtualRing):
         if T % ring.n_ranks:
             raise ValueError(f"seq_len={T} must be a multiple of n_ranks={ring.n_ranks}; pad it, or change the number of ranks")
@@ -1555,6 +1547,20 @@ def check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend):
             f'use init_process_group("{"nccl" if q.device.type == "cuda" else "gloo"}")'
         )
     check_schedule(schedule, ring.n_ranks, T, B)
+
+
+def check_portable(q):
+    """Raise ValueError unless the portable kernels can run on q (B, T, H, D)."""
+    D = q.shape[-1]
+    if D > 256:
+        raise ValueError(f'head dim {D} is above 256, the most the kernels take; use smaller heads, or backend="torch"')
+    if INTERPRET and q.dtype == torch.bfloat16:
+        raise ValueError("bfloat16 is wrong in Triton's interpreter; use float16 or float32, or unset TRITON_INTERPRET")
+    if not INTERPRET and q.device.type != "cuda":
+        raise ValueError('backend="triton" needs CUDA tensors, or TRITON_INTERPRET=1 in the environment to run on the CPU')
+    if not INTERPRET and capability(q.device) < (8, 0):
+        has = ".".join(map(str, capability(q.device)))
+        raise ValueError(f'the kernels need CUDA capability 8.0; {torch.cuda.get_device_name(q.device)} has {has}: use backend="torch"')
 
 
 def device_types(group):

@@ -10,6 +10,8 @@ is filled with nan first. One row per case: what was worst, its error, the bound
 """
 
 import argparse
+import contextlib
+import functools
 import itertools
 import json
 import math
@@ -25,6 +27,7 @@ import traceback
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
 
@@ -34,9 +37,13 @@ if not GPU and "--compile_only" not in sys.argv:
 
 import torch.distributed as dist
 import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 import ring_attn
 import train
+from decode import KVCache, decode_attn, decode_part, merge_parts, sharded_decode_attn
 from model import Attention, AttentionType, Config, Transformer
 from ring_attn import INT_MAX, SCHEDULES, Hop, HopRow, VirtualRing, merge, plan, positions, shard, unshard
 
@@ -488,6 +495,446 @@ local("compiled, with lse", check_compiled)
 local("the figure in the README", check_readme)
 
 # -----------------------------------------------------------------------------
+# decoding, against flex_attention, which nobody here wrote: eager, in float64 for the truth and in the dtype at hand for the yardstick
+
+
+@triton.jit
+def alibi_jit(score, b, h, q_idx, kv_idx, slopes, docs):
+    return score + tl.load(slopes + h // 3) * (kv_idx - q_idx)
+
+
+def alibi(score, b, h, q_idx, kv_idx, slopes, docs):  # by key/value head, of groups of 3
+    return score + slopes[h // 3] * (kv_idx - q_idx)
+
+
+@triton.jit
+def softcap_jit(score, b, h, q_idx, kv_idx):
+    return 4 * (2 * tl.sigmoid(score / 2) - 1)
+
+
+def softcap(score, b, h, q_idx, kv_idx):
+    return 4 * (2 * torch.sigmoid(score / 2) - 1)
+
+
+@triton.jit
+def same_doc_jit(b, h, q_idx, kv_idx, slopes, docs):
+    return tl.load(docs + b * 256 + q_idx) == tl.load(docs + b * 256 + kv_idx)
+
+
+def same_doc(b, h, q_idx, kv_idx, slopes, docs):
+    return docs[b, q_idx] == docs[b, kv_idx]
+
+
+@triton.jit
+def causal_jit(b, h, q_idx, kv_idx):
+    return kv_idx <= q_idx
+
+
+def causal_mask(b, h, q_idx, kv_idx):
+    return kv_idx <= q_idx
+
+
+@triton.jit
+def dilated_jit(b, h, q_idx, kv_idx):  # differs by head and by sequence
+    return (q_idx - kv_idx) % (h + b + 1) == 0
+
+
+def dilated(b, h, q_idx, kv_idx):
+    return (q_idx - kv_idx) % (h + b + 1) == 0
+
+
+JIT = {alibi: alibi_jit, softcap: softcap_jit, same_doc: same_doc_jit, causal_mask: causal_jit, dilated: dilated_jit}
+LOW_DECODE = torch.bfloat16 if GPU else torch.float16
+
+
+def flex_decode(q, k, v, lengths, causal, score_mod, mask_mod, aux, window, n_sink):
+    """o (B, M, H, D), lse (B, H, M) of flex_attention, which numbers queries from 0: the mods are given positions."""
+    B, M, N = len(q), q.shape[1], k.shape[1]
+    place = lambda b, m: (lengths[b] - M + m).clamp(min=0)
+
+    def mask(b, h, m, j):
+        i = lengths[b] - M + m
+        seen = j < lengths[b]
+        if causal or window is not None:
+            seen = seen & (j <= i)
+        if window is not None:
+            seen = seen & ((j > i - window) | (j < n_sink))
+        return seen if mask_mod is None else seen & mask_mod(b, h, place(b, m), j, *aux)
+
+    score = None if score_mod is None else lambda s, b, h, m, j: score_mod(s, b, h, place(b, m), j, *aux)
+    blocks = create_block_mask(mask, B, q.shape[2], M, N, device=q.device)
+    o, lse = flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), score_mod=score, block_mask=blocks, enable_gqa=q.shape[2] != k.shape[2], return_lse=True)
+    return o.transpose(1, 2).nan_to_num(0.0), lse
+
+
+class Case(NamedTuple):
+    """Inputs of a decode call as whole sequences: whatever is behind a sequence's length is nan."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    lengths: torch.Tensor
+    options: dict
+    judge: Callable  # (o, lse) -> the worst row
+
+
+def decode_case(dtype, M, H, HKV, D, lengths, causal=True, score_mod=None, mask_mod=None, aux=(), window=None, sink=None, N=None, seed=0):
+    B, N = len(lengths), N or max(lengths)
+    g = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(B, n, heads, D, generator=g).to(DEVICE, dtype) for n, heads in ((M, H), (N, HKV), (N, HKV)))
+    L = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    n_sink, logits = (0, sink) if isinstance(sink, torch.Tensor) else (sink or 0, None)
+    flexed = []
+    for wide in (torch.float64, dtype):
+        floats = [x.to(wide) if x.is_floating_point() else x for x in aux]
+        o, lse = flex_decode(*(x.to(wide) for x in (q, k, v)), L.long(), causal, score_mod, mask_mod, floats, window, n_sink)
+        if logits is not None:  # one more term in the denominator
+            total = torch.logaddexp(lse.to(wide), logits.to(wide)[:, None])
+            o, lse = o * (lse - total).exp().transpose(1, 2)[..., None].to(o.dtype), total
+        flexed.append((o, lse.double()))
+    (true_o, true_lse), (peer_o, peer_lse) = flexed
+    behind = torch.arange(N, device=DEVICE) >= L[:, None]
+    for x in (k, v):
+        x[behind] = math.nan
+
+    def judge_decode(o, lse):
+        empty = true_lse == -math.inf  # (B, H, M)
+        require((lse[empty] == -math.inf).all() and not o.transpose(1, 2)[empty].any(), "a query without a key is not empty")
+        error = lambda a, b: (a.double() - b).abs().nan_to_num(math.inf).max().item()
+        filled = lambda x: x.double().masked_fill(empty, 0.0)
+        return worst([("o", error(o, true_o), 2 * error(peer_o, true_o) + 1e-5),
+                      ("lse", error(filled(lse), filled(true_lse)), (2 * error(filled(peer_lse), filled(true_lse)) if dtype != torch.float32 else 0) + 1e-5)])  # fmt: skip
+
+    options = dict(causal=causal, score_mod=score_mod, mask_mod=mask_mod, aux=aux, window=window, sink=sink)
+    return Case(q, k, v, L, options, judge_decode)
+
+
+def for_backend(options, backend):
+    """The options with the mods that the backend takes."""
+    return {name: JIT.get(x, x) if backend == "triton" and callable(x) else x for name, x in options.items()} | dict(backend=backend)
+
+
+def check_decode(backend, *args, n_splits=None, **options):
+    case = decode_case(*args, **options)
+    call = lambda: decode_attn(case.q, case.k, case.v, cache_seqlens=case.lengths, return_lse=True, n_splits=n_splits, **for_backend(case.options, backend))
+    got, again = call(), call()
+    require(torch.equal(got[0], again[0]) and torch.equal(got[1], again[1]), "the same inputs gave other bits")
+    require(got[0].dtype == case.q.dtype, f"o is {got[0].dtype}")
+    rows = [case.judge(*got)]
+    if len(set(args[5])) == 1 and args[5][0] == case.k.shape[1]:
+        rows.append(case.judge(*decode_attn(case.q, case.k, case.v, return_lse=True, n_splits=n_splits, **for_backend(case.options, backend))))
+    return max(rows, key=lambda row: row[1] / row[2])
+
+
+def check_block_mask(backend, mask_mod, by_batch, by_head, size, dtype, M, H, HKV, D, lengths, N):
+    """The BlockMask that flex itself makes of a mask, for a cache of N tokens; and one whose full blocks all are partial ones."""
+    case = decode_case(dtype, M, H, HKV, D, lengths, mask_mod=mask_mod, N=N)
+    L, rows = case.lengths.long(), []
+    mask = lambda b, h, m, j: mask_mod(b, h, (L[b] - M + m).clamp(min=0), j)
+    blocks = create_block_mask(mask, len(lengths) if by_batch else None, H if by_head else None, M, N, device=DEVICE, BLOCK_SIZE=(M, size))
+    partial = BlockMask.from_kv_blocks(torch.full_like(blocks.kv_num_blocks, blocks.kv_indices.shape[-1]),
+                                       torch.arange(blocks.kv_indices.shape[-1], device=DEVICE, dtype=torch.int32).expand_as(blocks.kv_indices).contiguous(),
+                                       BLOCK_SIZE=(M, size), mask_mod=mask)  # fmt: skip
+    require(mask_mod is dilated or blocks.full_kv_num_blocks.sum() > 0, "the case has no full block")
+    options = for_backend(case.options, backend)
+    for block_mask in (blocks, partial):
+        rows.append(case.judge(*decode_attn(case.q, case.k, case.v, cache_seqlens=case.lengths, block_mask=block_mask, return_lse=True, **options)))
+    for n_ranks in (2, 4):
+        rows.append(case.judge(*virtual_decode(case, n_ranks, block_mask=blocks, **options)))
+    return max(rows, key=lambda row: row[1] / row[2])
+
+
+def check_skipped_blocks(backend):
+    """Blocks that a mask does not name are not read, and full ones not asked about: nan in the ones, a mask_mod that says no to the others."""
+    q, k, v = (torch.randn(1, n, 2, 16, device=DEVICE, dtype=LOW_DECODE) for n in (1, 96, 96))
+    table = lambda *x: torch.tensor([[[x]]], dtype=torch.int32, device=DEVICE)
+    count = lambda x: torch.tensor([[[x]]], dtype=torch.int32, device=DEVICE)
+    k[:, 32:64] = v[:, 32:64] = math.nan
+    blocks = BlockMask.from_kv_blocks(count(0), table(0, 0, 0), count(2), table(2, 0, 1), BLOCK_SIZE=(128, 32))
+    no = no_jit if backend == "triton" else lambda b, h, q_idx, kv_idx: kv_idx < 0
+    got = decode_attn(q, k, v, block_mask=blocks, mask_mod=no, backend=backend)
+    seen = torch.cat((k[:, 64:], k[:, :32]), 1), torch.cat((v[:, 64:], v[:, :32]), 1)
+    require(torch.equal(got, decode_attn(q, *seen, backend=backend)) or (got - decode_attn(q, *seen, backend=backend)).abs().max() < 1e-2, "blocks are mixed up")
+    require(got.isfinite().all(), "a block that nobody named was read")
+
+
+@triton.jit
+def no_jit(b, h, q_idx, kv_idx):
+    return kv_idx < 0
+
+
+def virtual_decode(case, n_ranks, **options):
+    """What n_ranks ranks find, each in its stripe, merged: o, lse."""
+    sink, parts = options.pop("sink", None), []
+    logits = sink if isinstance(sink, torch.Tensor) else None
+    for rank in range(n_ranks):
+        k, v = (stripe(x, rank, n_ranks) for x in (case.k, case.v))
+        parts.append(decode_part(case.q, k, v, rank, n_ranks, cache_seqlens=case.lengths, sink=None if logits is not None else sink, **options))
+    return merge_parts(torch.stack(parts), logits, case.q.dtype)
+
+
+def stripe(x, rank, n_ranks):
+    """Rank's tokens of x (B, N, ...), and nan up to the number that each rank has room for."""
+    mine = x[:, rank::n_ranks]
+    return F.pad(mine, (0, 0, 0, 0, 0, -(-x.shape[1] // n_ranks) - mine.shape[1]), value=math.nan)
+
+
+def check_stripes(backend, n_ranks, *args, **options):
+    """The cache striped over ranks gives the answer of the whole one."""
+    case = decode_case(*args, **options)
+    return case.judge(*virtual_decode(case, n_ranks, **for_backend(case.options, backend)))
+
+
+def check_pages(backend, page_size, dtype, n_ranks=1):
+    """A cache in pages, in any order, the ones that are not in use and the rest of the last ones nan; table entries beyond the length are wild."""
+    case = decode_case(dtype, 2, 6, 2, 32, (200, 0, 1, 77), window=100, sink=3)
+    parts = []
+    for rank in range(n_ranks):
+        local = [stripe(x, rank, n_ranks) for x in (case.k, case.v)]
+        n_pages = -(-local[0].shape[1] // page_size)
+        order = torch.randperm(4 * n_pages + 3, generator=torch.Generator().manual_seed(rank)).to(DEVICE)
+        pages = [torch.full((len(order), page_size, 2, 32), math.nan, device=DEVICE, dtype=dtype) for _ in local]
+        table = order[: 4 * n_pages].view(4, n_pages).int()
+        for x, y in zip(local, pages):
+            y[table.long()] = F.pad(x, (0, 0, 0, 0, 0, n_pages * page_size - x.shape[1]), value=math.nan).view(4, n_pages, page_size, 2, 32)
+        table[1], table[2, 1:] = 2**31 - 1, -5
+        parts.append(decode_part(case.q, *pages, rank, n_ranks, cache_seqlens=case.lengths, page_table=table, **for_backend(case.options, backend)))
+    if n_ranks == 1:
+        return case.judge(*decode_attn(case.q, *pages, cache_seqlens=case.lengths, page_table=table, return_lse=True, **for_backend(case.options, backend)))
+    return case.judge(*merge_parts(torch.stack(parts), None, dtype))
+
+
+def check_cache_layouts(backend):
+    """Caches in (B, HKV, N, D), inside of larger tensors of nan, expanded ones; queries with any strides. None is copied on the way."""
+    case, rows = decode_case(LOW_DECODE, 3, 6, 2, 48, (150, 40, 97)), []
+    inside = torch.full((5, 170, 5, 64), math.nan, device=DEVICE, dtype=LOW_DECODE)
+
+    def view(x):
+        inside[1:4, 10:160, 1:3, 8:56] = x
+        return inside.clone()[1:4, 10:160, 1:3, 8:56]
+
+    for change in (lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), view):
+        q = case.q.transpose(1, 3).contiguous().transpose(1, 3)
+        rows.append(case.judge(*decode_attn(q, change(case.k), change(case.v), cache_seqlens=case.lengths, return_lse=True, backend=backend)))
+    one = decode_case(LOW_DECODE, 1, 4, 4, 32, (60,))
+    got = decode_attn(*(x.expand(3, -1, -1, -1) for x in (one.q, one.k, one.v)), return_lse=True, backend=backend)
+    rows.append(one.judge(*(x[2:] for x in got)))
+    return max(rows, key=lambda row: row[1] / row[2])
+
+
+def check_wild_values(backend):
+    """Lengths outside of the cache are clipped, unless debug is on (on a CPU it always is): nothing outside is read."""
+    case = decode_case(LOW_DECODE, 1, 4, 2, 32, (64, 64, 64))
+    wild = torch.tensor([64, 65, -1], dtype=torch.int32, device=DEVICE)
+    call = lambda **options: decode_attn(case.q, case.k, case.v, cache_seqlens=wild, backend=backend, **options)
+    raises(lambda: call(debug=True), "cache_seqlens[1]=65", "0..64")
+    table = torch.tensor([[0, 1], [1, 2], [2, 3]], dtype=torch.int32, device=DEVICE)
+    pages = case.k.reshape(-1, 32, 2, 32)[:3]
+    raises(lambda: decode_attn(case.q, pages, pages, page_table=table, backend=backend, debug=True), "page_table[2, 1]=3", "0..2")
+    if GPU:
+        o, whole = call(), decode_attn(case.q, case.k, case.v, backend=backend)
+        require(torch.equal(o[:2], whole[:2]) and not o[2].any(), "lengths are not clipped")
+        require(decode_attn(case.q, pages, pages, page_table=table, backend=backend).isfinite().all(), "a page outside was read")
+
+
+def check_decode_graph():
+    """A CUDA graph captured once gives the right answers after lengths, cache and page table have changed."""
+    for paged in (False, True):
+        lengths = [(700, 3, 0, 64), (1, 1000, 1000, 999), (1000, 5, 5, 5), (0, 0, 0, 0)]
+        cases = [decode_case(torch.bfloat16, 1, 8, 2, 64, n, N=1000, seed=i) for i, n in enumerate(lengths)]
+        q, k, v, L = (x.clone() for x in cases[0][:4])
+        table = torch.arange(4, dtype=torch.int32, device=DEVICE)[:, None].contiguous()
+        call = lambda: decode_attn(q, k, v, cache_seqlens=L, page_table=table if paged else None, return_lse=True)
+        call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            o, lse = call()
+        rows = []
+        for case in (*cases[1:], cases[0]):
+            table.copy_(table.roll(1, 0))
+            order = table[:, 0].long() if paged else torch.arange(4, device=DEVICE)
+            q.copy_(case.q), L.copy_(case.lengths)
+            k[order], v[order] = case.k, case.v
+            graph.replay()
+            rows.append(case.judge(o, lse))
+    return max(rows, key=lambda row: row[1] / row[2])
+
+
+def check_decode_offsets():
+    """A cache of more than 2**31 elements, by its length and by its batch."""
+    rows = []
+    for B, N, n in ((1, 2**21 + 100, 1), (2**21 // 1024 + 2, 1024, 2)):
+        k, v = (torch.empty(B, N, 8, 128, dtype=torch.bfloat16, device=DEVICE).normal_() for _ in range(2))
+        q = torch.randn(B, 1, 8, 128, dtype=torch.bfloat16, device=DEVICE)
+        o, lse = decode_attn(q, k, v, window=300, return_lse=True)
+        tail = [x[-n:, -300:] for x in (k, v)]
+        truth, true_lse_ = torch_decode(q[-n:].double(), *(x.double() for x in tail))
+        peer, peer_lse = torch_decode(q[-n:], *tail)
+        error = lambda a, b: (a.double() - b).abs().max().item()
+        rows += [("o", error(o[-n:], truth), 2 * error(peer, truth) + 1e-5), ("lse", error(lse[-n:], true_lse_), 2 * error(peer_lse, true_lse_) + 1e-4)]
+        del k, v
+    return worst(rows)
+
+
+def torch_decode(q, k, v):
+    qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
+    s = torch.einsum("bhmd,bhnd->bhmn", qt.double(), kt.double()) * q.shape[-1] ** -0.5
+    return F.scaled_dot_product_attention(qt, kt, vt).transpose(1, 2), s.logsumexp(-1)
+
+
+def check_decode_errors():
+    backend = "triton" if GPU or ring_attn.INTERPRET else "torch"
+    q, k = torch.randn(2, 1, 4, 16, device=DEVICE), torch.randn(2, 32, 2, 16, device=DEVICE)
+    ints = lambda *x: torch.tensor(x, dtype=torch.int32, device=DEVICE)
+    call = lambda q=q, k=k, v=None, **options: decode_attn(q, k, k if v is None else v, **options)
+    raises(lambda: call(q=q[0]), "q must be a dense tensor", "(1, 4, 16)")
+    raises(lambda: call(k=None), "k must be", "NoneType")
+    raises(lambda: call(k=k[:1]), "shapes do not fit", "(1, 32, 2, 16)")
+    raises(lambda: call(v=k[:, :5]), "shapes do not fit", "(2, 5, 2, 16)")
+    raises(lambda: call(q=q[:, :, :3]), "3 query heads", "2 key/value heads")
+    raises(lambda: call(v=k.half()), "v is torch.float16", "q torch.float32", "cast")
+    raises(lambda: call(q=q.int(), k=k.int()), "torch.int32 is not supported")
+    raises(lambda: call(q=q.clone().requires_grad_()), "requires a gradient", "ring_attn")
+    raises(lambda: call(backend="flash"), "backend='flash'")
+    raises(lambda: call(k=k.transpose(1, 3).contiguous().transpose(1, 3), backend=backend), "strides", "last must be 1") if backend == "triton" else None
+    raises(lambda: call(sm_scale=-1.0), "sm_scale=-1.0")
+    raises(lambda: call(causal="yes"), "causal='yes'")
+    raises(lambda: call(window=0), "window=0")
+    raises(lambda: call(n_splits=0), "n_splits=0")
+    raises(lambda: call(sink=4), "sink=4", "window")
+    raises(lambda: call(sink=-1, window=8), "sink=-1")
+    raises(lambda: call(sink=torch.zeros(3, device=DEVICE)), "sink=((3,)", "(4,)")
+    raises(lambda: call(cache_seqlens=ints(1, 2, 3)), "cache_seqlens", "(2,)")
+    raises(lambda: call(cache_seqlens=ints(1, 2).long()), "cache_seqlens", "int32")
+    raises(lambda: call(cache_seqlens=[1, 2]), "cache_seqlens list")
+    raises(lambda: call(cache_seqlens=ints(33, 2), debug=True), "cache_seqlens[0]=33", "0..32")
+    raises(lambda: call(cache_seqlens=ints(2, -1), debug=True), "cache_seqlens[1]=-1")
+    raises(lambda: call(page_table=ints(1, 2)), "page_table", "(2, max_pages)")
+    raises(lambda: call(aux=[q]), "aux must be a tuple")
+    good = alibi_jit if backend == "triton" else alibi
+    raises(lambda: call(score_mod=good, backend=backend), "score_mod takes 7 arguments and is given 5", "kv_idx")
+    raises(lambda: call(mask_mod=good, aux=(q,), backend=backend), "mask_mod takes 7 arguments and is given 5", "aux[0]")
+    raises(lambda: call(score_mod=softcap, backend="triton"), "score_mod", "@triton.jit") if backend == "triton" else None
+    raises(lambda: call(score_mod=softcap_jit, backend="torch"), "score_mod", "plain function")
+    raises(lambda: call(score_mod=5), "score_mod=5")
+    blocks = lambda *args, **kw: create_block_mask(causal_mask, *args, device=DEVICE, **kw)
+    masked = lambda block_mask, **options: call(block_mask=block_mask, mask_mod=causal_jit if backend == "triton" else causal_mask, backend=backend, **options)
+    raises(lambda: masked(blocks(None, None, 1, 64, BLOCK_SIZE=16)), "4 blocks of 16 keys", "32 tokens has 2")
+    raises(lambda: masked(blocks(None, 3, 1, 32, BLOCK_SIZE=16)), "3 heads", "4 query heads")
+    raises(lambda: masked(blocks(3, None, 1, 32, BLOCK_SIZE=16)), "3 sequences", "2 sequences")
+    raises(lambda: masked(blocks(None, None, 64, 32, BLOCK_SIZE=16)), "(1, 1, 4)", "one row of blocks")
+    raises(lambda: masked(blocks(None, None, 1, 32, BLOCK_SIZE=16), q=q.expand(2, 17, 4, 16)), "17 query tokens", "block of 16")
+    raises(lambda: call(block_mask=blocks(None, None, 1, 32, BLOCK_SIZE=16)), "made from causal_mask", "mask_mod=")
+    raises(lambda: call(block_mask=5), "block_mask is a int")
+    raises(lambda: sharded_decode_attn(q, k, k, group=VirtualRing(2)), "VirtualRing", "decode_attn")
+    raises(lambda: KVCache(1, 1, 0, 1, 1), "n_tokens=0")
+    if not GPU:
+        raises(lambda: call(q=q.bfloat16(), k=k.bfloat16(), backend="triton"), "interpreter")
+    require(call().isfinite().all(), "the good call fails")
+
+
+def check_stream(kind, n_ranks):
+    with as_users_run_it():
+        return stream_rows(kind, n_ranks)
+
+
+def stream_rows(kind, n_ranks):
+    """A model that decodes through its cache finds what it finds by running everything again; chunks of tokens too, until the cache is full."""
+    group = RINGS[n_ranks]
+    rank = ring_attn.resolve_ring(group).rank if n_ranks > 1 else 0
+    torch.manual_seed(0)
+    config = Config(n_layers=2, dim=64, dim_per_head=16, n_kv_heads=2, seq_len=64)
+    whole = Transformer(config, attn_type=AttentionType.SDPA).to(DEVICE).eval()
+    model = Transformer(config, rank, n_ranks, kind, group).to(DEVICE).eval()
+    for p in whole.parameters():
+        p.data *= 4  # so that the next token is not the last one again
+    model.load_state_dict(whole.state_dict())
+    tokens = torch.randint(256, (2, 41), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    rows, cache = [], model.new_cache(2, 41)
+    with torch.no_grad():
+        expected = whole(tokens)
+        got = [model.prefill(tokens[:, :19], cache)[:, None]]
+        for first, last in ((19, 20), (20, 23), (23, 24), (24, 41)):
+            got.append(model.step(tokens[:, first:last], cache))
+    raises(lambda: model.step(tokens[:, :1], cache), "the cache is full", "41 tokens")
+    require(cache.length == 41 and (cache.lengths == 41).all(), "the refused tokens were counted")
+    rows.append(("logits", (torch.cat(got, 1) - expected[:, 18:]).abs().max().item(), 1e-4 * expected.abs().max().item()))
+    for temperature in (0, 0.8):
+        sampler = lambda: torch.Generator(DEVICE).manual_seed(3)
+        text = model.generate(tokens[:, :7], 12, temperature, generator=sampler(), graph=GPU and n_ranks == 1)
+        again = tokens[:, :7]
+        with torch.no_grad():
+            pick = sampler()
+            for _ in range(12):  # the whole context for every token
+                again = torch.cat((again, whole.sample(whole(again)[:, -1], temperature, None, pick)), 1)
+        require(torch.equal(text, again), f"temperature {temperature}: {text.tolist()} and {again.tolist()}")
+    raises(lambda: model.generate(tokens, 3, cache=model.new_cache(2, 42)), "the cache is full", "43 more")
+    raises(lambda: model.generate(tokens, 3, temperature=-1), "temperature=-1")
+    if n_ranks > 1:
+        raises(lambda: Transformer(config, rank, n_ranks, AttentionType.ZIGZAG, group).to(DEVICE).generate(tokens, 1), "STRIPED")
+    return worst(rows)
+
+
+def check_sharded(backend, n_ranks, *args, **options):
+    """Real ranks give the bits of virtual ones, the same on each; and all raise where one is wrong."""
+    group, case = RINGS[n_ranks], decode_case(*args, **options)
+    rank = ring_attn.resolve_ring(group).rank
+    k, v = (stripe(x, rank, n_ranks) for x in (case.k, case.v))
+    call = lambda **more: sharded_decode_attn(case.q, k, v, group=group, return_lse=True, **dict(for_backend(case.options, backend), cache_seqlens=case.lengths) | more)
+    got, expected = call(), virtual_decode(case, n_ranks, **for_backend(case.options, backend))
+    if n_ranks > 1:
+        require(torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1]), "real and virtual ranks differ in bits")
+        wrong = lambda a, b: a if rank == n_ranks - 1 else b
+        raises(lambda: call(window=wrong(7, 8)), "ranks disagree", "window")
+        raises(lambda: call(n_splits=wrong(0, 1)), f"rank {n_ranks - 1}: n_splits=0")
+        raises(lambda: call(cache_seqlens=case.lengths + wrong(10**6, 0), debug=True), f"rank {n_ranks - 1}: cache_seqlens[0]=1000")
+        require(torch.equal(call()[0], expected[0]), "it is broken after errors")
+    return case.judge(*got)
+
+
+for backend in ("torch", "triton"):
+    for dtype, (M, H, HKV, D, lengths) in itertools.product((torch.float32, LOW_DECODE), (
+        (1, 4, 4, 16, (33, 0, 1)), (1, 6, 2, 64, (200, 64, 5)), (2, 32, 1, 24, (70, 1, 2)), (4, 8, 2, 80, (130,)), (17, 5, 1, 128, (100, 9)), (1, 3, 1, 256, (65, 64)),
+        (40, 4, 2, 33, (41, 90)), *(((1, 8, 2, 128, (5000, 17, 1024)), (3, 32, 4, 128, (4096, 4096)), (70, 8, 8, 96, (333, 64, 1))) if GPU else ()),
+    )):  # fmt: skip
+        local(f"decode {backend} M{M} {H}/{HKV} D{D} {lengths} {str(dtype)[6:]}", check_decode, backend, dtype, M, H, HKV, D, lengths)
+    more = lambda name, *args, **options: local(f"decode {backend} {name}", functools.partial(check_decode, backend, *args, **options))
+    more("full", LOW_DECODE, 5, 6, 2, 32, (90, 3, 0), causal=False)
+    more("window", LOW_DECODE, 3, 6, 2, 32, (200, 39, 2), window=40)
+    more("window of 1", LOW_DECODE, 1, 2, 1, 16, (200, 1), window=1)
+    more("window and sink tokens", LOW_DECODE, 4, 6, 2, 32, (200, 45, 3), window=40, sink=5)
+    more("window and many sink tokens", LOW_DECODE, 1, 2, 2, 16, (300, 100), window=20, sink=150)
+    more("sink logits", LOW_DECODE, 2, 6, 2, 32, (100, 3, 0), sink=torch.linspace(-2, 3, 6, device=DEVICE))
+    slopes = torch.tensor([0.25, 0.05], device=DEVICE)
+    docs = torch.arange(4 * 256, device=DEVICE).view(4, 256) // 37
+    more("alibi by key/value head", torch.float32, 3, 6, 2, 32, (200, 17, 0), score_mod=alibi, aux=(slopes, docs))
+    more("softcap", LOW_DECODE, 1, 6, 2, 32, (200, 17), score_mod=softcap)
+    more("documents", LOW_DECODE, 3, 6, 2, 32, (200, 37, 150), mask_mod=same_doc, aux=(slopes, docs))
+    more("documents, alibi, window", torch.float32, 2, 6, 2, 32, (200, 37, 150), mask_mod=same_doc, score_mod=alibi, aux=(slopes, docs), window=90)
+    for n_splits in (1, 2, 7, 64):
+        more(f"n_splits={n_splits}", LOW_DECODE, 2, 6, 2, 32, (300, 20, 0), n_splits=n_splits)
+    for n_ranks in (1, 2, 3, 8):
+        local(f"decode {backend} striped over {n_ranks}", check_stripes, backend, n_ranks, LOW_DECODE, 3, 6, 2, 32, (203, 17, 1, 0))
+    striped = functools.partial(check_stripes, backend, 3, torch.float32, 2, 6, 2, 32, (203, 150, 1), window=80, sink=4)
+    local(f"decode {backend} striped over 3, window and sink tokens", striped)
+    striped = functools.partial(check_stripes, backend, 3, torch.float32, 2, 6, 2, 32, (203, 150, 1), score_mod=alibi, mask_mod=same_doc, aux=(slopes, docs), sink=torch.ones(6, device=DEVICE))
+    local(f"decode {backend} striped over 3, mods and sink logits", striped)
+    for mask_mod, by_batch, by_head, size in ((causal_mask, True, False, 32), (causal_mask, True, False, 48), (causal_mask, True, True, 64), (dilated, True, True, 16)):
+        kind = f"{mask_mod.__name__}{' by head' * by_head} blocks of {size}"
+        local(f"decode {backend} block mask {kind}", check_block_mask, backend, mask_mod, by_batch, by_head, size, LOW_DECODE, 2, 6, 2, 32, (190, 64, 3), 200)
+    local(f"decode {backend} block mask for all", check_block_mask, backend, causal_mask, False, False, 32, torch.float32, 3, 6, 2, 32, (150, 150), 160)
+    local(f"decode {backend} reads named blocks only", check_skipped_blocks, backend)
+    for page_size in (7, 16, 64):
+        local(f"decode {backend} pages of {page_size}", check_pages, backend, page_size, LOW_DECODE)
+    local(f"decode {backend} pages of 16, striped over 2", check_pages, backend, 16, torch.float32, 2)
+    local(f"decode {backend} cache layouts amid nan", check_cache_layouts, backend)
+    local(f"decode {backend} wild lengths and pages", check_wild_values, backend)
+local("decode in a CUDA graph", check_decode_graph, gpu=True)
+local("decode offsets beyond 2**31", check_decode_offsets, gpu=True)
+local("errors of decode_attn", check_decode_errors)
+
+# -----------------------------------------------------------------------------
 # bad input
 
 
@@ -654,14 +1101,20 @@ def tiny_run(folder, *flags):
     return train.parse([*base, "--dtype=float32", "--sample_tokens=0", "--eval_batches=2", "--log_every=20", *flags])
 
 
+@contextlib.contextmanager
+def as_users_run_it():
+    """On a CPU through the torch path, not the interpreter."""
+    interpret, ring_attn.INTERPRET = ring_attn.INTERPRET, False
+    try:
+        yield
+    finally:
+        ring_attn.INTERPRET = interpret
+
+
 def quietly_train(args, group):
-    """train.train without its output; on a CPU through the torch path, as users run it there."""
-    with open(os.devnull, "w") as null:
-        stdout, sys.stdout, interpret, ring_attn.INTERPRET = sys.stdout, null, ring_attn.INTERPRET, False
-        try:
-            return train.train(args, group)
-        finally:
-            sys.stdout, ring_attn.INTERPRET = stdout, interpret
+    """train.train without its output."""
+    with as_users_run_it(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+        return train.train(args, group)
 
 
 def shared_folder(group):
@@ -785,6 +1238,14 @@ for n_ranks in sorted({1, 2, WORLD}):
         real(f"compiled {kind.name} x{n_ranks}{' autocast' * autocast} equals eager", check_compiled_model, kind, n_ranks, autocast, ranks=n_ranks)
     for schedule in SCHEDULES:
         real(f"train {schedule} x{n_ranks} equals SDPA x1, resumes", check_train, schedule, n_ranks, ranks=n_ranks)
+for n_ranks in sorted({1, 2, WORLD}):
+    for backend in ("triton",) if GPU else ("torch", "triton"):
+        long = 203 if GPU or backend == "torch" else 70
+        real(f"sharded decode {backend} x{n_ranks}", check_sharded, backend, n_ranks, LOW_DECODE, 3, 4, 2, 32, (long, 1, 0), ranks=n_ranks)
+        more = functools.partial(check_sharded, window=60, sink=4)
+        real(f"sharded decode {backend} x{n_ranks} window and sink tokens", more, backend, n_ranks, torch.float32, 1, 2, 1, 32, (long, 1), ranks=n_ranks)
+    kind = AttentionType.FLASH if n_ranks == 1 else AttentionType.STRIPED
+    real(f"a model decodes through its cache x{n_ranks}", check_stream, kind, n_ranks, ranks=n_ranks)
 real("train refuses bad input", check_train_errors)
 local("train.py at the command line", check_command_line)
 local("bench.py at the command line", check_bench)
@@ -967,7 +1428,7 @@ def main():
         report(name, [everyone[name]])
     for name, f, f_args, *_ in (c for c in ready if c[3] == "real"):
         # a ring of fewer processes than there are may leave some without one: those pass
-        needed = f_args[2] if f is check_real else f_args[1] if f in (check_attention, check_compiled_model, check_train) else WORLD
+        needed = f_args[2] if f is check_real else f_args[1] if getattr(f, "func", f) in (check_attention, check_compiled_model, check_train, check_sharded, check_stream) else WORLD
         report(name, gathered(execute(f, f_args) if needed in RINGS or needed == WORLD else (None, None, 0.0)))
     for why in dict.fromkeys(why for _, why in skipped):
         say(f"skipped, {why}: {'; '.join(name for name, reason in skipped if reason == why)}")
