@@ -201,11 +201,12 @@ def decode_kernel(Q, K, V, O, LSE, PART_O, PART_LSE, SEQLENS, PAGES, KV_NUM, KV_
     m_i, l_i = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     t_lo, t_hi = tiles * piece // pieces, tiles * (piece + 1) // pieces
+    full_idx = KV_IDX if FULL_IDX is None else FULL_IDX
     for MASKED in tl.static_range(2):  # first the tiles, or blocks, that are full, then the others
         for t in tl.range(tl.maximum(t_lo, full) if MASKED else t_lo, t_hi if MASKED else tl.minimum(t_hi, full)):
             if TILES_PER_BLOCK > 0:
                 at = l * n_blocks + t // TILES_PER_BLOCK
-                block = tl.load(KV_IDX + at - full // TILES_PER_BLOCK) if MASKED else tl.load(FULL_IDX + at)
+                block = tl.load(KV_IDX + at - full // TILES_PER_BLOCK) if MASKED else tl.load(full_idx + at)
                 start = block * block_size + t % TILES_PER_BLOCK * BLOCK_N
                 stop = tl.minimum(n, (block + 1) * block_size)
             else:
@@ -425,7 +426,7 @@ def triton_part(p, plan, key, o, lse, sink):
     key: all that the plan and the compiled kernels depend on, but for o, lse and alignment."""
     q, k, v = p.q, p.k, p.v
     tables, _ = mask_tables(p.block_mask)
-    part_o = part_lse = None
+    part_o = part_lse = o  # nothing will be written there, unless
     if plan.grid > plan.segments:
         rows = plan.grid * plan.constants["BLOCK_M"]
         part_o = torch.empty(rows * (plan.constants["BLOCK_D"] + 1), dtype=torch.float32, device=q.device)
@@ -616,6 +617,7 @@ def check_values(p):
 # public functions
 
 
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
 CHECKED = {}  # what was checked, and found in order: the Plan that it got, or None for the torch path
 
 
@@ -770,7 +772,7 @@ def sharded_decode_attn(q, k, v, *, group=None, sink=None, return_lse=False, deb
     else:
         packed = packed_part(p, key)
         parts = packed.new_empty(ring.n_ranks * len(packed), *packed.shape[1:])  # gloo wants them joined along a dimension of theirs
-        dist.all_gather_into_tensor(parts, packed, group=ring.group)
+        all_gather_single(parts, packed, group=ring.group)
         o, lse = merge_parts(parts.unflatten(0, (ring.n_ranks, -1)), logits, q.dtype)
     return (o, lse) if return_lse else o
 

@@ -41,6 +41,7 @@ import triton
 import triton.language as tl
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+import decode
 import ring_attn
 import train
 from decode import KVCache, decode_attn, decode_part, merge_parts, sharded_decode_attn
@@ -1197,21 +1198,49 @@ def check_train_errors():
             shutil.rmtree(folder)
 
 
+def call_script(name, *flags, n_ranks=1, timeout=120):
+    """A script of this project as a user would run it, in processes of its own."""
+    mine = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC", "TRITON_INTERPRET")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(mine)}
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"] if n_ranks > 1 else []
+    return subprocess.run([sys.executable, *launcher, str(Path(__file__).with_name(name)), *flags], capture_output=True, text=True, env=env, timeout=timeout)
+
+
 def check_command_line():
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC"))}
-    call = lambda *flags: subprocess.run([sys.executable, str(Path(train.__file__)), *flags], capture_output=True, text=True, env=clean, timeout=120)
-    done = call("--data=/no/such/file", "--device=cpu")
+    done = call_script("train.py", "--data=/no/such/file", "--device=cpu")
     require(done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("train.py: error: --data=/no/such/file does not exist"), done.stderr)
     require("Traceback" not in done.stderr, done.stderr)
-    done = call("--schedule=spiral")
+    done = call_script("train.py", "--schedule=spiral")
     require(done.returncode == 2 and "invalid choice" in done.stderr, done.stderr)
-    require("--stop_after" in call("--help").stdout, "--help does not help")
+    require("--stop_after" in call_script("train.py", "--help").stdout, "--help does not help")
+
+
+def check_decode_command_line():
+    """decode.py continues a prompt with a checkpoint of train.py: the same text on 1 and 2 processes, another one with another seed."""
+    folder = shared_folder(ALONE)
+    try:
+        out = folder / "run"
+        quietly_train(tiny_run(out, f"--data={folder / 'text'}", "--stop_after=2", "--schedule=flash", "--device=cpu"), ALONE)
+        call = lambda *flags, **options: call_script("decode.py", f"--ckpt={out}", "--prompt=ab cd", "--max_tokens=30", "--device=cpu", *flags, **options)
+        texts = [call(f"--seed={seed}", n_ranks=n) for seed, n in ((1, 1), (1, 2), (2, 1))]
+        require(all(done.returncode == 0 for done in texts), texts[0].stderr + texts[1].stderr)
+        require(texts[0].stdout == texts[1].stdout != texts[2].stdout, f"{[done.stdout for done in texts]}")
+        require(texts[0].stdout.startswith("ab cd") and "prefill 5 tokens" in texts[0].stderr and "GB/s" in texts[0].stderr, texts[0].stderr)
+        state = torch.load(out / "ckpt.pt", weights_only=True)
+        torch.save(state | dict(args=state["args"] | dict(n_kv_heads=1)), folder / "other.pt")
+        (folder / "short.pt").write_bytes((out / "ckpt.pt").read_bytes()[:1000])
+        for flag, *words in ((f"--ckpt={folder / 'other.pt'}", "weights of another shape", "qkv_proj"), (f"--ckpt={folder / 'short.pt'}", "short.pt is not a checkpoint"),
+                             (f"--ckpt={folder / 'none'}", "none is not a checkpoint", "No such file"), ("--cache_tokens=34", "5 bytes", "--cache_tokens=34"),
+                             ("--prompt=", "the prompt has 0 bytes"), ("--prompt_file=/no/such/file", "/no/such/file"), ("--temperature=-1", "--temperature=-1")):  # fmt: skip
+            done = call(flag)
+            require(done.returncode == 2 and "Traceback" not in done.stderr and "decode.py: error" in done.stderr and all(w in done.stderr for w in words), done.stderr)
+    finally:
+        shutil.rmtree(folder)
 
 
 def check_bench():
     """One row of bench.py, whose last line is JSON; a filter that fits nothing is told what there is."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    call = lambda *flags: subprocess.run([sys.executable, str(Path(__file__).with_name("bench.py")), *flags], capture_output=True, text=True, env=env, timeout=300)
+    call = lambda *flags: call_script("bench.py", *flags, timeout=300)
     row = "memory 32k" if GPU else "schedule zigzag"
     done = call("--quick", f"--filter={row}")
     require(done.returncode == 0, (done.stdout + done.stderr)[-1500:])
@@ -1248,6 +1277,7 @@ for n_ranks in sorted({1, 2, WORLD}):
     real(f"a model decodes through its cache x{n_ranks}", check_stream, kind, n_ranks, ranks=n_ranks)
 real("train refuses bad input", check_train_errors)
 local("train.py at the command line", check_command_line)
+local("decode.py at the command line", check_decode_command_line)
 local("bench.py at the command line", check_bench)
 
 # -----------------------------------------------------------------------------
@@ -1348,6 +1378,23 @@ def compile_kernels():
         types = {name: known.get(name, "i32") for name in function.arg_names if name in known or name.startswith("stride")}
         constants = dict(CAUSAL=True, TMA=True, HEAD_DIM=D, BLOCK_D=D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
         report(f"portable {kernel} D{D} causal", D < 256, function, types, constants, num_warps=num_warps, num_stages=num_stages)
+    everything = decode.decode_kernel.arg_names
+    whole = dict(SEQLENS="*i32", KV_NUM="*i32", KV_IDX="*i32", FULL_NUM="*i32", FULL_IDX="*i32", PAGES="*i32", SINK="*fp32", sm_scale="fp32")
+    whole |= dict.fromkeys(("Q", "K", "V", "O"), "*bf16") | dict.fromkeys(("LSE", "PART_O", "PART_LSE"), "*fp32")
+    for name, given, constants in (
+        ("one length", (), {}), ("many", (), dict(BLOCK_N=128)), ("lengths", ("SEQLENS",), dict(LISTS=32)), ("64 rows", (), dict(BLOCK_M=64)),
+        ("D256", (), dict(HEAD_DIM=256, BLOCK_D=256, BLOCK_N=32)), ("D80", (), dict(HEAD_DIM=80)), ("sink logits", ("SINK",), {}),
+        ("whole pages", ("SEQLENS", "PAGES"), dict(LISTS=32, WHOLE_PAGES=True)), ("pages", ("SEQLENS", "PAGES"), dict(LISTS=32)),
+        ("blocks", ("KV_NUM", "KV_IDX", "FULL_NUM", "FULL_IDX"), dict(TILES_PER_BLOCK=2)), ("partial blocks", ("KV_NUM", "KV_IDX"), dict(TILES_PER_BLOCK=2)),
+    ):  # fmt: skip
+        constants = dict(CAUSAL=True, TILES_PER_BLOCK=0, LISTS=1, WHOLE_PAGES=False, PDL=True, HEAD_DIM=128, BLOCK_D=128, BLOCK_M=16, BLOCK_N=64) | constants
+        optional = set(whole) & {"SEQLENS", "PAGES", "KV_NUM", "KV_IDX", "FULL_NUM", "FULL_IDX", "SINK"} - set(given)
+        types = {x: whole.get(x, "i32") for x in everything if x not in optional and x not in constants and x not in ("AUX", "SCORE_MOD", "MASK_MOD")}
+        sass, said = compiled(decode.decode_kernel, types, constants, num_warps=4, num_stages=5 if "PAGES" in given else 3)
+        ahead, stores = len(re.findall(r"LDGSTS\S*\.128", sass)), int(re.findall(r"(\d+) bytes spill stores", said)[0])
+        bad = ahead < 16 or stores > 64  # keys and values are copied ahead, 16 bytes at a time
+        good &= not bad
+        print(f"decode {name:25} {re.findall(r'Used (.*?) registers', said)[0]:>4} {stores:>5}   {ahead:3} copies ahead{' BAD' * bad}", flush=True)
     return good
 
 
