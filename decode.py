@@ -77,6 +77,8 @@ def reference_merge(o, lse, sink=None):
 # is a tile of packed query rows that share a key/value head of a sequence. All segments of a list are cut into the same pieces. These
 # are numbered list by list, then piece by piece, heads fastest: programs that run side by side read whole rows of the cache
 
+PAD = tl.constexpr(4)  # a row of partial results is o, lse and nothing, so that the next one starts at a multiple of 16 bytes
+
 
 @triton.jit
 def n_before(x, N, START, STRIDE):
@@ -85,34 +87,37 @@ def n_before(x, N, START, STRIDE):
 
 
 @triton.jit
-def span(L, M, N, START, STRIDE, WINDOW, N_SINK, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr):
-    """How the local keys of a sequence of L tokens fall into tiles, as counts of tiles in order: with sink tokens, unseen and skipped,
-    where the window begins, seen whole by every query; and of all tiles but the skipped ones."""
+def span(L, M, N, START, STRIDE, WINDOW, N_SINK, BLOCK_N: tl.constexpr):
+    """How the local keys of a sequence of L tokens fall into tiles: the number with sink tokens, of unseen ones behind them, which are
+    skipped, and of tiles to look at."""
     tiles = tl.cdiv(n_before(L, N, START, STRIDE), BLOCK_N)
     sink = tl.minimum(tl.cdiv(n_before(N_SINK, N, START, STRIDE), BLOCK_N), tiles)
-    first = tl.maximum(n_before(L - M - WINDOW + 1, N, START, STRIDE) // BLOCK_N, sink)  # the first query's window begins here
-    inner = tl.maximum(tl.cdiv(n_before(L - WINDOW, N, START, STRIDE), BLOCK_N), first)  # every query's window holds these
-    shared = n_before(L - M + 1 if CAUSAL else L, N, START, STRIDE) // BLOCK_N  # and the first query sees the keys up to here
-    return sink, first - sink, inner - first, tl.maximum(shared - inner, 0), tiles - first + sink
+    first = tl.maximum(n_before(L - M - WINDOW + 1, N, START, STRIDE) // BLOCK_N, sink)  # where the first query's window begins
+    return sink, first - sink, tiles - first + sink
 
 
 @triton.jit
-def list_pieces(SEQLENS, KV_NUM, FULL_NUM, n_lists, n_sub, M, N, LENGTH, START, STRIDE, WINDOW, N_SINK, TARGET, N_SPLITS,
-                CAUSAL: tl.constexpr, TILES_PER_BLOCK: tl.constexpr, LISTS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def n_named(NUM, exists, n_blocks):
+    """How many blocks a row of a mask names; a wrong number must not lead outside of its list."""
+    return tl.maximum(tl.minimum(tl.load(NUM, mask=exists, other=0), n_blocks), 0)
+
+
+@triton.jit
+def list_pieces(SEQLENS, KV_NUM, FULL_NUM, n_lists, n_sub, M, N, LENGTH, START, STRIDE, WINDOW, N_SINK, n_blocks, TARGET, N_SPLITS,
+                TILES_PER_BLOCK: tl.constexpr, LISTS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """Of every key list: its tiles, and the pieces that each of its n_sub segments is cut into: N_SPLITS, or their share of TARGET.
     An empty list has one piece, which writes zeros; lists that do not exist have none. [LISTS] each."""
     l = tl.arange(0, LISTS)
     exists = l < n_lists
     if TILES_PER_BLOCK > 0:
-        tiles = tl.load(KV_NUM + l, mask=exists, other=0)
+        tiles = n_named(KV_NUM + l, exists, n_blocks) * TILES_PER_BLOCK
         if FULL_NUM is not None:
-            tiles += tl.load(FULL_NUM + l, mask=exists, other=0)
-        tiles *= TILES_PER_BLOCK
+            tiles += n_named(FULL_NUM + l, exists, n_blocks) * TILES_PER_BLOCK
     else:
         L = tl.full([LISTS], 0, tl.int32) + LENGTH
         if SEQLENS is not None:
             L = tl.minimum(tl.load(SEQLENS + l, mask=exists, other=0), LENGTH)
-        _, _, _, _, tiles = span(L, M, N, START, STRIDE, WINDOW, N_SINK, CAUSAL, BLOCK_N)
+        _, _, tiles = span(L, M, N, START, STRIDE, WINDOW, N_SINK, BLOCK_N)
     tiles = tl.where(exists, tiles, 0)
     share = (tiles.to(tl.int64) * TARGET // tl.maximum(tl.sum(tiles.to(tl.int64), 0) * n_sub, 1)).to(tl.int32)
     pieces = tl.minimum(tl.where(N_SPLITS > 0, N_SPLITS, share), tiles)  # no branch here: behind one Triton 3.8 forgets that addresses are aligned
@@ -147,11 +152,31 @@ def finish(acc, m_i, l_i, row, head, keep, O, LSE, SINK, stride_o, stride_l, HEA
 
 
 @triton.jit
-def decode_kernel(Q, K, V, O, LSE, PART_O, PART_LSE, SEQLENS, PAGES, KV_NUM, KV_IDX, FULL_NUM, FULL_IDX, SINK, AUX, sm_scale,
-                  KV_GROUP, B, H, HS, G, M, N, LENGTH, START, STRIDE, WINDOW, N_SINK, LB, LH, MT, TARGET, N_SPLITS,
-                  n_pages, page_size, max_pages, n_blocks, block_size,
+def tile_start(t, l, n_full, sink, skipped, n_blocks, block_size, KV_IDX, FULL_IDX, TILES_PER_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first key of tile t of a key list. Of a mask's row first come the full blocks, then the others that it names."""
+    if TILES_PER_BLOCK > 0:
+        at = t // TILES_PER_BLOCK
+        index = KV_IDX + l * n_blocks + at - n_full
+        if FULL_IDX is not None:
+            index = tl.where(at < n_full, FULL_IDX + l * n_blocks + at, index)
+        return tl.load(index) * block_size + t % TILES_PER_BLOCK * BLOCK_N
+    else:
+        return (t + tl.where(t < sink, 0, skipped)) * BLOCK_N
+
+
+@triton.jit
+def look_up(PAGES, start, n, page_size, BLOCK_N: tl.constexpr):
+    """The pages of the keys from `start` on, [BLOCK_N]."""
+    j = start + tl.arange(0, BLOCK_N)
+    return tl.load(PAGES + j // page_size, mask=(j >= 0) & (j < n), other=0)
+
+
+@triton.jit
+def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, KV_NUM, KV_IDX, FULL_NUM, FULL_IDX, SINK, AUX, sm_scale,
+                  KV_GROUP, B, H, HS, G, M, N, LENGTH, START, STRIDE, WINDOW, N_SINK, LB, LH, MT, n_blocks, TARGET, N_SPLITS,
+                  n_pages, page_size, max_pages, block_size,
                   stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, stride_o, stride_l,
-                  SCORE_MOD: tl.constexpr, MASK_MOD: tl.constexpr, WHOLE_PAGES: tl.constexpr, CAUSAL: tl.constexpr, TILES_PER_BLOCK: tl.constexpr,
+                  SCORE_MOD: tl.constexpr, MASK_MOD: tl.constexpr, CAUSAL: tl.constexpr, TILES_PER_BLOCK: tl.constexpr,
                   LISTS: tl.constexpr, PDL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """One piece of one segment: its own o and lse if it is the only piece, else a partial result for merge_pieces_kernel."""
     pid = tl.program_id(0)
@@ -160,29 +185,25 @@ def decode_kernel(Q, K, V, O, LSE, PART_O, PART_LSE, SEQLENS, PAGES, KV_NUM, KV_
     if PDL:  # the launch did not wait for the kernels before it
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    all_tiles, all_pieces = list_pieces(SEQLENS, KV_NUM, FULL_NUM, n_lists, n_sub, M, N, LENGTH, START, STRIDE, WINDOW, N_SINK, TARGET, N_SPLITS,
-                                        CAUSAL, TILES_PER_BLOCK, LISTS, BLOCK_N)  # fmt: skip
+    all_tiles, all_pieces = list_pieces(SEQLENS, KV_NUM, FULL_NUM, n_lists, n_sub, M, N, LENGTH, START, STRIDE, WINDOW, N_SINK, n_blocks, TARGET,
+                                        N_SPLITS, TILES_PER_BLOCK, LISTS, BLOCK_N)  # fmt: skip
     ends = tl.cumsum(all_pieces * n_sub, 0)
     l = tl.sum((ends <= pid).to(tl.int32), 0)
     if l >= n_lists:
         return  # the grid has room for any lengths
     this = tl.arange(0, LISTS) == l
     tiles, pieces, end = tl.sum(tl.where(this, all_tiles, 0), 0), tl.sum(tl.where(this, all_pieces, 0), 0), tl.sum(tl.where(this, ends, 0), 0)
-    begin = end - pieces * n_sub
-    piece, sub = (pid - begin) // n_sub, (pid - begin) % n_sub
+    piece, sub = (pid - end + pieces * n_sub) // n_sub, (pid - end + pieces * n_sub) % n_sub
     b, h, mt = place(l, sub, B, HS, LB, LH, MT)
 
     L = LENGTH
     if SEQLENS is not None:
         L = tl.maximum(tl.minimum(tl.load(SEQLENS + b), LENGTH), 0)
     n = n_before(L, N, START, STRIDE)
-    sink, skipped, low, full, _ = span(L, M, N, START, STRIDE, WINDOW, N_SINK, CAUSAL, BLOCK_N)
-    if TILES_PER_BLOCK > 0:
-        full = 0
-        if FULL_NUM is not None:
-            full = tl.load(FULL_NUM + l) * TILES_PER_BLOCK
-    elif MASK_MOD is not None:
-        full = full * 0
+    sink, skipped, _ = span(L, M, N, START, STRIDE, WINDOW, N_SINK, BLOCK_N)
+    n_full = 0  # blocks
+    if FULL_NUM is not None:
+        n_full = n_named(FULL_NUM + l, True, n_blocks)
 
     row = mt * BLOCK_M + tl.arange(0, BLOCK_M)
     keep = row < G * M
@@ -195,84 +216,74 @@ def decode_kernel(Q, K, V, O, LSE, PART_O, PART_LSE, SEQLENS, PAGES, KV_NUM, KV_
     q_idx = tl.maximum(tl.minimum(q_pos, L - 1), 0)[:, None]  # for the mods, which may read at these indices: always one that exists
     q_end = q_pos + 1 if CAUSAL else L
     seq = 0 if PAGES is not None else b.to(tl.int64)
-    K += seq * stride_kb + h // KV_GROUP * stride_kh + offs_d[None, :]
-    V += seq * stride_vb + h // KV_GROUP * stride_vh + offs_d[None, :]
+    K += seq * stride_kb + (h // KV_GROUP).to(tl.int64) * stride_kh + offs_d[None, :]
+    V += seq * stride_vb + (h // KV_GROUP).to(tl.int64) * stride_vh + offs_d[None, :]
 
     m_i, l_i = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    t_lo, t_hi = tiles * piece // pieces, tiles * (piece + 1) // pieces
-    full_idx = KV_IDX if FULL_IDX is None else FULL_IDX
-    for MASKED in tl.static_range(2):  # first the tiles, or blocks, that are full, then the others
-        for t in tl.range(tl.maximum(t_lo, full) if MASKED else t_lo, t_hi if MASKED else tl.minimum(t_hi, full)):
+    begin, end = tiles * piece // pieces, tiles * (piece + 1) // pieces
+    if PAGES is not None:
+        PAGES += b * max_pages
+        start = tile_start(begin, l, n_full, sink, skipped, n_blocks, block_size, KV_IDX, FULL_IDX, TILES_PER_BLOCK, BLOCK_N)
+        page = look_up(PAGES, start, n, page_size, BLOCK_N)
+    for t in tl.range(begin, end):
+        start = tile_start(t, l, n_full, sink, skipped, n_blocks, block_size, KV_IDX, FULL_IDX, TILES_PER_BLOCK, BLOCK_N)
+        j = start + offs_n
+        there = (j >= 0) & (j < n)
+        if TILES_PER_BLOCK > 0:
+            there = there & (j < (start // block_size + 1) * block_size)
+        if PAGES is None:
+            k_at, v_at = start.to(tl.int64) * stride_kn + offs_n * stride_kn, start.to(tl.int64) * stride_vn + offs_n * stride_vn
+        else:
+            where = tl.maximum(tl.minimum(page, n_pages - 1), 0).to(tl.int64)  # a wrong page must not lead outside
+            slot = (j % page_size).to(tl.int64)
+            k_at, v_at = where * stride_kb + slot * stride_kn, where * stride_vb + slot * stride_vn
+            # the next tile's page, now: the copies of its keys would else wait for it
+            start = tile_start(tl.minimum(t + 1, end - 1), l, n_full, sink, skipped, n_blocks, block_size, KV_IDX, FULL_IDX, TILES_PER_BLOCK, BLOCK_N)
+            page = look_up(PAGES, start, n, page_size, BLOCK_N)
+        k = tl.load(K + k_at[:, None], mask=there[:, None] & in_d, other=0.0)  # [BLOCK_N, D]
+        v = tl.load(V + v_at[:, None], mask=there[:, None] & in_d, other=0.0)  # [BLOCK_N, D]
+        s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        kv_pos = START + STRIDE * j
+        kv_idx = tl.maximum(tl.minimum(kv_pos, L - 1), 0)[None, :]
+        if SCORE_MOD is not None:
+            s = SCORE_MOD(s * sm_scale, b, head[:, None], q_idx, kv_idx, *AUX) * LOG2E
+        else:
+            s *= sm_scale * LOG2E
+        seen = there[None, :] & (kv_pos[None, :] < (q_end[:, None] if CAUSAL else q_end))
+        seen = seen & ((kv_pos[None, :] > q_pos[:, None] - WINDOW) | (kv_pos < N_SINK)[None, :])
+        if MASK_MOD is not None:
+            allowed = MASK_MOD(b, head[:, None], q_idx, kv_idx, *AUX)
             if TILES_PER_BLOCK > 0:
-                at = l * n_blocks + t // TILES_PER_BLOCK
-                block = tl.load(KV_IDX + at - full // TILES_PER_BLOCK) if MASKED else tl.load(full_idx + at)
-                start = block * block_size + t % TILES_PER_BLOCK * BLOCK_N
-                stop = tl.minimum(n, (block + 1) * block_size)
-            else:
-                after = t - full
-                tile = (after + tl.where(after >= sink, skipped, 0) + tl.where(after >= sink + low, full, 0)) if MASKED else t + sink + skipped + low
-                start = tile * BLOCK_N
-                stop = n
-            j = start + offs_n
-            there = (j >= 0) & (j < stop)
-            if PAGES is None:
-                k_at, v_at = start.to(tl.int64) * stride_kn + offs_n * stride_kn, start.to(tl.int64) * stride_vn + offs_n * stride_vn
-            else:
-                if WHOLE_PAGES:  # of which each holds whole tiles
-                    page = tl.load(PAGES + b * max_pages + tl.minimum(start // page_size, max_pages - 1))
-                    slot = start % page_size + offs_n
-                else:
-                    page = tl.load(PAGES + b * max_pages + j // page_size, mask=there, other=0)
-                    slot = j % page_size
-                page = tl.maximum(tl.minimum(page, n_pages - 1), 0).to(tl.int64)  # a wrong one must not lead outside
-                k_at, v_at = page * stride_kb + slot * stride_kn, page * stride_vb + slot * stride_vn
-            if MASKED or TILES_PER_BLOCK > 0:
-                inside = there[:, None] & in_d
-                k, v = tl.load(K + k_at[:, None], mask=inside, other=0.0), tl.load(V + v_at[:, None], mask=inside, other=0.0)  # [BLOCK_N, D]
-            elif HEAD_DIM == BLOCK_D:
-                k, v = tl.load(K + k_at[:, None]), tl.load(V + v_at[:, None])
-            else:
-                k, v = tl.load(K + k_at[:, None], mask=in_d, other=0.0), tl.load(V + v_at[:, None], mask=in_d, other=0.0)
-            s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-            kv_pos = START + STRIDE * j
-            kv_idx = tl.maximum(tl.minimum(kv_pos, L - 1), 0)[None, :]
-            if SCORE_MOD is not None:
-                s = SCORE_MOD(s * sm_scale, b, head[:, None], q_idx, kv_idx, *AUX) * LOG2E
-            else:
-                s *= sm_scale * LOG2E
-            if MASKED or TILES_PER_BLOCK > 0:
-                seen = there[None, :] & (kv_pos[None, :] < (q_end[:, None] if CAUSAL else q_end))
-                seen = seen & ((kv_pos[None, :] > q_pos[:, None] - WINDOW) | (kv_pos < N_SINK)[None, :])
-                if MASKED and MASK_MOD is not None:
-                    seen = seen & MASK_MOD(b, head[:, None], q_idx, kv_idx, *AUX)
-                s = tl.where(seen, s, -float("inf"))
-            m_new = tl.maximum(m_i, tl.max(s, 1))
-            shift = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that has seen no key yet: exp2(-inf - 0) = 0, not nan
-            p = tl.math.exp2(s - shift[:, None])
-            alpha = tl.math.exp2(m_i - shift)
-            l_i = l_i * alpha + tl.sum(p, 1)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # [BLOCK_M, D]
-            m_i = m_new
+                allowed = allowed | (t < n_full * TILES_PER_BLOCK)
+            seen = seen & allowed
+        s = tl.where(seen, s, -float("inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that has seen no key yet: exp2(-inf - 0) = 0, not nan
+        p = tl.math.exp2(s - shift[:, None])
+        alpha = tl.math.exp2(m_i - shift)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # [BLOCK_M, D]
+        m_i = m_new
 
     if pieces == 1:
         finish(acc, m_i, l_i, (b * M + m) * H + head, head, keep, O, LSE, SINK, stride_o, stride_l, HEAD_DIM, BLOCK_D)
     else:
-        finish(acc, m_i, l_i, pid * BLOCK_M + tl.arange(0, BLOCK_M), head, keep, PART_O, PART_LSE, None, BLOCK_D, 1, BLOCK_D, BLOCK_D)
+        finish(acc, m_i, l_i, pid * BLOCK_M + tl.arange(0, BLOCK_M), head, keep, PARTS, PARTS + BLOCK_D, None, BLOCK_D + PAD, BLOCK_D + PAD, BLOCK_D, BLOCK_D)
 
 
 @triton.jit
-def merge_row(first, stride, n, row, head, PART_O, PART_LSE, O, LSE, SINK, stride_part_o, stride_part_l, stride_o, stride_l,
+def merge_row(PARTS, first, stride, n, row, head, O, LSE, SINK, behind, stride_part, stride_o, stride_l,
               HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """Merge the n partial results at rows first + i * stride into row `row` of O and LSE."""
+    """Merge the n rows first + i * stride of PARTS, of o with lse `behind` it, into row `row` of O and LSE."""
     m_i, l_i = tl.full([1], -float("inf"), tl.float32), tl.zeros([1], tl.float32)
     acc = tl.zeros([1, BLOCK_D], tl.float32)
     offs_d = tl.arange(0, BLOCK_D)
     for start in tl.range(0, n, CHUNK):
         i = start + tl.arange(0, CHUNK)
-        at = (first + i * stride).to(tl.int64)
-        lse = tl.load(PART_LSE + at * stride_part_l, mask=i < n, other=-float("inf")) * LOG2E  # [CHUNK]
-        o = tl.load(PART_O + at[:, None] * stride_part_o + offs_d[None, :], mask=(i < n)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+        at = PARTS + (first + i * stride).to(tl.int64) * stride_part
+        lse = tl.load(at + behind, mask=i < n, other=-float("inf")) * LOG2E  # [CHUNK]
+        o = tl.load(at[:, None] + offs_d[None, :], mask=(i < n)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
         m_new = tl.maximum(m_i, tl.max(lse, 0))
         shift = tl.where(m_new == -float("inf"), 0.0, m_new)
         w = tl.math.exp2(lse - shift)
@@ -285,9 +296,9 @@ def merge_row(first, stride, n, row, head, PART_O, PART_LSE, O, LSE, SINK, strid
 
 
 @triton.jit
-def merge_pieces_kernel(PART_O, PART_LSE, O, LSE, SEQLENS, KV_NUM, FULL_NUM, SINK,
-                        B, H, HS, G, M, N, LENGTH, START, STRIDE, WINDOW, N_SINK, LB, LH, MT, TARGET, N_SPLITS, stride_o, stride_l,
-                        CAUSAL: tl.constexpr, TILES_PER_BLOCK: tl.constexpr, LISTS: tl.constexpr, PDL: tl.constexpr, HEAD_DIM: tl.constexpr,
+def merge_pieces_kernel(PARTS, O, LSE, SEQLENS, KV_NUM, FULL_NUM, SINK,
+                        B, H, HS, G, M, N, LENGTH, START, STRIDE, WINDOW, N_SINK, LB, LH, MT, n_blocks, TARGET, N_SPLITS, stride_o, stride_l,
+                        TILES_PER_BLOCK: tl.constexpr, LISTS: tl.constexpr, PDL: tl.constexpr, HEAD_DIM: tl.constexpr,
                         BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """One row of the result from the pieces of its segment, which decode_kernel left; nothing to do where there was one."""
     rows = tl.minimum(G * M, BLOCK_M)
@@ -295,8 +306,8 @@ def merge_pieces_kernel(PART_O, PART_LSE, O, LSE, SEQLENS, KV_NUM, FULL_NUM, SIN
     n_lists = LB * LH
     n_sub = B * HS * MT // n_lists
     l, sub = segment // n_sub, segment % n_sub
-    _, all_pieces = list_pieces(SEQLENS, KV_NUM, FULL_NUM, n_lists, n_sub, M, N, LENGTH, START, STRIDE, WINDOW, N_SINK, TARGET, N_SPLITS,
-                                CAUSAL, TILES_PER_BLOCK, LISTS, BLOCK_N)  # fmt: skip
+    _, all_pieces = list_pieces(SEQLENS, KV_NUM, FULL_NUM, n_lists, n_sub, M, N, LENGTH, START, STRIDE, WINDOW, N_SINK, n_blocks, TARGET,
+                                N_SPLITS, TILES_PER_BLOCK, LISTS, BLOCK_N)  # fmt: skip
     lists = tl.arange(0, LISTS)
     pieces = tl.sum(tl.where(lists == l, all_pieces, 0), 0)
     first = tl.sum(tl.where(lists < l, all_pieces * n_sub, 0), 0) + sub
@@ -307,16 +318,15 @@ def merge_pieces_kernel(PART_O, PART_LSE, O, LSE, SEQLENS, KV_NUM, FULL_NUM, SIN
         tl.extra.cuda.gdc_launch_dependents()
     if (pieces > 1) & (row < G * M):
         head = h * G + row % G
-        merge_row(first * BLOCK_M + r, n_sub * BLOCK_M, pieces, (b * M + row // G) * H + head, head, PART_O, PART_LSE, O, LSE, SINK,
-                  BLOCK_D, 1, stride_o, stride_l, HEAD_DIM, BLOCK_D, CHUNK)  # fmt: skip
+        merge_row(PARTS, first * BLOCK_M + r, n_sub * BLOCK_M, pieces, (b * M + row // G) * H + head, head, O, LSE, SINK, BLOCK_D, BLOCK_D + PAD,
+                  stride_o, stride_l, HEAD_DIM, BLOCK_D, CHUNK)  # fmt: skip
 
 
 @triton.jit
 def merge_ranks_kernel(PARTS, O, LSE, SINK, n_ranks, rows, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):
     """One row of the result from what each rank found: PARTS (n_ranks, rows, D + 1), o and behind it lse."""
     row = tl.program_id(0)
-    merge_row(row, rows, n_ranks, row, row % H, PARTS, PARTS + HEAD_DIM, O, LSE, SINK, HEAD_DIM + 1, HEAD_DIM + 1, HEAD_DIM, 1,
-              HEAD_DIM, BLOCK_D, CHUNK)  # fmt: skip
+    merge_row(PARTS, row, rows, n_ranks, row, row % H, O, LSE, SINK, HEAD_DIM, HEAD_DIM + 1, HEAD_DIM, 1, HEAD_DIM, BLOCK_D, CHUNK)
 
 
 # -----------------------------------------------------------------------------
@@ -351,16 +361,16 @@ class Problem(NamedTuple):
 class Plan(NamedTuple):
     """How a kind of problem is cut and launched, whatever the lengths."""
 
+    number: int  # of the kind
     segments: int  # (sequence, key/value head, row tile) triples
     grid: int  # programs of decode_kernel: as many as there may be pieces
-    rows: int  # query rows that a tile holds
-    heads: tuple  # KV_GROUP, and then what both kernels take: B, H, HS, G
-    span: tuple  # M, N, LENGTH, START, STRIDE, WINDOW, N_SINK, LB, LH, MT, TARGET, N_SPLITS
-    cache: tuple  # n_pages, page_size, max_pages, n_blocks, block_size
-    whole_pages: bool
-    constants: dict  # of both kernels
-    options: dict  # of both launches
-    num_stages: int
+    rows: int  # programs of merge_pieces_kernel, if there may be more pieces than segments
+    sizes: tuple  # decode_kernel's integers, in order, but for the strides of o and lse
+    shared: tuple  # those that merge_pieces_kernel takes too
+    constants: dict  # decode_kernel's
+    merge_constants: dict
+    options: dict
+    merge_options: dict
 
 
 NO_WINDOW = 2**30  # every position is below
@@ -369,43 +379,42 @@ NO_WINDOW = 2**30  # every position is below
 def make_plan(p):
     """The Plan of a Problem. Tile sizes are what one H100 liked best."""
     (B, M, H, D), HKV, dtype, device = p.q.shape, p.k.shape[2], p.q.dtype, p.q.device
-    n_pages, page_size, max_pages = (len(p.k), p.k.shape[1], p.page_table.shape[1]) if p.page_table is not None else (0, 1, 0)
-    N = p.capacity() // p.n_ranks
     _, mask_shape = mask_tables(p.block_mask)
     LB, LH, n_blocks, block_size = mask_shape or (B if p.lengths is not None else 1, 1, 0, p.n_ranks)
     block_size //= p.n_ranks
     HS, G = (H, 1) if LH > 1 else (HKV, H // HKV)  # under a mask that differs by head, heads cannot share what they read
-    BLOCK_D = max(16, triton.next_power_of_2(D))
-    BLOCK_M = min(64 if D <= 128 else 32, max(16, triton.next_power_of_2(G * M)))
+    BLOCK_D, narrow = max(16, triton.next_power_of_2(D)), dtype.itemsize == 2
+    BLOCK_M = 16 if G * M <= 16 else 64 if narrow and D <= 128 else 32  # wgmma takes 64 rows; at 256 columns they would spill
     MT = triton.cdiv(G * M, BLOCK_M)
-    segments = B * HS * MT
+    segments, rows = B * HS * MT, B * HS * MT * min(G * M, BLOCK_M)
     properties = None if ring_attn.INTERPRET else torch.cuda.get_device_properties(device)
     n_sm = properties.multi_processor_count if properties else 8
-    many = 2 * segments > n_sm and BLOCK_M == 16  # then one program to an SM and larger tiles: memory likes few streams
-    numbers = (16384 if many else 8192) if dtype.itemsize == 2 else 4096  # in a tile of keys
-    BLOCK_N = min(128, max(16, numbers // BLOCK_D))
-    whole_pages = max_pages > 0 and page_size % min(64, BLOCK_N) == 0
-    if whole_pages:
-        BLOCK_N = min(64, BLOCK_N)
+    # large tiles: the memory likes few streams of them. Small ones, where pieces are short, are sooner under way
+    large = 4 * segments > n_sm and BLOCK_M == 16
+    BLOCK_N = min(128, max(16, (16384 if large else 8192) // BLOCK_D)) if narrow else max(16, 4096 // BLOCK_D)
     while mask_shape and BLOCK_N > 16 and block_size % BLOCK_N:
         BLOCK_N //= 2
-    num_stages = 5 if max_pages else 3  # a page is looked up some tiles ahead of its keys
-    if properties:
-        while num_stages > 1 and 2 * (num_stages - 1) * BLOCK_N * BLOCK_D * dtype.itemsize > properties.shared_memory_per_block_optin - 16384:
-            num_stages -= 1
+    num_stages = 5 if p.page_table is not None and not large else 3  # pages are looked up two tiles ahead
+    while properties and num_stages > 1 and 2 * (num_stages - 1) * BLOCK_N * BLOCK_D * dtype.itemsize > properties.shared_memory_per_block_optin - 16384:
+        num_stages -= 1
+    N = p.capacity() // p.n_ranks
     if p.n_splits:
         grid = segments * p.n_splits
     elif LB * LH == 1 and not mask_shape and p.window is None:
         grid = segments * max(1, min(triton.cdiv(N, BLOCK_N), n_sm // segments))  # what list_pieces will find
     else:
         grid = segments + n_sm
-    pdl = properties is not None and ring_attn.capability(device)[0] >= 9
-    constants = dict(CAUSAL=bool(p.causal or p.window), TILES_PER_BLOCK=triton.cdiv(block_size, BLOCK_N) if mask_shape else 0,
-                     LISTS=triton.next_power_of_2(LB * LH), PDL=pdl, HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)  # fmt: skip
-    span = (M, N, p.capacity(), p.rank, p.n_ranks, p.window or NO_WINDOW, p.n_sink, LB, LH, MT, n_sm, p.n_splits or 0)
-    options = dict(num_warps=4, **dict(launch_pdl=True) if pdl else {})  # programmatic dependent launch: see gdc_wait in the kernels
-    return Plan(segments, grid, min(G * M, BLOCK_M), (H // HKV // G, B, H, HS, G), span, (n_pages, page_size, max_pages, n_blocks, block_size),
-                whole_pages, constants, options, num_stages)  # fmt: skip
+    pdl = properties is not None and ring_attn.capability(device)[0] >= 9  # programmatic dependent launch: see gdc_wait in the kernels
+    shared = (B, H, HS, G, M, N, p.capacity(), p.rank, p.n_ranks, p.window or NO_WINDOW, p.n_sink, LB, LH, MT, n_blocks, n_sm, p.n_splits or 0)
+    n_pages, page_size, max_pages = (len(p.k), p.k.shape[1], p.page_table.shape[1]) if p.page_table is not None else (0, 1, 0)
+    sizes = (H // HKV // G, *shared, n_pages, page_size, max_pages, block_size, *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3])
+    constants = dict(TILES_PER_BLOCK=triton.cdiv(block_size, BLOCK_N) if mask_shape else 0, LISTS=triton.next_power_of_2(LB * LH), PDL=pdl,
+                     HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)  # fmt: skip
+    mods = dict(SCORE_MOD=p.score_mod, MASK_MOD=p.mask_mod, CAUSAL=bool(p.causal or p.window))
+    chunk, warps = (64, 4) if rows <= n_sm else (16, 2)  # many small programs, or few that have the machine for themselves
+    options = dict(launch_pdl=True) if pdl else {}
+    return Plan(len(CHECKED), segments, grid, rows, sizes, shared, mods | constants, constants | dict(CHUNK=chunk),
+                dict(num_warps=4, num_stages=num_stages, **options), dict(num_warps=warps, **options))  # fmt: skip
 
 
 def mask_tables(block_mask):
@@ -421,30 +430,21 @@ def mask_tables(block_mask):
 BLOCK_MASK_TABLES = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
 
 
-def triton_part(p, plan, key, o, lse, sink):
-    """Launch the kernels that write o (B, M, H, D) and lse (B, M, H), or None for no lse; both may have a stride between rows.
-    key: all that the plan and the compiled kernels depend on, but for o, lse and alignment."""
-    q, k, v = p.q, p.k, p.v
+def triton_part(p, plan, o, lse, sink):
+    """Launch the kernels that write o (B, M, H, D) and lse (B, M, H), or None for no lse; both may have a stride between rows."""
     tables, _ = mask_tables(p.block_mask)
-    part_o = part_lse = o  # nothing will be written there, unless
-    if plan.grid > plan.segments:
-        rows = plan.grid * plan.constants["BLOCK_M"]
-        part_o = torch.empty(rows * (plan.constants["BLOCK_D"] + 1), dtype=torch.float32, device=q.device)
-        part_lse = part_o[rows * plan.constants["BLOCK_D"] :]
-    strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], o.stride(2), 0 if lse is None else lse.stride(2)
-    pointers = (q, k, v, o, lse, part_o, part_lse, p.lengths, p.page_table, *tables, sink)
-    depends = key, o.dtype, lse is None, strides[-2:], *(x is None or x.data_ptr() % 16 for x in (*pointers, *p.aux))
-    with torch.cuda.device_of(q):  # kernels launch on the current device
-        launch(
-            decode_kernel, depends, plan.grid, (*pointers, p.aux, p.sm_scale, *plan.heads, *plan.span, *plan.cache, *strides),
-            dict(SCORE_MOD=p.score_mod, MASK_MOD=p.mask_mod, WHOLE_PAGES=plan.whole_pages, **plan.constants), num_stages=plan.num_stages, **plan.options,
-        )  # fmt: skip
-        if plan.grid > plan.segments:
-            launch(
-                merge_pieces_kernel, depends, plan.segments * plan.rows,
-                (part_o, part_lse, o, lse, p.lengths, tables[0], tables[2], sink, *plan.heads[1:], *plan.span, *strides[-2:]),
-                dict(CHUNK=min(64, triton.next_power_of_2(plan.grid)), **plan.constants), **plan.options,
-            )  # fmt: skip
+    cut = plan.grid > plan.segments
+    row = plan.constants["BLOCK_M"] * (plan.constants["BLOCK_D"] + PAD.value)
+    parts = torch.empty(plan.grid * row, dtype=torch.float32, device=p.q.device) if cut else o  # which then nobody writes to
+    strides = o.stride(2), 0 if lse is None else lse.stride(2)
+    pointers = (p.q, p.k, p.v, o, lse, parts, p.lengths, p.page_table, *tables, sink)
+    alignment = [x is not None and x.data_ptr() % 16 for x in (*pointers, *p.aux)]
+    depends = plan.number, o.dtype, lse is None, strides, tuple(alignment) if any(alignment) else None
+    with torch.cuda.device_of(p.q):  # kernels launch on the current device
+        launch(decode_kernel, depends, plan.grid, (*pointers, p.aux, p.sm_scale, *plan.sizes, *strides), plan.constants, **plan.options)
+        if cut:
+            args = (parts, o, lse, p.lengths, tables[0], tables[2], sink, *plan.shared, *strides)
+            launch(merge_pieces_kernel, depends, plan.rows, args, plan.merge_constants, **plan.merge_options)
 
 
 def torch_part(p, sink):
@@ -623,7 +623,7 @@ CHECKED = {}  # what was checked, and found in order: the Plan that it got, or N
 
 def kind(x):
     """What the checks, the plan and the compiled kernels depend on, of an argument that may be a tensor."""
-    return (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if isinstance(x, torch.Tensor) and x.layout == torch.strided else repr(x)
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if isinstance(x, torch.Tensor) and x.layout == torch.strided else repr(x)
 
 
 def problem_of(q, k, v, rank, n_ranks, *, cache_seqlens=None, sm_scale=None, causal=True, score_mod=None, mask_mod=None, aux=(), block_mask=None,
@@ -648,15 +648,16 @@ def check_once(p, sink, backend, key):
     CHECKED[key] = make_plan(p) if backend == "triton" else None
 
 
-def run_whole(p, key, sink):
-    """o (B, M, H, D) in the dtype of q, and lse (B, H, M)."""
+def run_whole(p, key, sink, return_lse):
+    """o (B, M, H, D) in the dtype of q, and lse (B, H, M) if asked for."""
     plan, (B, M, H, _) = CHECKED[key], p.q.shape
     if plan is None:
         o, lse = torch_part(p, sink)
         return o.to(p.q.dtype), lse
-    o, lse = torch.empty(p.q.shape, dtype=p.q.dtype, device=p.q.device), torch.empty(B, M, H, dtype=torch.float32, device=p.q.device)
-    triton_part(p, plan, key, o, lse, sink)
-    return o, lse.transpose(1, 2)
+    o = torch.empty(p.q.shape, dtype=p.q.dtype, device=p.q.device)
+    lse = torch.empty(B, M, H, dtype=torch.float32, device=p.q.device) if return_lse else None
+    triton_part(p, plan, o, lse, sink)
+    return o, lse.transpose(1, 2) if return_lse else None
 
 
 def packed_part(p, key):
@@ -668,7 +669,7 @@ def packed_part(p, key):
         part_o, part_lse = torch_part(p, None)
         o.copy_(part_o), lse.copy_(part_lse.transpose(1, 2))
     else:
-        triton_part(p, plan, key, o, lse, None)
+        triton_part(p, plan, o, lse, None)
     return packed
 
 
@@ -724,7 +725,7 @@ def decode_attn(q, k, v, *, cache_seqlens=None, sm_scale=None, causal=True, scor
         check_once(p, sink, backend, key)
     if debug or not q.is_cuda:
         check_values(p)
-    o, lse = run_whole(p, key, logits)
+    o, lse = run_whole(p, key, logits, return_lse)
     return (o, lse) if return_lse else o
 
 
@@ -768,7 +769,7 @@ def sharded_decode_attn(q, k, v, *, group=None, sink=None, return_lse=False, deb
             problem = str(error)
         ring.agree({}, problem)
     if ring.n_ranks == 1:
-        o, lse = run_whole(p, key, logits)
+        o, lse = run_whole(p, key, logits, return_lse)
     else:
         packed = packed_part(p, key)
         parts = packed.new_empty(ring.n_ranks * len(packed), *packed.shape[1:])  # gloo wants them joined along a dimension of theirs

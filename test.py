@@ -731,11 +731,15 @@ def check_wild_values(backend):
     raises(lambda: call(debug=True), "cache_seqlens[1]=65", "0..64")
     table = torch.tensor([[0, 1], [1, 2], [2, 3]], dtype=torch.int32, device=DEVICE)
     pages = case.k.reshape(-1, 32, 2, 32)[:3]
+    ints = lambda *x: torch.tensor([[[*x]]], dtype=torch.int32, device=DEVICE)
+    blocks = BlockMask.from_kv_blocks(ints(9), ints(0, 1)[None], ints(-3), ints(7, -7)[None], BLOCK_SIZE=(128, 32))
+    raises(lambda: decode_attn(case.q, case.k, case.v, block_mask=blocks, backend=backend, debug=True), "block_mask.kv_num_blocks", "0..2")
     raises(lambda: decode_attn(case.q, pages, pages, page_table=table, backend=backend, debug=True), "page_table[2, 1]=3", "0..2")
     if GPU:
         o, whole = call(), decode_attn(case.q, case.k, case.v, backend=backend)
         require(torch.equal(o[:2], whole[:2]) and not o[2].any(), "lengths are not clipped")
         require(decode_attn(case.q, pages, pages, page_table=table, backend=backend).isfinite().all(), "a page outside was read")
+        require(torch.equal(decode_attn(case.q, case.k, case.v, block_mask=blocks, backend=backend), whole), "a list of blocks is not clipped")
 
 
 def check_decode_graph():
@@ -763,11 +767,13 @@ def check_decode_graph():
 
 
 def check_decode_offsets():
-    """A cache of more than 2**31 elements, by its length and by its batch."""
+    """A cache of more than 2**31 elements, by its length, its heads and its batch."""
     rows = []
-    for B, N, n in ((1, 2**21 + 100, 1), (2**21 // 1024 + 2, 1024, 2)):
-        k, v = (torch.empty(B, N, 8, 128, dtype=torch.bfloat16, device=DEVICE).normal_() for _ in range(2))
-        q = torch.randn(B, 1, 8, 128, dtype=torch.bfloat16, device=DEVICE)
+    for B, N, n, heads_first in ((1, 2**21 + 100, 1, False), (1, 2**21 + 100, 1, True), (2**21 // 1024 + 2, 1024, 2, False)):
+        shape = (B, 16, N, 128) if heads_first else (B, N, 16, 128)
+        k, v = (torch.empty(shape, dtype=torch.bfloat16, device=DEVICE).normal_() for _ in range(2))
+        k, v = (x.transpose(1, 2) for x in (k, v)) if heads_first else (k, v)
+        q = torch.randn(B, 1, 16, 128, dtype=torch.bfloat16, device=DEVICE)
         o, lse = decode_attn(q, k, v, window=300, return_lse=True)
         tail = [x[-n:, -300:] for x in (k, v)]
         truth, true_lse_ = torch_decode(q[-n:].double(), *(x.double() for x in tail))
@@ -1380,14 +1386,14 @@ def compile_kernels():
         report(f"portable {kernel} D{D} causal", D < 256, function, types, constants, num_warps=num_warps, num_stages=num_stages)
     everything = decode.decode_kernel.arg_names
     whole = dict(SEQLENS="*i32", KV_NUM="*i32", KV_IDX="*i32", FULL_NUM="*i32", FULL_IDX="*i32", PAGES="*i32", SINK="*fp32", sm_scale="fp32")
-    whole |= dict.fromkeys(("Q", "K", "V", "O"), "*bf16") | dict.fromkeys(("LSE", "PART_O", "PART_LSE"), "*fp32")
+    whole |= dict.fromkeys(("Q", "K", "V", "O"), "*bf16") | dict.fromkeys(("LSE", "PARTS"), "*fp32")
     for name, given, constants in (
         ("one length", (), {}), ("many", (), dict(BLOCK_N=128)), ("lengths", ("SEQLENS",), dict(LISTS=32)), ("64 rows", (), dict(BLOCK_M=64)),
         ("D256", (), dict(HEAD_DIM=256, BLOCK_D=256, BLOCK_N=32)), ("D80", (), dict(HEAD_DIM=80)), ("sink logits", ("SINK",), {}),
-        ("whole pages", ("SEQLENS", "PAGES"), dict(LISTS=32, WHOLE_PAGES=True)), ("pages", ("SEQLENS", "PAGES"), dict(LISTS=32)),
+        ("pages", ("SEQLENS", "PAGES"), dict(LISTS=32)),
         ("blocks", ("KV_NUM", "KV_IDX", "FULL_NUM", "FULL_IDX"), dict(TILES_PER_BLOCK=2)), ("partial blocks", ("KV_NUM", "KV_IDX"), dict(TILES_PER_BLOCK=2)),
     ):  # fmt: skip
-        constants = dict(CAUSAL=True, TILES_PER_BLOCK=0, LISTS=1, WHOLE_PAGES=False, PDL=True, HEAD_DIM=128, BLOCK_D=128, BLOCK_M=16, BLOCK_N=64) | constants
+        constants = dict(CAUSAL=True, TILES_PER_BLOCK=0, LISTS=1, PDL=True, HEAD_DIM=128, BLOCK_D=128, BLOCK_M=16, BLOCK_N=64) | constants
         optional = set(whole) & {"SEQLENS", "PAGES", "KV_NUM", "KV_IDX", "FULL_NUM", "FULL_IDX", "SINK"} - set(given)
         types = {x: whole.get(x, "i32") for x in everything if x not in optional and x not in constants and x not in ("AUX", "SCORE_MOD", "MASK_MOD")}
         sass, said = compiled(decode.decode_kernel, types, constants, num_warps=4, num_stages=5 if "PAGES" in given else 3)
