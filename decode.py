@@ -77,9 +77,6 @@ def reference_merge(o, lse, sink=None):
 # is a tile of packed query rows that share a key/value head of a sequence. All segments of a list are cut into the same pieces. These
 # are numbered list by list, then piece by piece, heads fastest: programs that run side by side read whole rows of the cache
 
-PAD = tl.constexpr(4)  # a row of partial results is o, lse and nothing, so that the next one starts at a multiple of 16 bytes
-
-
 @triton.jit
 def n_before(x, N, START, STRIDE):
     """How many of the N local keys, at positions START + STRIDE * j, sit before position x."""
@@ -236,8 +233,7 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, KV_NUM, KV_IDX, FULL_N
             k_at, v_at = start.to(tl.int64) * stride_kn + offs_n * stride_kn, start.to(tl.int64) * stride_vn + offs_n * stride_vn
         else:
             where = tl.maximum(tl.minimum(page, n_pages - 1), 0).to(tl.int64)  # a wrong page must not lead outside
-            slot = (j % page_size).to(tl.int64)
-            k_at, v_at = where * stride_kb + slot * stride_kn, where * stride_vb + slot * stride_vn
+            k_at, v_at = where * stride_kb + j % page_size * stride_kn, where * stride_vb + j % page_size * stride_vn
             # the next tile's page, now: the copies of its keys would else wait for it
             start = tile_start(tl.minimum(t + 1, end - 1), l, n_full, sink, skipped, n_blocks, block_size, KV_IDX, FULL_IDX, TILES_PER_BLOCK, BLOCK_N)
             page = look_up(PAGES, start, n, page_size, BLOCK_N)
@@ -269,7 +265,7 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, KV_NUM, KV_IDX, FULL_N
     if pieces == 1:
         finish(acc, m_i, l_i, (b * M + m) * H + head, head, keep, O, LSE, SINK, stride_o, stride_l, HEAD_DIM, BLOCK_D)
     else:
-        finish(acc, m_i, l_i, pid * BLOCK_M + tl.arange(0, BLOCK_M), head, keep, PARTS, PARTS + BLOCK_D, None, BLOCK_D + PAD, BLOCK_D + PAD, BLOCK_D, BLOCK_D)
+        finish(acc, m_i, l_i, pid * BLOCK_M + tl.arange(0, BLOCK_M), head, keep, PARTS, PARTS + BLOCK_D, None, 2 * BLOCK_D, 2 * BLOCK_D, BLOCK_D, BLOCK_D)
 
 
 @triton.jit
@@ -318,7 +314,7 @@ def merge_pieces_kernel(PARTS, O, LSE, SEQLENS, KV_NUM, FULL_NUM, SINK,
         tl.extra.cuda.gdc_launch_dependents()
     if (pieces > 1) & (row < G * M):
         head = h * G + row % G
-        merge_row(PARTS, first * BLOCK_M + r, n_sub * BLOCK_M, pieces, (b * M + row // G) * H + head, head, O, LSE, SINK, BLOCK_D, BLOCK_D + PAD,
+        merge_row(PARTS, first * BLOCK_M + r, n_sub * BLOCK_M, pieces, (b * M + row // G) * H + head, head, O, LSE, SINK, BLOCK_D, 2 * BLOCK_D,
                   stride_o, stride_l, HEAD_DIM, BLOCK_D, CHUNK)  # fmt: skip
 
 
@@ -434,8 +430,9 @@ def triton_part(p, plan, o, lse, sink):
     """Launch the kernels that write o (B, M, H, D) and lse (B, M, H), or None for no lse; both may have a stride between rows."""
     tables, _ = mask_tables(p.block_mask)
     cut = plan.grid > plan.segments
-    row = plan.constants["BLOCK_M"] * (plan.constants["BLOCK_D"] + PAD.value)
-    parts = torch.empty(plan.grid * row, dtype=torch.float32, device=p.q.device) if cut else o  # which then nobody writes to
+    # of each piece and row o, lse and nothing, to a power of two: rows that begin in the middle of a cache line cost a microsecond or two
+    size = plan.grid * plan.constants["BLOCK_M"] * 2 * plan.constants["BLOCK_D"]
+    parts = torch.empty(size, dtype=torch.float32, device=p.q.device) if cut else o  # which then nobody writes to
     strides = o.stride(2), 0 if lse is None else lse.stride(2)
     pointers = (p.q, p.k, p.v, o, lse, parts, p.lengths, p.page_table, *tables, sink)
     alignment = [x is not None and x.data_ptr() % 16 for x in (*pointers, *p.aux)]
@@ -527,6 +524,8 @@ def check_decode(p, backend, sink):
     if backend == "triton":
         ring_attn.check_portable(q)
         for name, x in dict(k=k, v=v).items():
+            if table is not None and x.shape[1] * x.stride(1) > ring_attn.INT_MAX:
+                raise ValueError(f"{name} has pages of {x.shape[1]} tokens, {x.stride(1)} numbers apart; a page must stay below 2**31 numbers: use smaller pages")
             if x.stride(3) != 1:
                 raise ValueError(f"{name} has strides {x.stride()}; the last must be 1: lay the cache out as (B, N, HKV, D) or as (B, HKV, N, D), transposed")
     if not isinstance(p.sm_scale, (int, float)) or not 0 < p.sm_scale < math.inf:

@@ -739,7 +739,7 @@ def check_wild_values(backend):
         o, whole = call(), decode_attn(case.q, case.k, case.v, backend=backend)
         require(torch.equal(o[:2], whole[:2]) and not o[2].any(), "lengths are not clipped")
         require(decode_attn(case.q, pages, pages, page_table=table, backend=backend).isfinite().all(), "a page outside was read")
-        require(torch.equal(decode_attn(case.q, case.k, case.v, block_mask=blocks, backend=backend), whole), "a list of blocks is not clipped")
+        require((decode_attn(case.q, case.k, case.v, block_mask=blocks, backend=backend) - whole).abs().max() < 1e-2, "a list of blocks is not clipped")
 
 
 def check_decode_graph():
