@@ -841,7 +841,7 @@ def captured(step, tokens, cache):
     """step(tokens, cache), which must have run before, as a CUDA graph: a function of the same arguments that replays it. What it
     returns is overwritten by its next call."""
     graph, tokens, length = torch.cuda.CUDAGraph(), tokens.clone(), cache.length
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog may look at events meanwhile
         result = step(tokens, cache)
     cache.length = length  # so far nothing has run
 
@@ -904,7 +904,7 @@ def read_prompt(args):
 
 
 def generate(args):
-    """What the command line asks for, on every rank; rank 0 prints. Raises ValueError on every rank."""
+    """What the command line asks for, on every rank; rank 0 prints. True if it was not interrupted. Raises ValueError on every rank."""
     from train import setup
 
     setup(args)
@@ -935,11 +935,12 @@ def generate(args):
     sampler = torch.Generator(device).manual_seed(args.seed)
     text = codecs.getincrementaldecoder("utf-8")(errors="replace")
     say(prompt.decode(errors="replace"), end="")
-    clocks, start = [], time.perf_counter()
+    clocks, start, done = [], time.perf_counter(), False
     try:
         for new in model.stream(tokens, args.max_tokens, args.temperature, args.top_k, sampler, cache, graph=device.type == "cuda"):
             say(text.decode(bytes(new[0].tolist())), end="")  # waits for the GPU
             clocks.append(time.perf_counter())
+        done = True
     except KeyboardInterrupt:
         say("\n(interrupted)", end="", file=sys.stderr)
     say(text.decode(b"", final=True))
@@ -950,16 +951,19 @@ def generate(args):
         rest = clocks[min(2, len(clocks) - 1) :]  # the first two steps compile and capture
         if len(rest) > 1:
             dt = (rest[-1] - rest[0]) / (len(rest) - 1)
-            per_token = sum(2 * x[0, :1].numel() * x.element_size() for x in cache.k) * ring.n_ranks
+            per_token = sum(2 * x[0, :1].numel() * x.element_size() for x in cache.k)
             length = len(prompt) + len(clocks) - len(rest) / 2  # on average
             report += f" | decode {1e3 * dt:.2f} ms per token, {1 / dt:,.0f} tokens/s, KV {length * per_token / dt / 1e9:.3g} GB/s"
         say(report, file=sys.stderr)
+    return done
 
 
 def main():
     args = parse()
     try:
-        generate(args)
+        if not generate(args):
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(130)  # the ranks may stand at different collectives, and would wait for each other
     except ValueError as error:  # the same on every rank: one of them tells
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"decode.py: error: {error}", file=sys.stderr, flush=True)

@@ -6,6 +6,9 @@ embeddings. Everything but attention works on tokens one by one, so each rank si
     attn = Attention(dim, dim_per_head, seq_len, rank, n_ranks, dropout, causal, AttentionType.ZIGZAG)
     y = attn.unshard(attn(attn.shard(x)))     # x, y (B, S, dim) on every rank; S = seq_len = n_ranks * T
 
+    model = Transformer(Config())             # and text from it, through a cache of keys and values, sharded or not
+    tokens = model.generate(prompt, 100)      # (B, S) -> (B, S + 100)
+
 Shapes: B batch, T tokens of the shard at hand, H query heads, HKV key/value heads, D dim_per_head.
 Sources: RoPE (arXiv 2104.09864), RMSNorm (1910.07467), GQA (2305.13245), tied embeddings (1608.05859).
 """

@@ -5,8 +5,9 @@
     python test.py --filter zigzag            # cases whose name contains zigzag
 
 Truth is float64. The yardstick is torch's SDPA in the same dtype on the same inputs: the error may be at most twice
-SDPA's plus 1e-5 for o and lse (whose yardstick is a float32 logsumexp), three times for gradients. Every torch.empty
-is filled with nan first. One row per case: what was worst, its error, the bound, their ratio. Fails on all ranks or none.
+SDPA's plus 1e-5 for o and lse (whose yardstick is a float32 logsumexp), three times for gradients. Decoding is held to
+flex_attention in the same way. Every torch.empty is filled with nan first. One row per case: what was worst, its error, the
+bound, their ratio. Fails on all ranks or none.
 """
 
 import argparse
@@ -1246,12 +1247,14 @@ def check_decode_command_line():
 
 def check_bench():
     """One row of bench.py, whose last line is JSON; a filter that fits nothing is told what there is."""
-    call = lambda *flags: call_script("bench.py", *flags, timeout=300)
-    row = "memory 32k" if GPU else "schedule zigzag"
-    done = call("--quick", f"--filter={row}")
-    require(done.returncode == 0, (done.stdout + done.stderr)[-1500:])
-    rows = json.loads(done.stdout.strip().splitlines()[-1])["rows"]
-    require([r["name"] for r in rows] == [row] and any(line.startswith(row) for line in done.stdout.splitlines()), done.stdout)
+    call = lambda *flags, **options: call_script("bench.py", *flags, timeout=300, **options)
+    runs = [("memory 32k", 1)] if GPU else [("schedule zigzag", 1), ("decode ragged", 1), ("sharded decode 2k", 2)]
+    for row, n_ranks in runs:
+        done = call("--quick", f"--filter={row}", n_ranks=n_ranks)
+        require(done.returncode == 0, (done.stdout + done.stderr)[-1500:])
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        require([r["name"] for r in found["rows"]] == [row] and found["n_ranks"] == n_ranks, done.stdout)
+        require(any(line.startswith(row) for line in done.stdout.splitlines()), done.stdout)
     done = call("--filter=nonesuch")
     require(done.returncode == 2 and "nonesuch" in done.stderr and "D64" in done.stderr and "Traceback" not in done.stderr, done.stderr)
 

@@ -236,7 +236,7 @@ class Log:
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             self.file = open(out / "log.txt", "a")
-            for name in ("train.py", "model.py", "ring_attn.py"):
+            for name in ("train.py", "model.py", "ring_attn.py", "decode.py"):
                 self.file.write(f"==== {name}\n{Path(__file__).with_name(name).read_text()}\n")
             self.file.write(f"==== {sys.argv}\n{json.dumps(vars(args))}\nn_ranks {n_ranks}, python {sys.version.split()[0]}, torch {torch.__version__}\n")
 
