@@ -615,7 +615,7 @@ def main():
     rounded = lambda text: float(f"{float(text):.4g}")
     print(json.dumps(json.loads(json.dumps(card | dict(rows=rows, failed=FAILED)), parse_float=rounded)), flush=True)
     if N_RANKS > 1 and not status:  # interrupted ranks may stand at different collectives, and would wait for each other
-        dist.destroy_process_group()
+        ring_attn.leave_groups()
     sys.exit(status or any(reason.startswith(("ours:", "triton:")) for reason in FAILED))
 
 

@@ -969,8 +969,7 @@ def main():
             print(f"decode.py: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        ring_attn.leave_groups()
 
 
 if __name__ == "__main__":

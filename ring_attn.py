@@ -1320,6 +1320,16 @@ ring_of = functools.lru_cache(maxsize=None)(Ring)
 ALONE = ring_of(None)  # a ring of one, whatever the process group
 
 
+def leave_groups():
+    """End torch.distributed, at the end of a script, if it was begun. Rings let go of their groups: the threads of a gloo group that is
+    alive when Python exits may still be freeing tensors, and abort the process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    ring_of.cache_clear()
+    for ring in RINGS:
+        ring.group = None
+
+
 def resolve_ring(group):
     """A transport from what users pass as `group`: None, a ProcessGroup, a VirtualRing."""
     return group if isinstance(group, VirtualRing) else process_ring(group)

@@ -424,5 +424,4 @@ if __name__ == "__main__":
             print(f"train.py: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        ring_attn.leave_groups()
