@@ -622,7 +622,9 @@ CHECKED = {}  # what was checked, and found in order: the Plan that it got, or N
 
 def kind(x):
     """What the checks, the plan and the compiled kernels depend on, of an argument that may be a tensor."""
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.requires_grad) if isinstance(x, torch.Tensor) and x.layout == torch.strided else repr(x)
+    if isinstance(x, torch.Tensor) and x.layout == torch.strided:
+        return x.shape, x.stride(), x.dtype, x.device, x.requires_grad
+    return None if x is None else repr(x)
 
 
 def problem_of(q, k, v, rank, n_ranks, *, cache_seqlens=None, sm_scale=None, causal=True, score_mod=None, mask_mod=None, aux=(), block_mask=None,
@@ -636,9 +638,13 @@ def problem_of(q, k, v, rank, n_ranks, *, cache_seqlens=None, sm_scale=None, cau
         q = q.contiguous()  # a few rows
     n_sink, logits = (sink or 0, None) if sink is None or isinstance(sink, int) else (0, sink)
     p = Problem(q, k, v, cache_seqlens, page_table, block_mask, score_mod, mask_mod, aux, sm_scale, causal, window, n_sink, n_splits, rank, n_ranks)
-    masks = () if block_mask is None else (getattr(block_mask, "BLOCK_SIZE", None), getattr(block_mask, "mask_mod", None), *(kind(getattr(block_mask, x, None)) for x in BLOCK_MASK_TABLES))
+    masks = None
+    if block_mask is not None:
+        named = lambda name: getattr(block_mask, name, None)
+        masks = repr(named("BLOCK_SIZE")), named("mask_mod"), *(kind(named(name)) for name in BLOCK_MASK_TABLES)
     tensors = map(kind, (q, k, v, cache_seqlens, page_table, logits, *(aux if isinstance(aux, tuple) else [aux])))
-    key = (*tensors, type(aux), masks, score_mod, mask_mod, sm_scale, causal, window, type(sink), n_sink, n_splits, rank, n_ranks, backend, torch.is_grad_enabled())
+    options = repr((sm_scale, causal, window, n_sink, n_splits, rank, n_ranks, backend))  # whatever they are, this can be looked up
+    key = (*tensors, type(aux), masks, score_mod, mask_mod, type(sink), options, torch.is_grad_enabled())
     return p, logits, backend, key
 
 

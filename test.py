@@ -809,6 +809,8 @@ def check_decode_errors():
     raises(lambda: call(sm_scale=-1.0), "sm_scale=-1.0")
     raises(lambda: call(causal="yes"), "causal='yes'")
     raises(lambda: call(window=0), "window=0")
+    raises(lambda: call(window=[3]), "window=[3]")
+    raises(lambda: call(sm_scale=[1.0]), "sm_scale=[1.0]")
     raises(lambda: call(n_splits=0), "n_splits=0")
     raises(lambda: call(sink=4), "sink=4", "window")
     raises(lambda: call(sink=-1, window=8), "sink=-1")
