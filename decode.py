@@ -954,6 +954,7 @@ def generate(args):
         first = clocks[0] - start
         report = f"{file} | {ring.n_ranks} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, {args.dtype} | "
         report += f"prefill {len(prompt)} tokens in {1e3 * first:.1f} ms, {len(prompt) / first:,.0f} tokens/s"
+        report += " (the first kernels are compiled meanwhile)" * (device.type == "cuda")
         rest = clocks[min(2, len(clocks) - 1) :]  # the first two steps compile and capture
         if len(rest) > 1:
             dt = (rest[-1] - rest[0]) / (len(rest) - 1)
