@@ -407,7 +407,7 @@ def make_plan(p):
     constants = dict(TILES_PER_BLOCK=triton.cdiv(block_size, BLOCK_N) if mask_shape else 0, LISTS=triton.next_power_of_2(LB * LH), PDL=pdl,
                      HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)  # fmt: skip
     mods = dict(SCORE_MOD=p.score_mod, MASK_MOD=p.mask_mod, CAUSAL=bool(p.causal or p.window))
-    chunk, warps = (64, 4) if rows <= n_sm else (16, 2)  # many small programs, or few that have the machine for themselves
+    chunk, warps = (64, 4) if rows <= n_sm else (16, 2)  # few programs, which have the machine for themselves, or many small ones
     options = dict(launch_pdl=True) if pdl else {}
     return Plan(len(CHECKED), segments, grid, rows, sizes, shared, mods | constants, constants | dict(CHUNK=chunk),
                 dict(num_warps=4, num_stages=num_stages, **options), dict(num_warps=warps, **options))  # fmt: skip
