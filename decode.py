@@ -20,6 +20,11 @@ Not here: gradients, quantised caches, dropout.
 
 Sources: Flash-Decoding (Dao et al. 2023), FlexAttention and its flex_decoding (PyTorch), PagedAttention (arXiv 2309.06180),
 attention sinks (2309.17453), tree attention (2408.04093).
+
+    python decode.py --prompt='def '                            # go on with the newest checkpoint of train.py
+    torchrun --nproc_per_node=2 decode.py --prompt='def '       # each process keeps half of the cache; the text is the same
+    python bench.py --filter decode                             # speed, beside flex_attention and FlashAttention
+    python test.py --filter decode
 """
 
 import argparse
@@ -390,7 +395,7 @@ def make_plan(p):
     BLOCK_N = min(128, max(16, (16384 if large else 8192) // BLOCK_D)) if narrow else max(16, 4096 // BLOCK_D)
     while mask_shape and BLOCK_N > 16 and block_size % BLOCK_N:
         BLOCK_N //= 2
-    num_stages = 5 if p.page_table is not None and not large else 3  # pages are looked up two tiles ahead
+    num_stages = 5 if p.page_table is not None and not large else 3  # looking pages up takes stages too
     while properties and num_stages > 1 and 2 * (num_stages - 1) * BLOCK_N * BLOCK_D * dtype.itemsize > properties.shared_memory_per_block_optin - 16384:
         num_stages -= 1
     N = p.capacity() // p.n_ranks
@@ -910,7 +915,7 @@ def read_prompt(args):
 
 
 def generate(args):
-    """What the command line asks for, on every rank; rank 0 prints. True if it was not interrupted. Raises ValueError on every rank."""
+    """What the command line asks for, on every rank; rank 0 prints. Ends the process if interrupted. Raises ValueError on every rank."""
     from train import setup
 
     setup(args)
@@ -941,13 +946,13 @@ def generate(args):
     sampler = torch.Generator(device).manual_seed(args.seed)
     text = codecs.getincrementaldecoder("utf-8")(errors="replace")
     say(prompt.decode(errors="replace"), end="")
-    clocks, start, done = [], time.perf_counter(), False
+    clocks, start, interrupted = [], time.perf_counter(), False
     try:
         for new in model.stream(tokens, args.max_tokens, args.temperature, args.top_k, sampler, cache, graph=device.type == "cuda"):
             say(text.decode(bytes(new[0].tolist())), end="")  # waits for the GPU
             clocks.append(time.perf_counter())
-        done = True
     except KeyboardInterrupt:
+        interrupted = True
         say("\n(interrupted)", end="", file=sys.stderr)
     say(text.decode(b"", final=True))
     if clocks:
@@ -962,21 +967,15 @@ def generate(args):
             length = len(prompt) + len(clocks) - len(rest) / 2  # on average
             report += f" | decode {1e3 * dt:.2f} ms per token, {1 / dt:,.0f} tokens/s, KV {length * per_token / dt / 1e9:.3g} GB/s"
         say(report, file=sys.stderr)
-    return done
+    if interrupted:
+        os._exit(130)  # the ranks may stand at different collectives, and would wait for each other
 
 
 def main():
+    from train import run_script  # which imports model.py, and that this file
+
     args = parse()
-    try:
-        if not generate(args):
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(130)  # the ranks may stand at different collectives, and would wait for each other
-    except ValueError as error:  # the same on every rank: one of them tells
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"decode.py: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    finally:
-        ring_attn.leave_groups()
+    run_script("decode.py", lambda: generate(args))
 
 
 if __name__ == "__main__":

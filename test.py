@@ -84,6 +84,16 @@ def raises(f, *words):
     raise AssertionError(f"no ValueError about {words}")
 
 
+@contextlib.contextmanager
+def as_users_run_it():
+    """On a CPU through the torch path, not the interpreter."""
+    interpret, ring_attn.INTERPRET = ring_attn.INTERPRET, False
+    try:
+        yield
+    finally:
+        ring_attn.INTERPRET = interpret
+
+
 def worst(rows):
     """The row with the largest error / bound out of (what, error, bound); AssertionError if one is above its bound."""
     ratio = lambda row: math.inf if math.isnan(row[1]) else row[1] / row[2]
@@ -656,7 +666,7 @@ def check_skipped_blocks(backend):
     no = no_jit if backend == "triton" else lambda b, h, q_idx, kv_idx: kv_idx < 0
     got = decode_attn(q, k, v, block_mask=blocks, mask_mod=no, backend=backend)
     seen = torch.cat((k[:, 64:], k[:, :32]), 1), torch.cat((v[:, 64:], v[:, :32]), 1)
-    require(torch.equal(got, decode_attn(q, *seen, backend=backend)) or (got - decode_attn(q, *seen, backend=backend)).abs().max() < 1e-2, "blocks are mixed up")
+    require((got - decode_attn(q, *seen, backend=backend)).abs().max() < 1e-2, "blocks are mixed up")
     require(got.isfinite().all(), "a block that nobody named was read")
 
 
@@ -707,7 +717,7 @@ def check_pages(backend, page_size, dtype, n_ranks=1):
 
 
 def check_cache_layouts(backend):
-    """Caches in (B, HKV, N, D), inside of larger tensors of nan, expanded ones; queries with any strides. None is copied on the way."""
+    """Caches in (B, HKV, N, D), inside of larger tensors of nan, expanded ones; queries with any strides."""
     case, rows = decode_case(LOW_DECODE, 3, 6, 2, 48, (150, 40, 97)), []
     inside = torch.full((5, 170, 5, 64), math.nan, device=DEVICE, dtype=LOW_DECODE)
 
@@ -805,7 +815,6 @@ def check_decode_errors():
     raises(lambda: call(q=q.int(), k=k.int()), "torch.int32 is not supported")
     raises(lambda: call(q=q.clone().requires_grad_()), "requires a gradient", "ring_attn")
     raises(lambda: call(backend="flash"), "backend='flash'")
-    raises(lambda: call(k=k.transpose(1, 3).contiguous().transpose(1, 3), backend=backend), "strides", "last must be 1") if backend == "triton" else None
     raises(lambda: call(sm_scale=-1.0), "sm_scale=-1.0")
     raises(lambda: call(causal="yes"), "causal='yes'")
     raises(lambda: call(window=0), "window=0")
@@ -825,7 +834,9 @@ def check_decode_errors():
     good = alibi_jit if backend == "triton" else alibi
     raises(lambda: call(score_mod=good, backend=backend), "score_mod takes 7 arguments and is given 5", "kv_idx")
     raises(lambda: call(mask_mod=good, aux=(q,), backend=backend), "mask_mod takes 7 arguments and is given 5", "aux[0]")
-    raises(lambda: call(score_mod=softcap, backend="triton"), "score_mod", "@triton.jit") if backend == "triton" else None
+    if backend == "triton":
+        raises(lambda: call(k=k.transpose(1, 3).contiguous().transpose(1, 3)), "strides", "last must be 1")
+        raises(lambda: call(score_mod=softcap), "score_mod", "@triton.jit")
     raises(lambda: call(score_mod=softcap_jit, backend="torch"), "score_mod", "plain function")
     raises(lambda: call(score_mod=5), "score_mod=5")
     blocks = lambda *args, **kw: create_block_mask(causal_mask, *args, device=DEVICE, **kw)
@@ -844,12 +855,8 @@ def check_decode_errors():
     require(call().isfinite().all(), "the good call fails")
 
 
+@as_users_run_it()
 def check_stream(kind, n_ranks):
-    with as_users_run_it():
-        return stream_rows(kind, n_ranks)
-
-
-def stream_rows(kind, n_ranks):
     """A model that decodes through its cache finds what it finds by running everything again; chunks of tokens too, until the cache is full."""
     group = RINGS[n_ranks]
     rank = ring_attn.resolve_ring(group).rank if n_ranks > 1 else 0
@@ -1109,16 +1116,6 @@ def check_compiled_model(kind, n_ranks, autocast):
 def tiny_run(folder, *flags):
     base = f"--out={folder} --steps=20 --seq_len=128 --batch_size=4 --n_layers=2 --dim=64 --dim_per_head=16 --n_kv_heads=2 --warmup=4 --lr=3e-3".split()
     return train.parse([*base, "--dtype=float32", "--sample_tokens=0", "--eval_batches=2", "--log_every=20", *flags])
-
-
-@contextlib.contextmanager
-def as_users_run_it():
-    """On a CPU through the torch path, not the interpreter."""
-    interpret, ring_attn.INTERPRET = ring_attn.INTERPRET, False
-    try:
-        yield
-    finally:
-        ring_attn.INTERPRET = interpret
 
 
 def quietly_train(args, group):

@@ -414,14 +414,18 @@ def setup(args):
         dist.init_process_group("nccl" if cuda else "gloo", device_id=torch.device("cuda", local_rank) if cuda else None)
 
 
-if __name__ == "__main__":
-    args = parse()
+def run_script(name, f):
+    """Run the body of a script, which raises its ValueErrors on every rank alike: one of them tells, and the exit code is 2."""
     try:
-        setup(args)
-        train(args)
-    except ValueError as error:  # the same on every rank: one of them tells
+        f()
+    except ValueError as error:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+            print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
         ring_attn.leave_groups()
+
+
+if __name__ == "__main__":
+    args = parse()
+    run_script("train.py", lambda: (setup(args), train(args)))
