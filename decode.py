@@ -804,7 +804,7 @@ class KVCache:
         if min(n_layers, B, n_tokens, n_kv_heads, dim_per_head) < 1:
             raise ValueError(f"{n_layers=}, {B=}, {n_tokens=}, {n_kv_heads=} and {dim_per_head=} must be 1 or more")
         self.ring = ring_attn.ALONE if group is None else ring_attn.resolve_ring(group)
-        self.B, self.n_tokens, self.length = B, n_tokens, 0
+        self.n_tokens, self.length = n_tokens, 0
         N = -(-n_tokens // self.ring.n_ranks)
         # one token more than are kept: tokens of other ranks are written there
         whole = torch.empty(2, n_layers, B, N + 1, n_kv_heads, dim_per_head, dtype=dtype, device=device)
