@@ -28,9 +28,17 @@ step attention and the argument names (github mgmalek/ring-attention), zigzag (z
 """
 
 import contextlib
+import ctypes
 import functools
+import itertools
 import math
 import os
+import random
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -196,23 +204,29 @@ class HopRow(NamedTuple):
     k_stride: int
     k_jump: int
     next_start: int  # 6: the first key position of all later hops; queries before it are complete after this one
-    carry: int  # 7: 1 if (o, lse), or dq, hold the result of earlier hops
-    carry_grad: int  # 8: 1 if dk, dv hold what other ranks collected
+    carry: int  # 7: rows of (o, lse), or of dq, that hold the result of earlier hops: 0 or T
+    carry_grad: int  # 8: rows of dk, dv, from the first on, that hold what other ranks collected
 
 
 class Hop(NamedTuple):
-    """What one rank does at one hop; made by `plan`, the same on every rank, so that sends and receives match."""
+    """What one rank does at one hop; made by `plan`. Keys seen by a rank's queries are the first ones of a shard, as positions
+    increase: how many, for each batch group, is all there is to say of what has to move."""
 
     source: int  # whose keys and values are at hand
-    visible: bool  # False: no query of this rank sees any of them, nothing to compute
     table: tuple  # one HopRow per batch group
-    send: tuple  # batch groups of k, v that the next rank, or one after it, needs
-    recv: tuple  # batch groups of k, v that arrive for the next hop
-    send_grad: tuple  # batch groups of dk, dv that leave with something in them (backward)
+    seen: tuple  # rows of k, v that queries of this rank see, in whole tiles; all 0: there is nothing to compute
+    # between neighbours, the same on every rank, so that sends and receives match:
+    send: tuple  # rows of k, v that the next rank, or one after it, needs
+    recv: tuple  # rows of k, v that arrive for the next hop
+    send_grad: tuple  # rows of dk, dv that leave with something in them (backward)
     recv_grad: tuple
 
+    @property
+    def visible(self):
+        return any(self.seen)
 
-@functools.lru_cache(maxsize=1024)
+
+@functools.lru_cache(maxsize=4096)
 def plan(schedule, rank, n_ranks, T, causal, direction):
     """The hops of one rank: a tuple of n_ranks Hops. Hop 0 works on the rank's own keys.
 
@@ -223,12 +237,11 @@ def plan(schedule, rank, n_ranks, T, causal, direction):
     R = n_ranks
     layouts = [rank_layouts(schedule, r, R, T) for r in range(R)]
     groups = range(len(layouts[0]))
-    last = lambda at: at.start + at.stride * (T - 1) + at.jump * (T - 1 >= T // 2)
     first = lambda at: at.start + at.jump * (T // 2 == 0)
-    sees = lambda q_rank, k_rank, g: not causal or first(layouts[k_rank][g]) <= last(layouts[q_rank][g])
+    seen = lambda q_rank, k_rank, g: n_visible(layouts[q_rank][g], layouts[k_rank][g], T) if causal else T
     stop = lambda source, j: (source + direction * j) % R  # where the keys of `source` are at hop j
-    needed = lambda source, j, g: any(sees(stop(source, i), source, g) for i in range(j, R))  # at stop j or beyond
-    collected = lambda source, j, g: any(sees(stop(source, i), source, g) for i in range(1, j + 1))  # dk, dv after stop j
+    needed = lambda source, j, g: max(seen(stop(source, i), source, g) for i in range(j, R))  # at stop j or beyond
+    collected = lambda source, j, g: max((seen(stop(source, i), source, g) for i in range(1, j + 1)), default=0)  # dk, dv after stop j
 
     sources = [(rank - direction * j) % R for j in range(R)]
     hops = []
@@ -237,21 +250,44 @@ def plan(schedule, rank, n_ranks, T, causal, direction):
         for g in groups:
             later = [first(layouts[s][g]) if causal else -1 for s in sources[j + 1 :]]
             carry_grad = collected(source, j - 1, g) if j else collected(rank, R - 1, g)  # the own keys are finished last
-            table.append(HopRow(*layouts[rank][g], *layouts[source][g], min(later, default=INT_MAX), int(j > 0), int(carry_grad)))
+            table.append(HopRow(*layouts[rank][g], *layouts[source][g], min(later, default=INT_MAX), T if j else 0, carry_grad))
         arriving = (rank - direction * (j + 1)) % R
         final = j == R - 1
         hops.append(
             Hop(
                 source=source,
-                visible=any(sees(rank, source, g) for g in groups),
                 table=tuple(table),
-                send=tuple(g for g in groups if not final and needed(source, j + 1, g)),
-                recv=tuple(g for g in groups if not final and needed(arriving, j + 1, g)),
-                send_grad=tuple(g for g in groups if j and collected(source, j, g)),
-                recv_grad=tuple(g for g in groups if j and collected(arriving, j, g)),
+                seen=tuple(seen(rank, source, g) for g in groups),
+                send=tuple(0 if final else needed(source, j + 1, g) for g in groups),
+                recv=tuple(0 if final else needed(arriving, j + 1, g) for g in groups),
+                send_grad=tuple(collected(source, j, g) for g in groups),
+                recv_grad=tuple(collected(arriving, j, g) if j else 0 for g in groups),
             )
         )
     return tuple(hops)
+
+
+def n_visible(q_at, k_at, T):
+    """How many of the T keys of layout k_at the last of T queries of layout q_at sees under a causal mask, rounded up to whole tiles: a
+    kernel that reads a tile multiplies what no query sees by 0, and may not find nan there."""
+    last = q_at.start + q_at.stride * (T - 1) + q_at.jump * (T - 1 >= T // 2)
+    first_half = (last - k_at.start) // k_at.stride + 1
+    second_half = (last - k_at.start - k_at.jump - k_at.stride * (T // 2)) // k_at.stride + 1
+    n = min(max(first_half, 0), T // 2) + min(max(second_half, 0), T - T // 2)
+    return min(-(-n // ROW_PAD.value) * ROW_PAD.value, T)
+
+
+def keys_moved(schedule, n_ranks, T, B=1, causal=True, transport="symmetric"):
+    """How many rows (tokens of one sequence) of keys and values each rank receives in a forward, in whole tiles of 128: a list by rank.
+
+    "symmetric": only what its queries see, from where it is. "p2p": what it or a rank after it sees, from its neighbour.
+    Full attention, and striped under any mask, move (n_ranks - 1) * T * B. Under a causal mask, for many ranks, contiguous and
+    step need half of that on average, zigzag three quarters.
+    """
+    check_schedule(schedule, n_ranks, T, B)
+    rows = lambda hops: [hop.seen for hop in hops[1:]] if transport == "symmetric" else [hop.recv for hop in hops]
+    per_group = lambda counts: sum(n * B // len(counts) for n in counts)
+    return [sum(map(per_group, rows(plan(schedule, rank, n_ranks, T, causal, 1)))) for rank in range(n_ranks)]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -263,6 +299,7 @@ def hop_table(table, device):
 # kernels. HOP points to a table of HopRows: +0 layout of the queries, +3 layout of the keys, +6 next_start, +7 carry, +8 carry_grad
 
 HOP_COLUMNS = tl.constexpr(len(HopRow._fields))
+ROW_PAD = tl.constexpr(128)  # a multiple of every tile's rows: per-row constants of the backward are padded to it, and so are the rows that move
 
 
 @triton.jit
@@ -344,7 +381,7 @@ def query_tile(HOP, H, T, GROUP_B, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, 
         n_full, n_end = T, T
         row_end = tl.zeros([BLOCK_M], tl.int32) + T
     final = position(hop, tl.minimum(start_m + BLOCK_M, T) - 1, T) < tl.load(hop + 6)  # no later hop has keys for these queries
-    carried = tl.load(hop + 7) * T  # rows of the state that earlier hops have filled: none, or all
+    carried = tl.load(hop + 7)  # rows of the state that earlier hops have filled: none, or all
     return b, h, start_m, offs_m, n_full // BLOCK_N * BLOCK_N, n_end, row_end, carried, final
 
 
@@ -379,9 +416,6 @@ def fwd_kernel(Q, K, V, O, ACC, LSE, HOP, sm_scale, H, G, T, GROUP_B,
         tl.store(O + offs, acc.to(O.dtype.element_ty), mask=mask)
     else:
         tl.store(ACC + offs, acc, mask=mask)
-
-
-ROW_PAD = tl.constexpr(128)  # per-row constants of the backward are padded to a multiple of every tile height, so loads need no mask
 
 
 @triton.jit(do_not_specialize=["H", "T"])
@@ -483,7 +517,7 @@ def dkv_kernel(Q, K, V, DO, LSE2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_scale, 
     b, h = bh // HKV, bh % HKV
     offs_n = start_n + tl.arange(0, BLOCK_N)
     hop = HOP + (b // GROUP_B) * HOP_COLUMNS
-    carried = tl.load(hop + 8) * T  # rows of DK_ACC, DV_ACC that hold something: none, or all
+    carried = tl.load(hop + 8)  # rows of DK_ACC, DV_ACC, from the first on, that hold something
     if CAUSAL:
         m_lo = n_le(hop, position(hop + 3, start_n, T) - 1, T)  # queries before this see nothing of the tile
         m_full = n_le(hop, position(hop + 3, tl.minimum(start_n + BLOCK_N, T) - 1, T) - 1, T)  # from here on, all of it
@@ -584,7 +618,7 @@ def fwd_item(i, problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: g
     if CAUSAL:
         n_full = n_le(hop + 3, position(hop, start_m, T), T)
         n_end = n_le(hop + 3, position(hop, gl.minimum(start_m + BLOCK_M, T) - 1, T), T)
-    n_tiles = gl.maximum(gl.cdiv(n_end, BLOCK_N), 1 - gl.load(hop + 7))  # without a carry there is something to write
+    n_tiles = gl.maximum(gl.cdiv(n_end, BLOCK_N), 1 - gl.minimum(gl.load(hop + 7), 1))  # without a carry there is something to write
     return b, h, start_m, hop, n_full // BLOCK_N, n_tiles
 
 
@@ -911,10 +945,12 @@ def bwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexp
 
             origin, offs, mask = state_offsets(b, h, start + c * ROWS, T, heads, ROWS, BLOCK_D, HEAD_DIM, o_layout)
             acc = acc * sm_scale
-            if gl.load(hop + 7 + DKV) > 0:
-                acc += gl.load(ACC + origin + offs, mask=mask, other=0.0)
+            carried = gl.load(hop + 7 + DKV)  # rows of ACC, from the first on, that hold the result of earlier hops
+            if carried > start + c * ROWS:
+                held = mask & (start + c * ROWS + gl.arange(0, ROWS, layout=row_o) < carried)[:, None]
+                acc += gl.load(ACC + origin + offs, mask=held, other=0.0)
                 if DKV:
-                    acc2 += gl.load(ACC2 + origin + offs, mask=mask, other=0.0)
+                    acc2 += gl.load(ACC2 + origin + offs, mask=held, other=0.0)
             if DKV:
                 gl.store(OUT + origin + offs, acc.to(OUT.dtype.element_ty), mask=mask)
                 gl.store(OUT2 + origin + offs, acc2.to(OUT2.dtype.element_ty), mask=mask)
@@ -1143,7 +1179,7 @@ def hopper_bwd(kernel, a, a2, b, b2, rows, outs, accs, q, k, hop, causal, sm_sca
         hop_table(hop.table, q.device), sm_scale, *problem,
     )  # fmt: skip
     constants = dict(DKV=kernel == "dkv", **constants)
-    launch(hopper_bwd_kernel, (q.dtype, outs[0].dtype, stream, q.device), grid, args, constants, **options)
+    launch(hopper_bwd_kernel, (q.dtype, outs[0].dtype, accs[0].dtype, stream, q.device), grid, args, constants, **options)
 
 
 def hopper_dq(q, k, v, do, rows, dq, acc, hop, causal, sm_scale):
@@ -1189,8 +1225,7 @@ def torch_dq(q, k, v, do, rows, dq, acc, hop, causal, sm_scale):
 def torch_dkv(q, k, v, do, rows, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
     lse, delta = rows
     for row, b in zip(hop.table, batch_slices(len(q), len(hop.table))):
-        if not row.carry_grad:
-            dk_acc[b].zero_(), dv_acc[b].zero_()
+        dk_acc[b, row.carry_grad :].zero_(), dv_acc[b, row.carry_grad :].zero_()
     for b, m, n, q_pos, k_pos in torch_blocks(hop, *q.shape[:2], causal, q.device):
         _, dk_hop, dv_hop = reference_bwd(q[b, m], k[b, n], v[b, n], do[b, m], lse[b, :, m], delta[b, :, m], q_pos, k_pos, sm_scale)
         dk_acc[b, n] += dk_hop
@@ -1214,29 +1249,378 @@ def best_backend(q):
 
 
 # -----------------------------------------------------------------------------
-# transports: how tensors get to the neighbour
+# transports: how keys, and the gradients collected for them, get from rank to rank. A transport lives as long as one hop loop:
+#   keys(j)      k, v of hop j, arrived; those of hop j + 1 are on their way when it returns
+#   grads(j)     where dk, dv of hop j are collected, with what earlier ranks did; after the last hop: those of the own keys
+#   pass_on(j)   the gradients of hop j are complete: on to the next rank
+#   finish()     nothing of this rank is in use elsewhere any more
+
+
+class Neighbours:
+    """p2p: a shard of keys is handed on from rank to rank by send and receive (NCCL or gloo, any hosts). At most two foreign shards
+    are held, and two of gradients."""
+
+    def __init__(self, ring, schedule, k, v, causal, direction, wide=None):
+        """direction as in `plan`. wide: the dtype of gradients on the way, if there will be any."""
+        self.ring, self.kv, self.direction = ring, (k, v), direction
+        self.hops = plan(schedule, ring.rank, ring.n_ranks, k.shape[1], causal, direction)
+        few = min(2, len(self.hops) - 1)
+        self.buffers = [[torch.empty_like(x) for x in (k, v)] for _ in range(few)]
+        self.grad_buffers = [[torch.empty_like(x, dtype=wide) for x in (k, v)] for _ in range(2 if few and wide else 0)]
+
+    def keys(self, j):
+        hop = self.hops[j]
+        if j > 0:
+            self.wait()
+            self.kv = self.buffers[(j - 1) % 2]
+        if j < len(self.hops) - 1:
+            send, recv = pieces(self.kv, hop.send), pieces(self.buffers[j % 2], hop.recv)
+            self.wait = self.ring.exchange(send, recv, self.direction, ("keys", j + 1))
+        return self.kv
+
+    def grads(self, j):
+        if j > 1:
+            self.wait_grad()
+        return self.grad_buffers[j % 2]
+
+    def pass_on(self, j):
+        send, recv = pieces(self.grad_buffers[j % 2], self.hops[j].send_grad), pieces(self.grad_buffers[(j + 1) % 2], self.hops[j].recv_grad)
+        self.wait_grad = self.ring.exchange(send, recv, self.direction, ("gradients", j + 1))
+
+    def finish(self):
+        pass
+
+
+def pieces(tensors, rows):
+    """The first rows[g] rows of contiguous (B, T, ...) tensors, g being a sequence's batch group: as few contiguous views as will do."""
+    B, T = tensors[0].shape[:2]
+    if all(n == T for n in rows):
+        return list(tensors)
+    cut = lambda x, s, n: [x[s]] if n == T else [x[b, :n] for b in range(s.start, s.stop)]
+    return [part for x in tensors for s, n in zip(batch_slices(B, len(rows)), rows) if n for part in cut(x, s, n)]
+
+
+class Symmetric:
+    """symmetric memory (CUDA, one host): a rank pushes to every other rank what that one's queries see of its keys, with the copy engine, on
+    a stream of its own: no SM and no launch is taken from the kernels. Gradients are pulled from the rank before, in the same way.
+
+    Signals are flags in the memory of the rank that waits for them; whoever waits also clears. By the end of a hop loop all
+    are clear, and what was sent has been read: loops may follow in any order, and CUDA graphs may replay them.
+        FREE + reader   keys may be pushed to `reader`               READY + source   those of `source` have been
+        SENT + box      the gradients in that box of the rank before may be pulled       READ + box   they have been, from this rank's
+    """
+
+    def __init__(self, ring, schedule, k, v, causal, direction, wide=None):
+        self.memory, self.lane, self.k, self.v, self.rank = ring.memory, ring.memory.lane, k, v, ring.rank
+        B, T, HKV, D = k.shape
+        self.row_bytes, known = HKV * D * k.element_size(), self.memory.known
+        key = schedule, B, T, causal, direction
+        if key not in known:
+            known[key] = symmetric_steps(self.lane, schedule, ring.rank, ring.n_ranks, B, T, causal, direction)
+        self.hops, self.key_steps, self.grad_steps, self.last, self.joins = known[key]
+        self.slots, self.boxes = self.memory.views(self.memory.slots, k, k.dtype), wide and self.memory.views(self.memory.boxes, k, wide)
+        self.capturing = self.lane.capturing()
+        self.memory.captured |= self.capturing
+
+    def keys(self, j):
+        step, lane = self.key_steps[j], self.lane
+        if step.slot is not None:
+            lane.meet(self.arrived)
+        if step.forks:
+            lane.fork()  # k and v are computed, the kernels that read a slot before are done
+        lane.signal(step.before)
+        if step.rows:
+            to = self.memory.base[step.peer] + self.memory.slots[step.peer_slot]
+            for i, x in enumerate((self.k, self.v)):
+                for first, n in step.rows:
+                    lane.copy(to + i * x.nbytes + first * self.row_bytes, x.data_ptr() + first * self.row_bytes, n * self.row_bytes)
+        lane.signal(step.after)
+        if step.marks:
+            self.arrived = lane.mark()
+        return (self.k, self.v) if step.slot is None else self.slots[step.slot]
+
+    def grads(self, j):
+        if j > 1:
+            self.lane.meet(self.landed)
+        return self.boxes[j % 2]
+
+    def pass_on(self, j):
+        step, lane, memory, x = self.grad_steps[j], self.lane, self.memory, self.boxes[0][0]
+        lane.fork()  # the kernel that wrote them is done
+        lane.signal(step.before)
+        to, source = memory.base[self.rank] + memory.boxes[(j + 1) % 2], memory.base[step.peer] + memory.boxes[j % 2]
+        row_bytes = x.nbytes // (x.shape[0] * x.shape[1])
+        for first, n in step.rows:
+            lane.copy(to + first * row_bytes, source + first * row_bytes, n * row_bytes)
+        lane.signal(step.after)
+        self.landed = lane.mark()
+
+    def finish(self):
+        self.lane.signal(self.last)
+        if self.capturing or self.joins:  # a graph ends on one stream; and k, v must not be overwritten before they have been pushed
+            self.lane.meet(self.lane.mark())
+
+
+class Steps(NamedTuple):
+    """What the lane does for the keys, or the gradients, of a hop."""
+
+    slot: int | None  # where this hop's keys were pushed to, if they were
+    forks: bool
+    before: object  # signals, prepared
+    rows: tuple  # (first row, how many): to push of the own keys, or to pull of gradients
+    peer: int  # to or from this rank
+    peer_slot: int
+    after: object  # signals, prepared
+    marks: bool  # then the keys of the next hop are there
+
+
+def symmetric_steps(lane, schedule, me, R, B, T, causal, direction):
+    """(hops, their Steps for keys, for gradients, the signals at the end, whether the end must wait for the lane), for Symmetric: made once
+    per shape, as a call should take the host no longer than a small problem takes the GPU."""
+    plans = [plan(schedule, rank, R, T, causal, direction) for rank in range(R)]
+    slot = lambda rank, j: sum(hop.visible for hop in plans[rank][1:j]) % 2  # of the keys of hop j; each rank fills its two in turn
+    to, source = ((me + d) % R for d in (direction, -direction))  # of gradients
+    FREE, READY, SENT, READ = 0, R, 2 * R, 2 * R + 2
+    key_steps, grad_steps, unread, joins = [], [], set(), False  # unread: boxes whose gradients the next rank has not been seen to read
+    for j, hop in enumerate(plans[me]):
+        before, after, rows, reader, coming = [], [], (), (me + direction * (j + 1)) % R, False
+        if j + 1 < R:
+            owner, coming = plans[me][j + 1].source, plans[me][j + 1].visible
+            rows = spans(plans[reader][j + 1].seen, B, T, 1)
+            before += [("set", owner, FREE + me)] * coming
+            if rows:
+                before.append(("take", FREE + reader, ("room for keys", j + 1, reader)))
+                after.append(("set", reader, READY + me))
+            if coming:
+                after.append(("take", READY + owner, ("keys", j + 1, owner)))
+            joins = not coming and (joins or bool(rows))
+        here = slot(me, j) if j and hop.visible else None
+        key_steps.append(Steps(here, j == 0 or coming, lane.prepare(before), rows, reader, slot(reader, j + 1), lane.prepare(after), coming))
+
+        before, after, rows, here, there = [], [], (), j % 2, (j + 1) % 2
+        if any(hop.send_grad):
+            before.append(("set", to, SENT + here))
+        if there in unread:
+            before.append(("take", READ + there, ("a reader of gradients", j + 1, to)))
+        unread = {here} if any(hop.send_grad) else set()
+        if any(hop.recv_grad):
+            before.append(("take", SENT + here, ("gradients", j + 1, source)))
+            rows = spans(hop.recv_grad, B, T, 2)
+            after.append(("set", source, READ + here))
+        grad_steps.append(Steps(None, True, lane.prepare(before), rows, source, there, lane.prepare(after), True))
+    last = [("take", READ + box, ("a reader of gradients", R - 1, to)) for box in unread] if direction < 0 else []
+    return plans[me], key_steps, grad_steps, lane.prepare(last), joins
+
+
+@functools.lru_cache(maxsize=1024)
+def spans(rows, B, T, parts):
+    """(first row, number of rows) of the pieces of memory that hold the first rows[g] rows of each sequence of `parts` (B, T, ...) tensors."""
+    found = []
+    for part, (s, n) in itertools.product(range(parts), list(zip(batch_slices(B, len(rows)), rows))):
+        for first in range((part * B + s.start) * T, (part * B + s.stop) * T, T):
+            if n and found and sum(found[-1]) == first:
+                found[-1] = found[-1][0], found[-1][1] + n
+            elif n:
+                found.append((first, n))
+    return tuple(found)
+
+
+TRANSPORTS = {"p2p": Neighbours, "symmetric": Symmetric}
+
+
+class SymmetricMemory:
+    """Memory of every rank of a ring that all of them reach: flags, slots for keys, boxes for gradients. All ranks make it together."""
+
+    def __init__(self, ring, device, key_bytes, grad_bytes):
+        """key_bytes: of k and v of a shard; grad_bytes: of dk and dv."""
+        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # unused here, and a fault in it can take all GPUs of the host down
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        self.key_bytes, self.grad_bytes, self.captured, self.known = key_bytes, grad_bytes, False, {}
+        whole = lambda n: -(-n // 1024) * 1024
+        slots = min(2, ring.n_ranks - 1)
+        *starts, end = itertools.accumulate((4096, *[whole(key_bytes)] * slots, *[whole(grad_bytes)] * 2))
+        self.slots, self.boxes = starts[:slots], starts[slots:]  # offsets
+        self.local = symmetric_memory.empty(end, dtype=torch.uint8, device=device)
+        self.handle = symmetric_memory.rendezvous(self.local, ring.group)
+        self.base = list(self.handle.buffer_ptrs)  # by rank: where its memory is, for this process
+        self.local[:4096].zero_()
+        torch.cuda.synchronize(device)
+        dist.barrier(ring.group, device_ids=[device.index])  # nobody signals before all flags are clear
+        self.lane = CopyLane(device, self.base, ring)
+
+    def views(self, starts, x, dtype):
+        """Two tensors of the shape of x at each of these offsets."""
+        key = tuple(starts), x.shape, dtype
+        if key not in self.known:
+            n = 2 * x.numel() * dtype.itemsize
+            self.known[key] = [self.local[start : start + n].view(dtype).view(2, *x.shape).unbind() for start in starts]
+        return self.known[key]
+
+
+class CopyLane:
+    """A stream of copies and signals beside that of the kernels. Copies are the copy engine's, signals the GPU front end's: no SM is used."""
+
+    def __init__(self, device, base, ring):
+        self.stream, self.base, self.ring = torch.cuda.Stream(device), base, ring
+        self.forked, self.marks = torch.cuda.Event(), itertools.cycle([torch.cuda.Event() for _ in range(4)])  # two are in use at a time
+
+    def capturing(self):
+        return torch.cuda.is_current_stream_capturing()
+
+    def fork(self):
+        """What comes next on the lane waits for all that has been launched so far."""
+        self.forked.record()
+        self.stream.wait_event(self.forked)
+
+    def mark(self):
+        """A point on the lane, for `meet`."""
+        event = next(self.marks)
+        event.record(self.stream)
+        return event
+
+    def meet(self, mark):
+        """Kernels launched from here on wait for the lane to get to the mark."""
+        torch.cuda.current_stream().wait_event(mark)
+
+    def copy(self, to, source, nbytes):
+        check_cuda(cuda_driver().cuMemcpyDtoDAsync_v2(to, source, nbytes, self.stream.cuda_stream))
+
+    def prepare(self, signals):
+        """For `signal`: ("set", rank, flag), or ("take", flag, what the ring waits for): wait until it is set, and clear it."""
+        operations = []
+        for kind, *args in signals:
+            if kind == "set":
+                operations.append((WRITE, self.base[args[0]] + 4 * args[1], 1))
+            else:
+                mine = self.base[self.ring.rank] + 4 * args[0]
+                operations += [self.ring.watch.write(args[1]), (WAIT_EQUAL, mine, 1), (WRITE, mine, 0)]
+        return stream_operations([*operations, self.ring.watch.write(None)]) if operations else None
+
+    def signal(self, prepared):
+        if prepared:
+            check_cuda(cuda_driver().cuStreamBatchMemOp_v2(self.stream.cuda_stream, *prepared, 0))
+
+
+WRITE, WAIT_EQUAL = (2, 0), (1, 1)  # CU_STREAM_MEM_OP_WRITE_VALUE_32; CU_STREAM_MEM_OP_WAIT_VALUE_32 with CU_STREAM_WAIT_VALUE_EQ
+
+
+def stream_operations(operations):
+    """(how many, CUstreamBatchMemOpParams) of a tuple of ((kind, flags), address, value): structs of six 64-bit words."""
+    words = [word for (kind, flags), address, value in operations for word in (kind, address, value, flags, 0, 0)]
+    return len(operations), (ctypes.c_uint64 * len(words))(*words)
+
+
+@functools.lru_cache(maxsize=None)
+def cuda_driver():
+    """The CUDA driver, for what torch does not offer: waits of a stream for a value in memory. None where there is none."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        driver.cuStreamBatchMemOp_v2.argtypes = ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint
+        driver.cuMemcpyDtoDAsync_v2.argtypes = ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p
+        return driver
+    except (OSError, AttributeError):
+        return None
+
+
+def check_cuda(error):
+    if error:
+        raise RuntimeError(f"the CUDA driver refused a copy or a signal between GPUs: error {error}")
+
+
+class Watch(threading.Thread):
+    """Ends this process when its GPU has waited too long for another rank. A stream that waits can raise nothing, and whoever synchronizes
+    with it would hang; NCCL's own watchdog ends a process likewise, but knows nothing of hops."""
+
+    def __init__(self, ring):
+        super().__init__(daemon=True)
+        self.ring, self.stories = ring, [None]  # what may be waited for; the GPU writes its number to `word` when the wait begins, and 0 when it ends
+        self.word = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self.number = ctypes.c_int32.from_address(self.word.data_ptr())
+        with contextlib.suppress(Exception):  # no public way to ask
+            self.timeout = ring.group._get_backend(torch.device("cuda")).options._timeout.total_seconds()
+        self.timeout = 0.9 * getattr(self, "timeout", 600)  # before NCCL's own
+        self.start()
+
+    def write(self, story):
+        """The stream operation that says that this is waited for; None: nothing."""
+        if story not in self.stories:
+            self.stories.append(story)
+        return WRITE, self.word.data_ptr(), self.stories.index(story)
+
+    def begin(self, story):
+        """As `write`, on the current stream."""
+        check_cuda(cuda_driver().cuStreamBatchMemOp_v2(torch.cuda.current_stream().cuda_stream, *stream_operations([self.write(story)]), 0))
+
+    def run(self):
+        seen, since = 0, time.monotonic()
+        while True:
+            time.sleep(random.uniform(0.05, 0.15))  # at random, or it could meet a wait of a repeating pattern every time
+            number = self.number.value
+            if number == 0 or number != seen:
+                seen, since = number, time.monotonic()
+            elif time.monotonic() - since > self.timeout:
+                sys.stdout.flush()
+                print(f"ring_attn: {self.ring.lost(self.stories[number], self.timeout)}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+
+def choose_transport(facts):
+    """("symmetric" or "p2p", why), from what every rank says of itself: the same on all of them."""
+    lacks = {rank: fact["lacks"] for rank, fact in enumerate(facts) if fact["lacks"]}
+    if lacks:
+        return "p2p", "; ".join(f"rank {rank}: {why}" for rank, why in lacks.items()) if len(set(lacks.values())) > 1 else next(iter(lacks.values()))
+    if (n := len({fact["host"] for fact in facts})) > 1:
+        return "p2p", f"the ranks are on {n} hosts"
+    if len({fact["gpu"] for fact in facts}) < len(facts):
+        return "p2p", "ranks share a GPU"
+    for (a, reader), (b, other) in itertools.permutations(enumerate(facts), 2):
+        if not reader["reads"].get(other["gpu"], True):
+            return "p2p", f"the GPU of rank {a} cannot read that of rank {b}"
+    return "symmetric", "GPUs of one host that can read each other"
+
+
+def transport_facts(device):
+    """What choose_transport wants to know of this process."""
+    if device.type != "cuda":
+        return dict(lacks="the tensors are on CPUs", host=None, gpu=None, reads={})
+    lacks = None
+    if cuda_driver() is None:
+        lacks = "libcuda.so.1, or stream memory operations in it, are not there"
+    try:
+        import torch.distributed._symmetric_memory  # noqa: F401
+    except ImportError as error:
+        lacks = f"torch has no symmetric memory: {error}"
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    gpus = {i: str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())}
+    reads = {uuid: torch.cuda.can_device_access_peer(device.index, i) for i, uuid in gpus.items() if i != device.index}
+    return dict(lacks=lacks, host=(socket.gethostname(), boot.read_text() if boot.exists() else ""), gpu=gpus[device.index], reads=reads)
+
+
+# -----------------------------------------------------------------------------
+# rings: who the ranks are
 
 RINGS = []  # every Ring and VirtualRing of this process: operators take their numbers, as they cannot take objects
 
 
 class Ring:
-    """The processes of `group` in rank order; keys and gradients move by send and receive (NCCL or gloo, any hosts)."""
+    """The processes of `group` in rank order."""
 
-    def __init__(self, group=None):
+    def __init__(self, group=None, wanted=None):
+        """wanted: the transport, "p2p" or "symmetric"; None for the best one that there is."""
         alone = group is None
-        self.group = group
+        self.group, self.wanted = group, wanted
         self.rank, self.n_ranks = (0, 1) if alone else (dist.get_rank(group), dist.get_world_size(group))
         self.prev_rank, self.next_rank = (self.rank - 1) % self.n_ranks, (self.rank + 1) % self.n_ranks
         self.agreed = set()  # what every rank has confirmed
+        self.transport, self.why = None, "nothing has moved yet"  # until the first call
+        self.memory, self.watch, self.kept = None, None, []
         self.number = len(RINGS)
         RINGS.append(self)
 
     def agree(self, signature, problem):
         """Raise ValueError on every rank if any rank has a problem (a string), or if their signatures (dicts) differ."""
-        said = [(signature, problem)]
-        if self.n_ranks > 1:  # once per new signature; on NCCL this also brings the communicator up with every rank present
-            said = [None] * self.n_ranks
-            dist.all_gather_object(said, (signature, problem), group=self.group)
+        said = self.gather((signature, problem))  # once per new signature; on NCCL this also brings the communicator up with every rank present
         problems = {rank: p for rank, (_, p) in enumerate(said) if p}
         if problems:
             everywhere = len(set(problems.values())) == 1 and len(problems) == self.n_ranks
@@ -1247,15 +1631,84 @@ class Ring:
                 pick = lambda s: ", ".join(f"{name}={s.get(name)}" for name in differ)
                 raise ValueError(f"ranks disagree: rank 0 has {pick(said[0][0])}; rank {rank} has {pick(other)}; pass the same on every rank")
 
-    def exchange(self, send, recv, direction):
-        """Post: `send` goes to the next rank (direction 1) or the previous one (-1), `recv` fills from the other side.
-        Returns a function that waits (on CUDA: makes the current stream wait) and keeps the tensors alive until then."""
+    def gather(self, x):
+        """x of every rank, by rank. x can be pickled."""
+        if self.n_ranks == 1:
+            return [x]
+        everyone = [None] * self.n_ranks
+        dist.all_gather_object(everyone, x, group=self.group)
+        return everyone
+
+    def prepare(self, k, backward):
+        """On all ranks together, once per shape: choose the transport, if that has not been done, and have memory enough for it."""
+        if self.n_ranks == 1:
+            return
+        if k.is_cuda and self.watch is None and cuda_driver():
+            self.watch = Watch(self)
+        if self.transport is None:
+            self.transport, self.why = choose_transport(self.gather(transport_facts(k.device)))
+            if self.wanted == "p2p" and self.transport == "symmetric":
+                self.transport, self.why = "p2p", "asked for"
+        if self.transport == "symmetric" and k.is_cuda:
+            need = 2 * k.nbytes, 2 * k.numel() * torch.promote_types(k.dtype, torch.float32).itemsize if backward else 0
+            had = (self.memory.key_bytes, self.memory.grad_bytes) if self.memory else (0, 0)
+            if need[0] > had[0] or need[1] > had[1]:
+                self.reserve(k.device, *map(max, need, had))
+        if self.wanted == "symmetric" and self.transport == "p2p":
+            raise ValueError(f'transport="symmetric" cannot be had: {self.why}; use transport="p2p", or None to choose by machine')
+
+    def reserve(self, device, key_bytes, grad_bytes):
+        torch.cuda.synchronize(device)  # what is there may be in use
+        if self.memory and self.memory.captured:
+            self.kept.append(self.memory)  # CUDA graphs may be replayed with it
+        self.memory, error = None, None
+        try:
+            self.memory = SymmetricMemory(self, device, key_bytes, grad_bytes)
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        errors = self.gather(error)
+        if any(errors):
+            self.memory, self.transport = None, "p2p"
+            self.why = "no symmetric memory: " + "; ".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
+
+    def lost(self, story, seconds):
+        what, hop, rank = story
+        ranks = dist.get_process_group_ranks(self.group) if dist.is_initialized() else list(range(self.n_ranks))
+        return (
+            f"rank {self.rank} of the ring of processes {ranks} waited {seconds:.0f} s, at hop {hop} of {self.n_ranks - 1}, for {what} "
+            f"from rank {rank}, which has died, is stuck, or never made this call"
+        )
+
+    def moves(self, schedule, k, *args):
+        """The transport of one hop loop."""
+        return TRANSPORTS["symmetric" if self.memory and k.is_cuda else "p2p"](self, schedule, k, *args)
+
+    def exchange(self, send, recv, direction, story):
+        """Post: `send` goes to the next rank (direction 1) or the previous one (-1), `recv` fills from the other side. Returns a function
+        that waits (on CUDA: makes the current stream wait) and keeps the tensors alive until then. story: what is received, for which hop."""
         to, source = (self.next_rank, self.prev_rank)[::direction]
         peer = lambda rank: dist.get_global_rank(self.group, rank)
         ops = [dist.P2POp(dist.isend, x, peer(to), self.group) for x in send]
         ops += [dist.P2POp(dist.irecv, x, peer(source), self.group) for x in recv]
-        works = dist.batch_isend_irecv(ops) if ops else []
-        return lambda ops=ops: [work.wait() for work in works]
+        story, began = (*story, source), time.monotonic()
+
+        def named(f, *args):
+            try:
+                return f(*args)
+            except RuntimeError as error:  # gloo's, which names an address at most
+                raise RuntimeError(self.lost(story, time.monotonic() - began)) from error
+
+        works = named(dist.batch_isend_irecv, ops) if ops else []
+
+        def wait(tensors=(send, recv)):
+            if self.watch and works:
+                self.watch.begin(story)
+            for work in works:
+                named(work.wait)
+            if self.watch and works:
+                self.watch.begin(None)
+
+        return wait
 
     def run(self, hops, tensors, *args):
         """Run a hop loop (a generator) to its end and return its result."""
@@ -1268,7 +1721,7 @@ class Ring:
 
 
 class VirtualRing:
-    """A ring of n_ranks on one device, in one process: the same hop loops, in lockstep, over shards of whole sequences.
+    """A ring of n_ranks on one device, in one process: the same hop loops, in lockstep, over shards of whole sequences, that move as in p2p.
 
     Pass it as `group`; q, k, v then hold all S tokens, and so does o. For tests and for reading.
     """
@@ -1284,6 +1737,9 @@ class VirtualRing:
     def agree(self, signature, problem):
         if problem:
             raise ValueError(problem)
+
+    def prepare(self, k, backward):
+        pass
 
     def run(self, hops, tensors, schedule, *args):
         split = lambda x, rank: x if x is None else along_tokens(lambda y: shard(y, schedule, rank, self.n_ranks), x)
@@ -1304,7 +1760,10 @@ class VirtualRank:
     def __init__(self, ring, rank):
         self.ring, self.rank, self.n_ranks, self.posted = ring, rank, ring.n_ranks, 0
 
-    def exchange(self, send, recv, direction):
+    def moves(self, *args):
+        return Neighbours(self, *args)
+
+    def exchange(self, send, recv, direction, story):
         number, self.posted = self.posted, self.posted + 1  # the neighbour's exchange of the same number is the other end
         self.ring.mail[self.rank, number] = send
         source = (self.rank - direction) % self.n_ranks
@@ -1327,30 +1786,27 @@ def leave_groups():
         dist.destroy_process_group()
     ring_of.cache_clear()
     for ring in RINGS:
-        ring.group = None
+        ring.group = ring.memory = None
 
 
-def resolve_ring(group):
-    """A transport from what users pass as `group`: None, a ProcessGroup, a VirtualRing."""
-    return group if isinstance(group, VirtualRing) else process_ring(group)
+def resolve_ring(group, transport=None):
+    """A ring from what users pass as `group`: None, a ProcessGroup, a VirtualRing (or a Ring, which has its transport)."""
+    return group if isinstance(group, (VirtualRing, Ring)) else process_ring(group, transport)
 
 
 @torch.compiler.assume_constant_result  # called once, when a graph is made: the compiled graph keeps the ring
-def process_ring(group):
+def process_ring(group, transport=None):
+    if transport is not None and transport not in TRANSPORTS:
+        raise ValueError(f"{transport=} is unknown; choose one of {', '.join(TRANSPORTS)}, or None to choose by machine")
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise ValueError(f"group must be None, a ProcessGroup this process belongs to, or a VirtualRing, not {group!r}")
-    return ring_of(group)
+    return ring_of(group, transport) if group else ALONE
 
 
 # -----------------------------------------------------------------------------
 # hop loops. Generators: each `yield` is where a virtual ring lets its other ranks catch up
-
-
-def pieces(tensors, groups, slices):
-    """The parts of contiguous (B, ...) tensors that belong to these batch groups."""
-    return list(tensors) if len(groups) == len(slices) else [x[slices[g]] for x in tensors for g in groups]
 
 
 @functools.lru_cache(maxsize=None)
@@ -1366,66 +1822,57 @@ def state_of(x, wide, n_hops, backend):
 
 
 def forward_hops(ring, q, k, v, schedule, causal, sm_scale, backend):
-    """o (B, T, H, D) like q, and lse (B, H, T). At most two foreign key/value shards are held."""
+    """o (B, T, H, D) like q, and lse (B, H, T)."""
     B, T, H, D = q.shape
     forward, *_ = BACKENDS[backend]
-    hops = plan(schedule, ring.rank, ring.n_ranks, T, causal, 1)
-    slices = batch_slices(B, len(hops[0].table))
     wide = torch.promote_types(q.dtype, torch.float32)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=wide, device=q.device)
-    acc = state_of(o, wide, len(hops), backend)
-    kv = (k, v)
-    buffers = [[torch.empty_like(x) for x in kv] for _ in range(min(2, len(hops) - 1))]
-    for j, hop in enumerate(hops):
-        spare = buffers[j % 2] if j < len(hops) - 1 else ()
-        # posted before the compute, so that the wire is busy while the kernel runs
-        wait = ring.exchange(pieces(kv, hop.send, slices), pieces(spare, hop.recv, slices), 1)
+    acc = state_of(o, wide, ring.n_ranks, backend)
+    moves = ring.moves(schedule, k, v, causal, 1)
+    for j, hop in enumerate(moves.hops):
+        kv = moves.keys(j)
         if hop.visible:
             forward(q, *kv, o, acc, lse, hop, causal, sm_scale)
         yield
-        wait()
-        kv = spare
+    moves.finish()
     return o, lse
 
 
 def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, backend):
-    """dq, dk, dv. The own keys come first for dq and last for dk, dv: the first exchange of keys hides under dq of the
-    own keys, every exchange of gradients under dq of the same hop, and the gradients are home after n_ranks - 1 hops."""
-    B, T = q.shape[:2]
+    """dq, dk, dv. The own keys come first for dq and last for dk, dv: the first keys to arrive do so under dq of the own
+    ones, gradients travel under dq of the same hop, and are home after n_ranks - 1 hops."""
     _, make_rows, backward_dq, backward_dkv = BACKENDS[backend]
-    hops = plan(schedule, ring.rank, ring.n_ranks, T, causal, -1)
-    slices = batch_slices(B, len(hops[0].table))
     wide = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dq_acc = state_of(dq, wide, len(hops), backend)
-    buffers = [[torch.empty_like(x) for x in (k, v)] for _ in range(min(2, len(hops) - 1))]
-    grad_buffers = [[torch.empty_like(x, dtype=wide) for x in (k, v)] for _ in range(2 if len(hops) > 1 else 0)]
+    dq_acc = state_of(dq, wide, ring.n_ranks, backend)
     rows = make_rows(o, do, lse, dlse)
-    kv, wait_grad = (k, v), lambda: None
-    for j, hop in enumerate(hops):
-        spare = buffers[j % 2] if j < len(hops) - 1 else ()
-        wait = ring.exchange(pieces(kv, hop.send, slices), pieces(spare, hop.recv, slices), -1)
-        if j > 0:  # the gradients that earlier ranks collected for these keys have arrived: add to them, send them on
-            wait_grad()
-            grads, spare_grads = grad_buffers[j % 2], grad_buffers[(j + 1) % 2]
+    moves = ring.moves(schedule, k, v, causal, -1, wide)
+    for j, hop in enumerate(moves.hops):
+        kv = moves.keys(j)
+        if j > 0:  # to what earlier ranks collected for these keys add, and send it on
+            grads = moves.grads(j)
             if hop.visible:
                 backward_dkv(q, *kv, do, rows, *grads, *grads, hop, causal, sm_scale)
-            wait_grad = ring.exchange(pieces(grads, hop.send_grad, slices), pieces(spare_grads, hop.recv_grad, slices), -1)
+            moves.pass_on(j)
         if hop.visible:
             backward_dq(q, *kv, do, rows, dq, dq_acc, hop, causal, sm_scale)
         yield
-        wait()
-        kv = spare
-    wait_grad()
-    home = spare_grads if len(hops) > 1 else [state_of(x, wide, 1, backend) for x in (dk, dv)]
-    backward_dkv(q, k, v, do, rows, dk, dv, *home, hops[0], causal, sm_scale)
+    home = moves.grads(ring.n_ranks) if ring.n_ranks > 1 else [state_of(x, wide, 1, backend) for x in (dk, dv)]
+    backward_dkv(q, k, v, do, rows, dk, dv, *home, moves.hops[0], causal, sm_scale)
+    moves.finish()
     return dq, dk, dv
 
 
 # -----------------------------------------------------------------------------
-# operators and autograd. Every call, eager or compiled, goes through the operators torch.ops.ring_attn.forward and .backward:
-# torch.compile reads shapes off the *_fake functions, puts the operators into its graph as they are, and breaks no graph here
+# operators and autograd. Whoever looks at operators (torch.compile, fake tensors, selective checkpointing) finds torch.ops.ring_attn.forward
+# and .backward: torch.compile reads shapes off the *_fake functions, puts the operators into its graph as they are, and breaks no graph here
+
+
+def nobody_looks(*tensors):
+    """Then functions are called directly: the dispatcher would take the host longer than a launch."""
+    plain = all(type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
+    return plain and not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
 
 
 def wire_ready(q, k, v, ring):
@@ -1468,8 +1915,11 @@ class RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, *args):
         q, k, v = wire_ready(q, k, v, args[0])  # here already, as these are kept for the backward
-        with torch._C._AutoDispatchBelowAutograd():  # the same operator again, now the part below autograd
-            o, lse = torch.ops.ring_attn.forward.default(q, k, v, *args)
+        if nobody_looks(q, k, v):
+            o, lse = forward_real(q, k, v, *args)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():  # the same operator again, now the part below autograd
+                o, lse = torch.ops.ring_attn.forward.default(q, k, v, *args)
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.args = args
         ctx.set_materialize_grads(False)
@@ -1478,7 +1928,9 @@ class RingAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dlse):
-        grads = torch.ops.ring_attn.backward.default(do, dlse, *ctx.saved_tensors, *ctx.args[:5])
+        saved = ctx.saved_tensors
+        backward = backward_real if nobody_looks(*saved) else torch.ops.ring_attn.backward.default
+        grads = backward(do, dlse, *saved, *ctx.args[:5])
         return *grads, *[None] * len(ctx.args)
 
 
@@ -1587,9 +2039,9 @@ def described(x):
     return (tuple(x.shape), str(x.dtype), x.device.type, str(x.layout)) if isinstance(x, torch.Tensor) else type(x).__name__
 
 
-def agree_once(ring, key, signature, problem, check):
+def agree_once(ring, key, signature, problem, check, prepare=lambda: None):
     """Before the first call of a kind: raise ValueError on every rank if `check` finds a problem on any, or if the ranks'
-    signatures differ. Later calls with the same key cost a look-up."""
+    signatures differ; if all is well, `prepare`. Later calls with the same key cost a look-up."""
     if key in ring.agreed:
         return
     if problem is None:
@@ -1600,6 +2052,7 @@ def agree_once(ring, key, signature, problem, check):
         except Exception as error:  # whatever it is, the other ranks must hear of it
             problem = f"{type(error).__name__}: {error}"
     ring.agree(signature, problem)
+    prepare()
     ring.agreed.add(key)
 
 
@@ -1607,12 +2060,18 @@ def check_once(q, k, v, schedule, ring, causal, sm_scale, backend, backward, pro
     """check_inputs, and that every rank has the same, the first time that these shapes and options come up."""
     if backend is None:
         backend = best_backend(q) if isinstance(q, torch.Tensor) and q.ndim > 0 else "torch"
-    kind = lambda x: (x.shape, x.dtype, x.device, x.layout) if isinstance(x, torch.Tensor) else type(x)
-    options = dict(schedule=repr(schedule), causal=repr(causal), sm_scale=repr(sm_scale), backend=repr(backend), backward=backward)
-    key = kind(q), kind(k), kind(v), *options.values(), problem
-    if key not in ring.agreed:
-        signature = dict(q=described(q), k=described(k), v=described(v), **options)
-        agree_once(ring, key, signature, problem, lambda: check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend))
+    options = schedule, causal, sm_scale, backend, backward, problem, type(causal)
+    try:
+        key = *((x.shape, x.dtype, x.device, x.layout) for x in (q, k, v)), *options
+        known = key in ring.agreed
+    except (AttributeError, TypeError):  # an argument of a kind that will be refused
+        key, known = repr((described(q), described(k), described(v), *options)), False
+    if not known:
+        if isinstance(q, torch.Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError("ranks cannot agree on shapes and options inside a CUDA graph: make this call once before you capture it")
+        options = dict(zip(("schedule", "causal", "sm_scale", "backend", "backward"), map(repr, options)))
+        signature = dict(q=described(q), k=described(k), v=described(v), transport=getattr(ring, "wanted", None), **options)
+        agree_once(ring, key, signature, problem, lambda: check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend), lambda: ring.prepare(k, backward))
 
 
 def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse, backend, problem=None):
@@ -1623,11 +2082,15 @@ def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse, backend, probl
     checked = not torch.compiler.is_compiling()  # a compiled graph is made before the tensors: there the operator checks them
     if checked:
         check_once(q, k, v, schedule, ring, causal, sm_scale, backend, backward, problem)
-    o, lse = torch.ops.ring_attn.forward.default(q, k, v, ring.number, schedule, bool(causal), sm_scale, backend, backward, checked, problem)
+    args = ring.number, schedule, bool(causal), sm_scale, backend, backward, checked, problem
+    if checked and nobody_looks(q, k, v):
+        o, lse = RingAttention.apply(q, k, v, *args) if backward else forward_real(q, k, v, *args)
+    else:
+        o, lse = torch.ops.ring_attn.forward.default(q, k, v, *args)
     return (o, lse) if return_lse else o
 
 
-def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None, return_lse=False, *, backend=None):
+def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None, return_lse=False, *, backend=None, transport=None):
     """softmax(sm_scale * q k^T) v over a sequence that is sharded over the ranks of `group`. Differentiable.
 
     q: (B, T, H, D), k, v: (B, T, HKV, D): this rank's tokens under `schedule`, see `shard`; T, B the same on every
@@ -1638,13 +2101,15 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     return_lse: also return lse (B, H, T) float32 (float64 for float64 inputs), the natural log of the softmax's denominator;
        gradients flow through it.
     backend: "torch", "triton" (any GPU, and CPU tensors under TRITON_INTERPRET=1) or "gluon" (Hopper); None chooses the fastest one.
+    transport: "p2p" (send and receive between neighbours: NCCL, gloo) or "symmetric" (CUDA, one host: copies from where the keys are);
+       None chooses: symmetric memory where all GPUs can read each other. resolve_ring(group).transport says which it was, .why says why.
     Returns o, (B, T, H, D), in the dtype of q.
 
     Raises ValueError on every rank if any rank's inputs do not fit or the ranks' inputs differ. That is checked once
     per new combination of shapes and options; a rank that changes them alone, after the others have agreed on theirs,
     is found by the process group's timeout only.
     """
-    return attend(q, k, v, schedule, resolve_ring(group), causal, sm_scale, return_lse, backend)
+    return attend(q, k, v, schedule, resolve_ring(group, transport), causal, sm_scale, return_lse, backend)
 
 
 def flash_attn_func(q, k, v, bias=None, causal=True, sm_scale=None):
@@ -1706,7 +2171,7 @@ def unshard(x, schedule, group=None):
 # the schedules, drawn from the plans that the hop loops follow
 
 
-def draw(n_ranks=4, T=64):
+def draw(n_ranks=4, T=256):
     """One table per schedule: at each hop of the forward, whose keys a rank has and how much of the scores it computes."""
     lines = []
     for schedule in SCHEDULES:
@@ -1718,7 +2183,7 @@ def draw(n_ranks=4, T=64):
                 seen = [layout_positions(Layout(*row[3:6]), T) <= layout_positions(Layout(*row[:3]), T)[:, None] for row in hop.table]
                 shares.append(sum(x.float().mean().item() for x in seen) / len(seen))
                 cells.append(f"k{hop.source} " + "█" * round(4 * shares[-1]) if shares[-1] else "·")
-            received = sum(len(hop.recv) / len(hop.table) for hop in hops)
+            received = keys_moved(schedule, n_ranks, T, len(hops[0].table))[rank] / T / len(hops[0].table)
             lines.append(f"  rank {rank}    " + "".join(f"{cell:8}" for cell in cells) + f"{sum(shares):<7.1f}{received:g}")
         lines.append("")
     return "\n".join(lines)

@@ -12,6 +12,7 @@ bound, their ratio. Fails on all ranks or none.
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import itertools
 import json
@@ -26,8 +27,11 @@ import tempfile
 import time
 import traceback
 import warnings
+import zlib
+from collections import deque
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import torch
@@ -41,6 +45,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 import decode
 import ring_attn
@@ -65,8 +70,8 @@ def local(name, f, *args, gpu=False, hopper=False):
     CASES.append((name, f, args, "local", "needs a GPU" if gpu and not GPU else "needs a Hopper GPU" if hopper and not HOPPER else None))
 
 
-def real(name, f, *args, ranks=1):
-    CASES.append((name, f, args, "real", None if WORLD >= ranks else f"needs {ranks} processes"))
+def real(name, f, *args, ranks=1, gpu=False):
+    CASES.append((name, f, args, "real", "needs GPUs" if gpu and not GPU else None if WORLD >= ranks else f"needs {ranks} processes"))
 
 
 def require(condition, message):
@@ -198,7 +203,7 @@ def check_masked_rows(backend):
     forward, make_rows, backward_dq, backward_dkv = ring_attn.BACKENDS[backend]
     q, k, v, do = make(1, 12, 2, 1, 16, LOW[backend])
     wide = lambda x: torch.empty_like(x, dtype=torch.float32)
-    hop = Hop(0, True, (HopRow(0, 1, 0, 5, 1, 0, INT_MAX, 0, 0),), (), (), (), ())
+    hop = Hop(0, (HopRow(0, 1, 0, 5, 1, 0, INT_MAX, 0, 0),), (12,), (), (), (), ())
     o, dq, dk, dv = (torch.empty_like(x) for x in (q, q, k, v))
     lse = torch.empty(1, 2, 12, device=DEVICE)
     forward(q, k, v, o, o if o.dtype == torch.float32 else wide(o), lse, hop, True, 0.25)
@@ -293,22 +298,27 @@ def check_positions():
 
 def check_plans():
     """What a rank sends is what its neighbour receives; nobody computes on keys that did not arrive; the known savings."""
-    for schedule, n_ranks, causal, direction in itertools.product(SCHEDULES, range(1, 9), (True, False), (1, -1)):
-        plans = [plan(schedule, r, n_ranks, 8, causal, direction) for r in range(n_ranks)]
+    for schedule, n_ranks, causal, direction, T in itertools.product(SCHEDULES, range(1, 9), (True, False), (1, -1), (8, 512)):
+        plans = [plan(schedule, r, n_ranks, T, causal, direction) for r in range(n_ranks)]
         for r, j in itertools.product(range(n_ranks), range(n_ranks)):
             hop, neighbour = plans[r][j], plans[(r + direction) % n_ranks][j]
             require(hop.send == neighbour.recv and hop.send_grad == neighbour.recv_grad, f"{schedule} x{n_ranks}: sends do not match")
-            if j:
-                for g, row in enumerate(hop.table):
-                    visible = not causal or row.k_start <= row.q_start + row.q_stride * 7 + row.q_jump
-                    require(not visible or g in plans[r][j - 1].recv, f"{schedule} x{n_ranks}: keys are missing")
-                    require(not row.carry_grad or j == 1 or g in plans[r][j - 1].recv_grad, f"{schedule} x{n_ranks}: gradients are missing")
-        moved = sum(len(hop.send) / len(hop.table) for p in plans for hop in p)
+            for g, row in enumerate(hop.table):
+                q_pos, k_pos = (ring_attn.layout_positions(ring_attn.Layout(*at), T) for at in (row[:3], row[3:6]))
+                n = int((k_pos <= q_pos[-1]).sum()) if causal else T
+                require(hop.seen[g] == min(-(-n // 128) * 128, T), f"{schedule} x{n_ranks}: {hop.seen[g]} rows seen, not the tiles of {n}")
+                if j:
+                    require(plans[r][j - 1].recv[g] >= hop.seen[g], f"{schedule} x{n_ranks}: keys are missing")
+                    require(j == 1 or plans[r][j - 1].recv_grad[g] == row.carry_grad, f"{schedule} x{n_ranks}: gradients are missing")
+        moved = sum(sum(hop.recv) / len(hop.table) / T for p in plans for hop in p)
         whole = n_ranks * (n_ranks - 1)
         if schedule == "contiguous" and causal and direction == 1:
             require(moved == whole / 2, f"contiguous x{n_ranks} moves {moved} shards, not half of {whole}")
         require(moved <= whole, f"{schedule} x{n_ranks} moves {moved} shards, more than {whole}")
-        if causal and schedule in ("striped", "zigzag", "step"):
+        if causal and T == 512:
+            share = {"contiguous": 1 / 2, "step": 1 / 2, "zigzag": 3 / 4, "striped": 1}[schedule]
+            require(sum(ring_attn.keys_moved(schedule, n_ranks, T, 2)) == share * 2 * T * whole, f"{schedule} x{n_ranks} does not pull {share} of all keys")
+        if causal and T == 8 and schedule in ("striped", "zigzag", "step"):
             area = lambda row: (shard_pos(row[:3])[:, None] >= shard_pos(row[3:6])).sum().item()
             work = [sum(area(row) for hop in p for row in hop.table) for p in plans]
             require(max(work) - min(work) <= 8 * n_ranks * len(plans[0][0].table), f"{schedule} x{n_ranks} is not balanced: {work}")
@@ -318,15 +328,140 @@ def shard_pos(layout):
     return ring_attn.layout_positions(ring_attn.Layout(*layout), 8)
 
 
+class ModelLane:
+    """What ring_attn.CopyLane does, as two lists of steps, for check_protocol to take in any order that a GPU might."""
+
+    def __init__(self, rank, base):
+        self.rank, self.base, self.kernels, self.steps, self.events = rank, base, [], [], itertools.count()
+
+    def capturing(self):
+        return False
+
+    def record(self, steps):
+        event = self.rank, next(self.events)
+        steps.append(("record", event))
+        return event
+
+    def fork(self):
+        self.steps.append(("wait", self.record(self.kernels)))
+
+    def mark(self):
+        return self.record(self.steps)
+
+    def meet(self, mark):
+        self.kernels.append(("wait", mark))
+
+    def copy(self, to, source, nbytes):
+        self.steps.append(("copy", to, source, nbytes))
+
+    def prepare(self, signals):
+        return [(kind, self.base[args[0]] + 4 * args[1]) if kind == "set" else (kind, self.base[self.rank] + 4 * args[0]) for kind, *args in signals]
+
+    def signal(self, prepared):
+        self.steps += prepared
+
+
+def check_protocol(schedule, n_ranks, loops=6, seed=0):
+    """ring_attn.Symmetric without a GPU: hop loops, forward and backward in turn, on ranks whose two streams advance at random. Every
+    key and gradient must be what and where it should when a kernel reads it, nobody may wait for ever, all flags be clear at the end."""
+    rng, B, T, HKV, D = random.Random(seed), 2, 256, 1, 2
+    size = 2 * B * T * HKV * D * 4
+    memories = [torch.full((4096 + 4 * size,), 255, dtype=torch.uint8) for _ in range(n_ranks)]
+    base = [memory.data_ptr() for memory in memories]
+    alive, bytes_pushed = [], [0] * n_ranks
+    lanes, shared = [ModelLane(rank, base) for rank in range(n_ranks)], []
+    for lane, memory in zip(lanes, memories):
+        shared.append(ring_attn.SymmetricMemory.__new__(ring_attn.SymmetricMemory))
+        vars(shared[-1]).update(lane=lane, base=base, local=memory, slots=[4096, 4096 + size], boxes=[4096 + 2 * size, 4096 + 3 * size], captured=False, known={})
+    content = lambda loop, rank, what: torch.randn(B, T, HKV, D, generator=torch.Generator().manual_seed(zlib.crc32(f"{loop} {rank} {what}".encode())))
+    same = lambda x, y, rows, why: [require(torch.equal(x[s, :n], y[s, :n]), why) for s, n in zip(ring_attn.batch_slices(B, len(rows)), rows)]
+
+    def hop_loop(loop, rank, direction):  # as in forward_hops and backward_hops
+        ring = SimpleNamespace(rank=rank, n_ranks=n_ranks)
+        ring.memory = shared[rank]
+        kernel = lambda f, *args: lanes[rank].kernels.append(("kernel", f, *args))
+        k, v = torch.full((B, T, HKV, D), math.nan), torch.full((B, T, HKV, D), math.nan)
+        kernel(lambda: (k.copy_(content(loop, rank, "k")), v.copy_(content(loop, rank, "v"))))
+        moves = ring_attn.Symmetric(ring, schedule, k, v, True, direction, torch.float32 if direction < 0 else None)
+        alive.append((moves, k, v))
+        name = f"{schedule} x{n_ranks}, loop {loop}, rank {rank}"
+
+        def attend(kv, hop, j):
+            for x, what in zip(kv, "kv"):
+                same(x, content(loop, hop.source, what), hop.seen, f"{name}, hop {j}: wrong keys")
+                if j:
+                    x.fill_(math.nan)  # nobody needs them any more
+
+        def collect(grads, hop, j):  # each rank adds 10 ** rank to the rows that it sees
+            for x in grads:
+                for s, row, n in zip(ring_attn.batch_slices(B, len(hop.seen)), hop.table, hop.seen):
+                    x[s, row.carry_grad :] = 0
+                    x[s, :n] += 10.0**rank
+
+        def bring_home(grads):
+            for s, row, g in zip(ring_attn.batch_slices(B, len(moves.hops[0].seen)), moves.hops[0].table, range(B)):
+                truth = torch.zeros(T)
+                for other in set(range(n_ranks)) - {rank}:
+                    truth[: plan(schedule, other, n_ranks, T, True, 1)[(other - rank) % n_ranks].seen[g]] += 10.0**other
+                for x in grads:
+                    got = x[s, : row.carry_grad, 0, 0]
+                    require((got == truth[: row.carry_grad]).all() and not truth[row.carry_grad :].any(), f"{name}: gradients lack a rank's part")
+            for x in grads:
+                x.fill_(math.nan)
+
+        for j, hop in enumerate(moves.hops):
+            kv = moves.keys(j)
+            if direction < 0 and j:
+                grads = moves.grads(j)
+                if hop.visible:
+                    kernel(collect, grads, hop, j)
+                moves.pass_on(j)
+            if hop.visible:
+                kernel(attend, kv, hop, j)
+        if direction < 0:
+            kernel(bring_home, moves.grads(n_ranks))
+        moves.finish()
+        kernel(lambda: (k.fill_(math.nan), v.fill_(math.nan)))  # the caller may do so
+
+    for memory in memories:
+        memory[:4096] = 0
+    for loop, rank in itertools.product(range(loops), range(n_ranks)):
+        hop_loop(loop, rank, 1 if loop % 2 == 0 else -1)
+    queues = [deque(steps) for lane in lanes for steps in (lane.kernels, lane.steps)]
+    flag, done = (lambda at: ctypes.c_int32.from_address(at)), set()
+    while any(queues):
+        ready = [q for q in queues if q and not (q[0][0] == "wait" and q[0][1] not in done) and not (q[0][0] == "take" and flag(q[0][1]).value != 1)]
+        require(ready, f"{schedule} x{n_ranks}: everybody waits")
+        queue = rng.choice(ready)
+        kind, *args = queue.popleft()
+        if kind == "record":
+            done.add(args[0])
+        elif kind == "kernel":
+            args[0](*args[1:])
+        elif kind == "copy":
+            ctypes.memmove(*args)
+            for rank in range(n_ranks):
+                if 0 <= args[0] - base[rank] < 4096 + 2 * size:
+                    bytes_pushed[rank] += args[2]
+        elif kind == "set":
+            require(flag(args[0]).value == 0, f"{schedule} x{n_ranks}: a flag is set twice")
+            flag(args[0]).value = 1
+        elif kind == "take":
+            flag(args[0]).value = 0
+    require(not any(memory[:4096].any() for memory in memories), f"{schedule} x{n_ranks}: a flag is left set")
+    forward = [n * 2 * D * 4 for n in ring_attn.keys_moved(schedule, n_ranks, T, B)]
+    require(bytes_pushed == [n * loops for n in forward], f"{schedule} x{n_ranks}: moved {bytes_pushed} bytes in {loops} loops, not {forward} in each")
+
+
 def check_memory():
     """At most two foreign key/value shards and two of their gradients, however long the ring."""
     seen, shard_size = set(), 2 * 4 * 2 * 16
     post = ring_attn.VirtualRank.exchange
 
-    def spy(self, send, recv, direction):
+    def spy(self, send, recv, direction, story):
         require(all(x.numel() == shard_size for x in recv), f"a buffer of {[tuple(x.shape) for x in recv]} is no shard")
         seen.update((self.rank, x.dtype, x.data_ptr()) for x in recv)
-        return post(self, send, recv, direction)
+        return post(self, send, recv, direction, story)
 
     ring_attn.VirtualRank.exchange = spy
     try:
@@ -502,6 +637,8 @@ local("launchers fit the Hopper kernels", check_launches)
 local("positions, shard, merge", check_positions)
 local("plans: sends match receives", check_plans)
 local("buffers per rank", check_memory)
+for schedule, n_ranks in itertools.product(SCHEDULES, (2, 3, 5)):
+    local(f"symmetric memory, steps in any order: {schedule} x{n_ranks}", check_protocol, schedule, n_ranks)
 local("operators under opcheck", check_operators)
 local("compiled, with lse", check_compiled)
 local("the figure in the README", check_readme)
@@ -1066,6 +1203,153 @@ def check_real(schedule, causal, n_ranks, backend, dtype, B, T, H, HKV, D):
     return judge(joined, *whole, causal)
 
 
+def check_transports(schedule, n_ranks, causal):
+    """Both transports give the same bits, forward and backward, and so does a forward that is run again (activation checkpointing)."""
+    group, T = RINGS[n_ranks], 1000
+    for dtype, H, HKV, D in ((torch.bfloat16, 6, 2, 64), (torch.float32, 2, 2, 40)):
+        q, k, v, do = make(2, T, H, HKV, D, dtype, seed=RANK)
+        p2p, symmetric = (run(q, k, v, do, schedule, ring_attn.resolve_ring(group, transport), causal) for transport in ("p2p", "symmetric"))
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        attn = lambda q, k, v: ring_attn.ring_attn(q, k, v, schedule, group, causal, transport="symmetric")
+        o = checkpoint(attn, *leaves, use_reentrant=False)
+        again = o.detach(), *torch.autograd.grad(o, leaves, do)
+        for what, a, b in zip(("o", "lse", "dq", "dk", "dv"), p2p, symmetric):
+            require(torch.equal(a, b), f"{what} differs between transports")
+        for what, a, b in zip(("o", "dq", "dk", "dv"), again, (symmetric[0], *symmetric[2:])):
+            require(torch.equal(a, b), f"{what} differs under checkpoint")
+    names = [ring_attn.resolve_ring(group, transport).transport for transport in ("p2p", "symmetric")]
+    require(names == ["p2p", "symmetric"], f"asked for one of each, got {names}")
+
+
+def check_reuse(kind, n_ranks, times=1000):
+    """Symmetric memory, one call after another: other inputs, schedules and masks, both streams held up at random; every result checked."""
+    ring, same, mine = ring_attn.resolve_ring(RINGS[n_ranks], "symmetric"), random.Random(0), random.Random(RANK)
+    inputs = [make(2, 256, 4, 2, 64, torch.bfloat16, seed=100 * RANK + i) for i in range(4)]
+    kinds = list(itertools.product(range(4), SCHEDULES, (True, False)))
+    truth = {x: run(*inputs[x[0]], x[1], ring_attn.resolve_ring(RINGS[n_ranks], "p2p"), x[2]) for x in kinds}
+    run(*inputs[0], "zigzag", ring)
+    wrong, torch.utils.deterministic.fill_uninitialized_memory = torch.zeros((), device=DEVICE), False
+    try:
+        for _ in range(times):
+            x = same.choice(kinds)
+            for stream in (torch.cuda.current_stream(), ring.memory.lane.stream):
+                if mine.random() < 0.3:
+                    with torch.cuda.stream(stream):
+                        torch.cuda._sleep(mine.randrange(300_000))
+            for a, b in zip(run(*inputs[x[0]], x[1], ring, x[2]), truth[x]):
+                wrong += (a != b).any()
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    require(not wrong.item(), f"{wrong.item():.0f} of {5 * times} results are wrong")
+    require(not ring.memory.local[:4096].any(), "a flag is left set")
+
+
+def check_ring_graph(kind, n_ranks):
+    """Forward and backward of a ring over symmetric memory as a CUDA graph, replayed on other inputs."""
+    ring = ring_attn.resolve_ring(RINGS[n_ranks], "symmetric")
+    inputs = [make(2, 256, 4, 2, 64, torch.bfloat16, seed=100 * RANK + i) for i in range(3)]
+    static = [x.clone() for x in inputs[0]]
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        truth = [run(*x, "zigzag", ring) for x in inputs]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            results = run(*static, "zigzag", ring)
+        for i in (0, 1, 2, 1) * 5:
+            for x, new in zip(static, inputs[i]):
+                x.copy_(new)
+            graph.replay()
+            require(all(torch.equal(a, b) for a, b in zip(results, truth[i])), "a replay differs from eager")
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def check_launches_on_ring(schedule, n_ranks):
+    """Forward: one kernel for each hop that has something to do, and none beside. Backward: two for each, and one for the rows."""
+    from torch.profiler import ProfilerActivity, profile
+
+    ring = ring_attn.resolve_ring(RINGS[n_ranks], None if n_ranks == 1 else "symmetric")
+    q, k, v, do = make(2, 512, 4, 2, 128, torch.bfloat16, seed=RANK)
+    leaves, hops = [x.requires_grad_() for x in (q, k, v)], plan(schedule, ring.rank, n_ranks, 512, True, 1)
+    visible = sum(hop.visible for hop in hops)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        for calls, kernels in ((lambda: ring_attn.ring_attn(q.detach(), k.detach(), v.detach(), schedule, ring), visible),
+                               (lambda: torch.autograd.grad(ring_attn.ring_attn(*leaves, schedule, ring), leaves, do), 3 * visible + 1)):  # fmt: skip
+            calls(), torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
+                calls(), torch.cuda.synchronize()
+            names = [e.name for e in profiled.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.name.startswith("Mem")]
+            require(len(names) == kernels, f"{len(names)} kernels, not {kernels}: {names}")
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def check_choice():
+    """Which transport a machine gets, and why; a transport that cannot be had."""
+    gpu = lambda i, host="a", reads=True, lacks=None: dict(lacks=lacks, host=host, gpu=f"gpu{i}", reads={f"gpu{j}": reads for j in range(4) if j != i})
+    choose = ring_attn.choose_transport
+    require(choose([gpu(0), gpu(1)])[0] == "symmetric", "two GPUs that read each other")
+    require(choose([dict(gpu(0), reads={}), dict(gpu(1), reads={})])[0] == "symmetric", "GPUs that are hidden from each other's processes")
+    for facts, why in (
+        ([gpu(0), gpu(0, host="b")], "2 hosts"),
+        ([gpu(0), gpu(0)], "share a GPU"),
+        ([gpu(0), gpu(1, reads=False)], "GPU of rank 1 cannot read that of rank 0"),
+        ([gpu(0), gpu(1, lacks="no driver")], "no driver"),
+        ([ring_attn.transport_facts(torch.device("cpu"))] * 2, "CPU"),
+    ):
+        require(choose(facts)[0] == "p2p" and why in choose(facts)[1], f"{choose(facts)}, not p2p because of {why}")
+    q = torch.randn(1, 8, 2, 16)
+    raises(lambda: ring_attn.ring_attn(q, q, q, group=ALONE, transport="carrier pigeon"), "carrier pigeon", "p2p", "symmetric")
+    if WORLD > 1 and not GPU:
+        group = RINGS[WORLD]
+        raises(lambda: ring_attn.ring_attn(q, q, q, "striped", group, transport="symmetric", backend="torch"), "symmetric", "CPU", "p2p")
+        ring_attn.ring_attn(q, q, q, "striped", group, backend="torch")
+        require(ring_attn.resolve_ring(group).transport == "p2p" and "CPU" in ring_attn.resolve_ring(group).why, "it does not say why it is p2p")
+        q = torch.randn(1, 12, 2, 16)  # a shape of which nothing was agreed yet
+        raises(lambda: ring_attn.ring_attn(q, q, q, "striped", group, transport="p2p" if RANK else None, backend="torch"), "disagree", "transport")
+
+
+LOST_RANK = """
+import os, sys, time, torch, torch.distributed as dist, ring_attn
+from datetime import timedelta
+rank, how, transport, where = int(sys.argv[1]), *sys.argv[2:]
+gpu = torch.cuda.is_available()
+device = torch.device("cuda", rank) if gpu else torch.device("cpu")
+if gpu:
+    torch.cuda.set_device(device)
+dist.init_process_group("nccl" if gpu else "gloo", init_method=f"file://{where}", rank=rank, world_size=2, timeout=timedelta(seconds=6))
+x = torch.randn(1, 64, 2, 16, device=device, dtype=torch.float16 if gpu else torch.float32).requires_grad_()
+attn = lambda: ring_attn.ring_attn(x, x, x, "zigzag", transport=transport or None)
+attn().sum().backward()
+o = attn()
+if rank == 1:
+    time.sleep(0.5)
+    os._exit(0) if how == "dies" else time.sleep(100)
+o.sum().backward()
+print("gradients without rank 1", x.grad.sum().item())
+"""
+
+
+def check_lost_rank(how, transport):
+    """Rank 1 dies, or does not call the backward: rank 0 must end by itself, in time, and say which ring, hop and rank."""
+    if RANK > 0:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TRITON_INTERPRET")} | {"PYTHONUNBUFFERED": "1"}
+        command = lambda rank: [sys.executable, "-c", LOST_RANK, str(rank), how, transport, f"{folder}/store"]
+        home = Path(ring_attn.__file__).parent
+        other = subprocess.Popen(command(1), cwd=home, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            done = subprocess.run(command(0), cwd=home, env=env, capture_output=True, text=True, timeout=90)
+        finally:
+            other.kill(), other.wait()
+    said = done.stdout + done.stderr
+    require(done.returncode not in (0, None) and "without rank 1" not in said, f"it went on: {said[-500:]}")
+    for words in ("processes [0, 1]", "at hop 1 of 1", "from rank 1"):
+        require(words in said, f"it does not say {words!r}: {said[-1500:]}")
+
+
 def check_unshard(schedule):
     x = torch.randn(2, WORLD * 6, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
     y = unshard(shard(x, schedule, RANK, WORLD), schedule)
@@ -1258,6 +1542,16 @@ def check_bench():
     require(done.returncode == 2 and "nonesuch" in done.stderr and "D64" in done.stderr and "Traceback" not in done.stderr, done.stderr)
 
 
+real("the transport is chosen and named", check_choice)
+for how, transport in itertools.product(("dies", "is stuck"), ("p2p", "symmetric")):
+    real(f"a rank {how}, {transport}", check_lost_rank, how.split()[-1], transport, ranks=2 if GPU else 1, gpu=transport == "symmetric")
+for n_ranks in (2, 4, 8):
+    for schedule, causal in itertools.product(SCHEDULES, (True, False)):
+        real(f"transports, same bits: {schedule} x{n_ranks} {'causal' if causal else 'full'}", check_transports, schedule, n_ranks, causal, ranks=n_ranks, gpu=True)
+    real(f"symmetric memory, 1000 calls x{n_ranks}", check_reuse, "symmetric", n_ranks, ranks=n_ranks, gpu=True)
+    real(f"symmetric memory in a CUDA graph x{n_ranks}", check_ring_graph, "symmetric", n_ranks, ranks=n_ranks, gpu=True)
+for n_ranks, schedule in itertools.product((1, 2, 4), SCHEDULES):
+    real(f"launches: {schedule} x{n_ranks}", check_launches_on_ring, schedule, n_ranks, ranks=n_ranks, gpu=True)
 real("unshard(shard(x)) is x, " + ", ".join(SCHEDULES), lambda: [check_unshard(s) for s in SCHEDULES] and None)
 for schedule, causal, n_ranks in itertools.product(SCHEDULES, (True, False), sorted({1, 2, WORLD})):
     name = f"real ring {schedule} x{n_ranks} {'causal' if causal else 'full'}"
@@ -1409,6 +1703,8 @@ def compile_kernels():
 # -----------------------------------------------------------------------------
 # runner
 
+BY_SIZE = check_attention, check_compiled_model, check_train, check_sharded, check_stream, check_transports, check_reuse, check_ring_graph, check_launches_on_ring  # (kind, ranks)
+
 
 def execute(f, args):
     """(what, error, bound) or None, and the failure or None."""
@@ -1437,7 +1733,7 @@ def main():
         torch.cuda.set_device(LOCAL_RANK)
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if GPU else "gloo", device_id=DEVICE if GPU else None, timeout=timedelta(seconds=300))
-        for size in {1, 2, WORLD}:  # the first WORLD // size * size processes, in rings of `size`
+        for size in {1, 2, 4, WORLD} & set(range(WORLD + 1)):  # the first WORLD // size * size processes, in rings of `size`
             for first in range(0, WORLD // size * size, size):
                 group = dist.new_group(range(first, first + size))
                 if first <= RANK < first + size:
@@ -1483,7 +1779,7 @@ def main():
         report(name, [everyone[name]])
     for name, f, f_args, *_ in (c for c in ready if c[3] == "real"):
         # a ring of fewer processes than there are may leave some without one: those pass
-        needed = f_args[2] if f is check_real else f_args[1] if getattr(f, "func", f) in (check_attention, check_compiled_model, check_train, check_sharded, check_stream) else WORLD
+        needed = f_args[2] if f is check_real else f_args[1] if getattr(f, "func", f) in BY_SIZE else WORLD
         report(name, gathered(execute(f, f_args) if needed in RINGS or needed == WORLD else (None, None, 0.0)))
     for why in dict.fromkeys(why for _, why in skipped):
         say(f"skipped, {why}: {'; '.join(name for name, reason in skipped if reason == why)}")
