@@ -38,6 +38,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -1005,7 +1006,7 @@ COMPILED = {}  # what `launch` has compiled
 def launch(kernel, depends, grid, args, constants, **options):
     """kernel[grid](*args, **constants, **options) without Triton's search for the compiled kernel, which takes the host longer than
     a small problem takes the GPU. depends: whatever else the compiled code depends on (dtypes, tile shapes, alignment, device)."""
-    key = kernel, depends, *constants.values()
+    key = id(kernel), depends, *constants.values()
     if INTERPRET:
         kernel[(grid,)](*args, **constants)
     elif key in COMPILED:
@@ -1089,7 +1090,7 @@ def triton_rows(o, do, lse, dlse):
     """What the backward needs to know of each query row, lse2 and delta; of no use but to the dq and dkv kernels."""
     B, T, H, D = o.shape
     n_rows = triton.cdiv(T, ROW_PAD.value) * ROW_PAD.value
-    rows = torch.empty(2, B, H, n_rows, dtype=torch.float32, device=o.device)
+    rows = torch.empty(2, B * H, n_rows, dtype=torch.float32, device=o.device)
     BLOCK_D = max(16, triton.next_power_of_2(D))
     depends = o.dtype, o.device, dlse is None, *(x is not None and x.data_ptr() % 16 == 0 for x in (o, do, lse, dlse))
     constants = dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=32)
@@ -1173,9 +1174,8 @@ def hopper_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
 
 def hopper_bwd(kernel, a, a2, b, b2, rows, outs, accs, q, k, hop, causal, sm_scale):
     stay, stream, problem, grid, constants, options = hopper_config(kernel, q.shape, k.shape[2], q.device, hop.table, causal)
-    by_row = describe(rows.flatten(1, 2), (2, 1, stream[1]))
     args = (
-        describe(a, stay), describe(a2, stay), describe(b, stream), describe(b2, stream), by_row, rows, *outs, *accs,
+        describe(a, stay), describe(a2, stay), describe(b, stream), describe(b2, stream), describe(rows, (2, 1, stream[1])), rows, *outs, *accs,
         hop_table(hop.table, q.device), sm_scale, *problem,
     )  # fmt: skip
     constants = dict(DKV=kernel == "dkv", **constants)
@@ -1459,32 +1459,38 @@ class SymmetricMemory:
 
 
 class CopyLane:
-    """A stream of copies and signals beside that of the kernels. Copies are the copy engine's, signals the GPU front end's: no SM is used."""
+    """A stream of copies and signals beside that of the kernels. Copies are the copy engine's, signals the GPU front end's: no SM is used.
+    By the driver's own functions, as torch's take the host several times as long."""
 
     def __init__(self, device, base, ring):
-        self.stream, self.base, self.ring = torch.cuda.Stream(device), base, ring
-        self.forked, self.marks = torch.cuda.Event(), itertools.cycle([torch.cuda.Event() for _ in range(4)])  # two are in use at a time
+        self.stream, self.base, self.ring, self.device = torch.cuda.Stream(device), base, ring, device.index
+        self.handle = self.stream.cuda_stream
+        events = (ctypes.c_void_p * 5)()
+        for i in range(5):
+            check_cuda(cuda_driver().cuEventCreate(ctypes.byref(events, 8 * i), 2))  # 2: CU_EVENT_DISABLE_TIMING
+        self.forked, *marks = events
+        self.marks = itertools.cycle(marks)  # of which two are in use at a time
 
     def capturing(self):
         return torch.cuda.is_current_stream_capturing()
 
     def fork(self):
         """What comes next on the lane waits for all that has been launched so far."""
-        self.forked.record()
-        self.stream.wait_event(self.forked)
+        check_cuda(cuda_driver().cuEventRecord(self.forked, torch._C._cuda_getCurrentRawStream(self.device)))
+        check_cuda(cuda_driver().cuStreamWaitEvent(self.handle, self.forked, 0))
 
     def mark(self):
         """A point on the lane, for `meet`."""
         event = next(self.marks)
-        event.record(self.stream)
+        check_cuda(cuda_driver().cuEventRecord(event, self.handle))
         return event
 
     def meet(self, mark):
         """Kernels launched from here on wait for the lane to get to the mark."""
-        torch.cuda.current_stream().wait_event(mark)
+        check_cuda(cuda_driver().cuStreamWaitEvent(torch._C._cuda_getCurrentRawStream(self.device), mark, 0))
 
     def copy(self, to, source, nbytes):
-        check_cuda(cuda_driver().cuMemcpyDtoDAsync_v2(to, source, nbytes, self.stream.cuda_stream))
+        check_cuda(cuda_driver().cuMemcpyDtoDAsync_v2(to, source, nbytes, self.handle))
 
     def prepare(self, signals):
         """For `signal`: ("set", rank, flag), or ("take", flag, what the ring waits for): wait until it is set, and clear it."""
@@ -1499,7 +1505,7 @@ class CopyLane:
 
     def signal(self, prepared):
         if prepared:
-            check_cuda(cuda_driver().cuStreamBatchMemOp_v2(self.stream.cuda_stream, *prepared, 0))
+            check_cuda(cuda_driver().cuStreamBatchMemOp_v2(self.handle, *prepared, 0))
 
 
 WRITE, WAIT_EQUAL = (2, 0), (1, 1)  # CU_STREAM_MEM_OP_WRITE_VALUE_32; CU_STREAM_MEM_OP_WAIT_VALUE_32 with CU_STREAM_WAIT_VALUE_EQ
@@ -1513,11 +1519,15 @@ def stream_operations(operations):
 
 @functools.lru_cache(maxsize=None)
 def cuda_driver():
-    """The CUDA driver, for what torch does not offer: waits of a stream for a value in memory. None where there is none."""
+    """The CUDA driver, for what torch does not offer, such as a stream that waits for a value in memory. None where there is none."""
+    pointer, number = ctypes.c_void_p, ctypes.c_uint
     try:
         driver = ctypes.CDLL("libcuda.so.1")
-        driver.cuStreamBatchMemOp_v2.argtypes = ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint
-        driver.cuMemcpyDtoDAsync_v2.argtypes = ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p
+        driver.cuStreamBatchMemOp_v2.argtypes = pointer, number, pointer, number
+        driver.cuMemcpyDtoDAsync_v2.argtypes = ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, pointer
+        driver.cuEventCreate.argtypes = pointer, number
+        driver.cuEventRecord.argtypes = pointer, pointer
+        driver.cuStreamWaitEvent.argtypes = pointer, pointer, number
         return driver
     except (OSError, AttributeError):
         return None
@@ -1639,29 +1649,33 @@ class Ring:
         dist.all_gather_object(everyone, x, group=self.group)
         return everyone
 
-    def prepare(self, k, backward):
-        """On all ranks together, once per shape: choose the transport, if that has not been done, and have memory enough for it."""
-        if self.n_ranks == 1:
-            return
-        if k.is_cuda and self.watch is None and cuda_driver():
-            self.watch = Watch(self)
-        if self.transport is None:
-            self.transport, self.why = choose_transport(self.gather(transport_facts(k.device)))
+    def settle(self, device):
+        """On all ranks together: choose the transport, if that has not been done."""
+        if self.n_ranks > 1 and self.transport is None:
+            self.transport, self.why = choose_transport(self.gather(transport_facts(device)))
             if self.wanted == "p2p" and self.transport == "symmetric":
                 self.transport, self.why = "p2p", "asked for"
+            if device.type == "cuda" and cuda_driver():
+                self.watch = Watch(self)
+        if self.wanted == "symmetric" and self.transport == "p2p":
+            raise ValueError(f'transport="symmetric" cannot be had: {self.why}; use transport="p2p", or None to choose by machine')
+
+    def prepare(self, k, backward):
+        """On all ranks together, once per shape: choose the transport, and have memory enough for it."""
+        self.settle(k.device)
         if self.transport == "symmetric" and k.is_cuda:
             need = 2 * k.nbytes, 2 * k.numel() * torch.promote_types(k.dtype, torch.float32).itemsize if backward else 0
             had = (self.memory.key_bytes, self.memory.grad_bytes) if self.memory else (0, 0)
             if need[0] > had[0] or need[1] > had[1]:
                 self.reserve(k.device, *map(max, need, had))
-        if self.wanted == "symmetric" and self.transport == "p2p":
-            raise ValueError(f'transport="symmetric" cannot be had: {self.why}; use transport="p2p", or None to choose by machine')
+                self.settle(k.device)
 
     def reserve(self, device, key_bytes, grad_bytes):
         torch.cuda.synchronize(device)  # what is there may be in use
         if self.memory and self.memory.captured:
             self.kept.append(self.memory)  # CUDA graphs may be replayed with it
         self.memory, error = None, None
+        torch.cuda.empty_cache()  # it does not come out of torch's cache
         try:
             self.memory = SymmetricMemory(self, device, key_bytes, grad_bytes)
         except Exception as failure:
@@ -1670,6 +1684,8 @@ class Ring:
         if any(errors):
             self.memory, self.transport = None, "p2p"
             self.why = "no symmetric memory: " + "; ".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
+            if self.rank == 0:
+                warnings.warn(f"from here on keys move by send and receive: {self.why}", stacklevel=2)
 
     def lost(self, story, seconds):
         what, hop, rank = story
@@ -1826,7 +1842,7 @@ def forward_hops(ring, q, k, v, schedule, causal, sm_scale, backend):
     B, T, H, D = q.shape
     forward, *_ = BACKENDS[backend]
     wide = torch.promote_types(q.dtype, torch.float32)
-    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(B, H, T, dtype=wide, device=q.device)
     acc = state_of(o, wide, ring.n_ranks, backend)
     moves = ring.moves(schedule, k, v, causal, 1)
@@ -1844,7 +1860,7 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, b
     ones, gradients travel under dq of the same hop, and are home after n_ranks - 1 hops."""
     _, make_rows, backward_dq, backward_dkv = BACKENDS[backend]
     wide = torch.promote_types(q.dtype, torch.float32)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dq_acc = state_of(dq, wide, ring.n_ranks, backend)
     rows = make_rows(o, do, lse, dlse)
     moves = ring.moves(schedule, k, v, causal, -1, wide)

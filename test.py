@@ -597,7 +597,7 @@ def check_launches():
     ring_attn.hopper_config.cache_clear()
     try:
         q, k, v, do = make(2, 200, 4, 2, 40, torch.float16)
-        hop, rows = plan("zigzag", 0, 1, 200, True, 1)[0], torch.zeros(2, 2, 4, 256, device=DEVICE)
+        hop, rows = plan("zigzag", 0, 1, 200, True, 1)[0], torch.zeros(2, 8, 256, device=DEVICE)
         _, _, dq, dkv = ring_attn.BACKENDS["gluon"]
         ring_attn.hopper_fwd(q, k, v, q, q.float(), rows, hop, True, 0.5)
         dq(q, k, v, do, rows, q, q.float(), hop, True, 0.5)

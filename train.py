@@ -75,6 +75,7 @@ def parse(argv=None):
     g.add_argument("--weight_decay", type=float, default=0.1, help="on matrices")
     g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     g = p.add_argument_group("device")
+    g.add_argument("--transport", default=None, choices=list(ring_attn.TRANSPORTS), help="how keys get from rank to rank (the fastest that the machine has)")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"], help="where to run")
     g.add_argument("--dtype", choices=["float32", "bfloat16"], help=f"of products; weights stay float32 ({sized('dtype')})")
     args = p.parse_args(argv)
@@ -269,7 +270,7 @@ def train(args, group=None):
 
     Returns the loss of every step as floats, and the last validation loss. Raises ValueError on every rank.
     """
-    ring = ring_attn.resolve_ring(group)
+    ring = ring_attn.resolve_ring(group, args.transport)
     rank, n_ranks = ring.rank, ring.n_ranks
     device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0))) if args.device == "cuda" else torch.device("cpu")
 
@@ -295,7 +296,8 @@ def train(args, group=None):
     attn_type = AttentionType(args.schedule)
     config = Config(256, args.n_layers, args.dim, args.dim_per_head, args.n_kv_heads, args.seq_len, args.dropout)
     torch.manual_seed(args.seed)
-    model = together(lambda: Transformer(config, rank, n_ranks, attn_type, group)).to(device)
+    together(lambda: None if n_ranks == 1 or not attn_type.is_ring else ring.settle(device))
+    model = together(lambda: Transformer(config, rank, n_ranks, attn_type, ring)).to(device)
 
     one_per_host = rank == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0
     file = together(lambda: prepare_data(args.data, out, one_per_host, args.resume))
@@ -320,6 +322,8 @@ def train(args, group=None):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads per process"
     n_params = sum(p.numel() for p in model.parameters())
     log(f"{n_ranks} x {name} | torch {torch.__version__} | {args.schedule}, {args.seq_len} tokens x {args.batch_size}, {args.dtype}")
+    if n_ranks > 1:
+        log(f"keys and gradients move by {ring.transport}: {ring.why}")
     log(f"{n_params:,} parameters | {len(train_data):,} + {len(val_data):,} bytes of text | {out}" + (f" | resumed at step {start}" if start else ""))
 
     T = args.seq_len // n_ranks
