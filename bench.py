@@ -3,17 +3,26 @@
     python bench.py                       # one GPU: every length, mask and head dim; on a CPU the torch path, under a minute
     python bench.py --quick               # only 4k and 16k tokens at head dims 64 and 128, flex once per head dim and mask
     python bench.py --filter "D128 16k"   # rows whose name contains this; decode: a few tokens against a long cache
-    torchrun --nproc_per_node=2 bench.py  # only decoding from a cache that is striped over the ranks, beside one GPU that holds it all
+    torchrun --nproc_per_node=2 bench.py  # rings of every schedule, and decoding from a cache that is striped over the ranks
+    torchrun --nproc_per_node=2 bench.py --filter "ring zigzag 8k"
+    torchrun --nproc_per_node=2 bench.py --trace             # what overlaps: a profile of each rank and a picture, in runs/trace
+    torchrun --nproc_per_node=2 bench.py --figures --trace   # everything measured, then the README's pictures, in assets
+    python bench.py --figures out.txt     # the pictures, from what an earlier run printed
 
 A card, then one row per case, then why there are dashes; the last line is all of it as JSON. Peers are torch's SDPA
 (FlashAttention-2 and cuDNN), compiled flex_attention, and FlashAttention-3 where flash_attn_interface is installed; decoding is
 compared with SDPA's FlashAttention-2, autotuned flex_attention and FlashAttention-3's flash_attn_with_kvcache, and its GB/s with
 those of a copy. Each gets its tensors in the layout it takes, and all are held to the same float32 truth on the same inputs.
+Rings are compared with torch's context_parallel, with ring-flash-attn where it is installed (on torch's kernels, and on
+FlashAttention-3's forward), and with our own kernel on one GPU that holds the whole sequence.
 """
 
 import argparse
 import contextlib
 import functools
+import html
+import importlib.util
+import itertools
 import json
 import math
 import os
@@ -21,7 +30,9 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import types
 import warnings
 import zlib
 from pathlib import Path
@@ -43,6 +54,7 @@ DEVICE = "cuda" if GPU else "cpu"
 DTYPE, WIDE = (torch.bfloat16, torch.float32) if GPU else (torch.float32, torch.float64)  # of the inputs, of the truth
 RANK, N_RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 K = 1024
+ASSETS = Path(__file__).parent / "assets"
 
 # -----------------------------------------------------------------------------
 # contenders: (q, k, v, causal) -> o
@@ -177,21 +189,153 @@ def in_layout(contender, q, k, v, do):
 FAILED = {}  # "contender: reason" -> names of the rows that show a dash for it
 
 
-def attempt(who, row, f, *args):
-    """f(contender, *args) or, with the reason kept for the end, None: one contender must not stop the others."""
-    contender = CONTENDERS[who]
+def tried(context, f, *args):
+    """(f(*args), None), or (None, why it failed)."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            # chosen once around all calls: sdpa_kernel takes host time that is not the kernel's
-            with contextlib.nullcontext() if contender.backend is None else sdpa_kernel(contender.backend):
-                return f(contender, *args)
+            with context():  # around all calls: it takes host time that is not the kernel's
+                return f(*args), None
         except Exception as error:
             # SDPA raises "No available kernel" and warns why, of the kernels that were not asked for too
-            said = [str(w.message).split(" (Triggered")[0] for w in caught if not re.search("because|runtime disabled", str(w.message))]
-            reason = " ".join(f"{who}: {type(error).__name__}: {error} {' '.join(said)}".split())[:200]
-            FAILED.setdefault(reason, []).append(row)
-    torch.cuda.empty_cache()  # it may have run out of memory; what its frames held is free by now
+            said = [str(w.message).split(" (Triggered")[0] for w in caught if not re.search("because|runtime disabled|deprecated", str(w.message))]
+            reason = " ".join(f"{type(error).__name__}: {error} {' '.join(said)}".split())[:200]
+    if GPU:
+        torch.cuda.empty_cache()  # it may have run out of memory; what its frames held is free by now
+    return None, reason
+
+
+def attempt(who, row, f, *args):
+    """f(contender, *args) or, with the reason kept for the end, None: one contender must not stop the others."""
+    contender = CONTENDERS[who]
+    context = contextlib.nullcontext if contender.backend is None else functools.partial(sdpa_kernel, contender.backend)
+    result, reason = tried(context, f, contender, *args)
+    if reason:
+        FAILED.setdefault(f"{who}: {reason}"[:200], []).append(row)
+    return result
+
+
+def together(who, row, f, context=contextlib.nullcontext):
+    """f() on every rank; None on every rank where it fails on any, so that all go on to the same collective."""
+    result, reason = tried(context, f)
+    reasons = [reason] * N_RANKS
+    if N_RANKS > 1:
+        dist.all_gather_object(reasons, reason)
+    if any(reasons):
+        FAILED.setdefault(f"{who}: {next(filter(None, reasons))}"[:200], []).append(row)
+        return None
+    return result
+
+
+def slowest(*numbers):
+    """The largest of each number over all ranks, which wait for each other here."""
+    numbers = torch.tensor(numbers, dtype=torch.float64, device=DEVICE)
+    if N_RANKS > 1:
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return numbers.tolist()
+
+
+# peers on a ring: their schedule is ours of the same name, so they take the same shards
+
+
+class Peer(NamedTuple):
+    library: str
+    variant: str
+    schedule: str
+    f: Callable  # (q, k, v) -> o, in the layout of heads_first
+    context: Callable  # what its calls run in
+    heads_first: bool = False
+    backward: bool = True
+
+
+@functools.cache
+def ring_mesh():
+    return torch.distributed.device_mesh.init_device_mesh(DEVICE, (N_RANKS,))
+
+
+@contextlib.contextmanager
+def context_parallel(rotate, backend):
+    """Inside, SDPA on (B, H, T, D) is a ring."""
+    from torch.distributed.tensor.experimental import context_parallel
+    from torch.distributed.tensor.experimental._attention import set_rotate_method
+
+    set_rotate_method(rotate)
+    sequence = torch.zeros(1, 2 * N_RANKS, device=DEVICE)  # it must have something to shard; our shards are cut already
+    with context_parallel(ring_mesh(), buffers=[sequence], buffer_seq_dims=[1]), sdpa_kernel(backend):
+        yield
+
+
+STAND_IN = {"kernel": None}  # what the stand-ins for flash_attn's functions run
+
+
+@contextlib.contextmanager
+def on_kernel(kernel):
+    ring_flash_attn()  # what is not installed should be missed here, before anything is on its way to other ranks
+    if kernel == "fa3":
+        importlib.import_module("flash_attn_interface")
+    STAND_IN["kernel"] = kernel
+    yield
+
+
+@functools.cache
+def no_dropout(kernel, device):
+    """Seed and offset, of which a backward without dropout reads nothing."""
+    shapes, dtype = (((2,), (0,)), torch.uint64) if kernel == "fa2" else (((), ()), torch.int64)
+    return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+
+
+def stand_in_forward(q, k, v, softmax_scale, causal, **unused):
+    kernel = STAND_IN["kernel"]
+    if kernel == "fa2":
+        o, lse, *_ = torch.ops.aten._flash_attention_forward(q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=softmax_scale)
+    elif kernel == "cudnn":
+        heads = [x.transpose(1, 2) for x in (q, k, v)]
+        o, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads, None, True, 0.0, causal, False, scale=softmax_scale)
+        o, lse = o.transpose(1, 2), lse.reshape(lse.shape[:3])
+    else:
+        o, lse, *_ = importlib.import_module("flash_attn_interface")._flash_attn_forward(q, k, v, softmax_scale=softmax_scale, causal=causal)
+    return o, lse, None, None
+
+
+def stand_in_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, causal, **unused):
+    kernel, lse, sizes = STAND_IN["kernel"], softmax_lse.contiguous(), (q.shape[1], k.shape[1])
+    seed = no_dropout(kernel, q.device)
+    if kernel == "fa2":
+        grads = torch.ops.aten._flash_attention_backward(dout, q, k, v, out, lse, None, None, *sizes, 0.0, causal, *seed, scale=softmax_scale)
+    else:
+        heads, backward = [x.transpose(1, 2) for x in (dout, q, k, v, out)], torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+        grads = backward(*heads, lse[..., None], *seed, None, None, None, *sizes, 0.0, causal, scale=softmax_scale)
+        grads = [x.transpose(1, 2) for x in grads]
+    for x, grad in zip((dq, dk, dv), grads):
+        x.copy_(grad)
+
+
+@functools.cache
+def ring_flash_attn():
+    """{schedule: function} of ring-flash-attn, with torch's kernels in the place of flash_attn, and without the adapters that its __init__
+    imports, which want transformers."""
+    if (found := importlib.util.find_spec("ring_flash_attn")) is None:
+        raise ImportError("not installed: pip install --no-deps ring-flash-attn")
+    package, flash_attn, interface = map(types.ModuleType, ("ring_flash_attn", "flash_attn", "flash_attn.flash_attn_interface"))
+    package.__path__ = list(found.submodule_search_locations)
+    interface._flash_attn_forward, interface._flash_attn_backward = stand_in_forward, stand_in_backward
+    sys.modules.update({x.__name__: x for x in (package, flash_attn, interface)})
+    names = dict(contiguous="ring_flash_attn", zigzag="zigzag_ring_flash_attn", striped="stripe_flash_attn")
+    return {schedule: getattr(importlib.import_module(f"ring_flash_attn.{name}"), f"{name}_func") for schedule, name in names.items()}
+
+
+def ring_peers():
+    peers = []
+    for rotate, backend in itertools.product(("allgather", "alltoall"), ("cudnn", "fa2")):
+        context = functools.partial(context_parallel, rotate, CONTENDERS[backend].backend)
+        peers.append(Peer("torch cp", f"{rotate} {backend}", "zigzag", functools.partial(sdpa, causal=True), context, heads_first=True))
+    for schedule, kernel in itertools.product(("zigzag", "striped", "contiguous"), ("cudnn", "fa2", "fa3")):
+        f = lambda q, k, v, schedule=schedule: ring_flash_attn()[schedule](q, k, v, causal=True)
+        peers.append(Peer("ring-flash-attn", kernel, schedule, f, functools.partial(on_kernel, kernel), backward=kernel != "fa3"))
+    return peers
+
+
+PEERS = ring_peers() if GPU else []
 
 
 # -----------------------------------------------------------------------------
@@ -236,11 +380,18 @@ def captured(f):
     return graph.replay
 
 
-def replay_us(replay, rounds=20):
-    """Microseconds from the end of a replay to the end of the next; the host is ahead, so that its launches are not in them."""
-    ends = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
-    for end in ends:
-        replay()
+def ends_us(f, rounds=20):
+    """Microseconds from the end of a call to the end of the next, the median. The host may run ahead: only where it is the limit does it show."""
+    f()  # its end is where the clock starts
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)] if GPU else [time.perf_counter()]
+    if not GPU:
+        for _ in range(rounds):
+            f()
+            ends.append(time.perf_counter())
+        return statistics.median(b - a for a, b in zip(ends, ends[1:])) * 1e6
+    ends[0].record()
+    for end in ends[1:]:
+        f()
         end.record()
     torch.cuda.synchronize()
     return statistics.median(a.elapsed_time(b) for a, b in zip(ends, ends[1:])) * 1e3
@@ -255,7 +406,7 @@ def timed(call, q, caches):
     calls = lambda: [call(q, k, v) for k, v in caches]
     us = dict(eager=wall_us(calls, calls=max(1, 48 // len(caches)) if GPU else 1))
     if GPU:
-        us["graph"] = replay_us(captured(calls))
+        us["graph"] = ends_us(captured(calls))
     return {how: us[how] / len(caches) for how in HOW}
 
 
@@ -532,11 +683,10 @@ def sharded_row(name, case):
     with torch.no_grad():
         many = measured(sharded_decode_attn, stripes)
         one = measured(decode_attn, caches) if RANK == 0 else None
-    slowest = torch.tensor([many[0][how] if many else math.inf for how in HOW], dtype=torch.float64, device=DEVICE)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)  # here the other ranks wait for rank 0
+    times = slowest(*(many[0][how] if many else math.inf for how in HOW))  # here the other ranks wait for rank 0
     us = {how: {"one rank": one[0][how]} if one else {} for how in HOW}
-    if slowest.isfinite().all():
-        us = {how: {"sharded": t} | us[how] for how, t in zip(HOW, slowest.tolist())}
+    if all(map(math.isfinite, times)):
+        us = {how: {"sharded": t} | us[how] for how, t in zip(HOW, times)}
     both = "sharded" in us["eager"] and "one rank" in us["eager"]
     error = ((many[1] - one[1]).norm() / one[1].norm()).item() if both else None
     for how in HOW:
@@ -547,10 +697,461 @@ def sharded_row(name, case):
     return dict(name=name, **case._asdict(), needed=case.needed(), us=us, error=error)
 
 
+RING_CALLS = {"fwd": 2, "fwd+bwd": 7}  # FLOP under a causal mask, over B * H * S * S * D
+RING_D = 128 if GPU else 64
+
+
+def rings(quick):
+    heads, mha, lengths = ((32, 8), ((32, 32), (64, 8)), (2 * K, 8 * K, 32 * K, 128 * K)) if GPU else ((4, 2), ((4, 4),), (128, 256))
+    some = (8 * K, 32 * K) if GPU else (256,)
+    cases = {}
+    for T in some if quick else lengths:
+        for schedule in ("zigzag", "striped", "step", "contiguous")[: 3 if quick else None]:
+            cases[f"ring {schedule} {size(T)}"] = (schedule, T, *heads)
+        if T in some:
+            cases[f"ring zigzag {size(T)} p2p"] = ("zigzag", T, *heads, "p2p")
+        for H, HKV in mha if T in some and not quick else ():
+            cases[f"ring zigzag {size(T)} {H}/{HKV}"] = ("zigzag", T, H, HKV)
+
+    def heading():
+        first = [torch.randn(2, 128, h, RING_D, dtype=DTYPE, device=DEVICE) for h in (heads[0], heads[1], heads[1])]
+        together("ours", "the first ring", lambda: ring_attn.ring_attn(*first))
+        ring = ring_attn.resolve_ring(None)
+        columns = ring_line("", "", "ms", "TFLOP/s", "of ideal", "exposed ms", "launches", f"{'of best peer':30}{'GiB':>6}   error")
+        return f"""rings: {size(lengths[0])} to {size(lengths[-1])} tokens on each of {N_RANKS} ranks, causal, {heads[0]}/{heads[1]} heads or as named, D{RING_D}, B1, step B2; the slowest rank
+transport {ring.transport} ({ring.why}), or as named. Times are those between the ends of calls in a row, medians; TFLOP/s: per rank;
+everybody's backward runs in the calling thread, as autograd's own would be woken for each call here, and once per step in training
+of ideal: time of our kernel on one GPU with the whole sequence, all GPUs at once, over that of the ring times {N_RANKS}; exposed: beyond the same hops
+where nothing moves; launches: kernels on the stream of the attention; of best peer: TFLOP/s over those of the best peer with this schedule (step: zigzag)
+GiB: peak beyond the inputs, with symmetric memory; error: to one GPU, relative (Frobenius); ring-flash-attn: on torch's kernels (fa2, cudnn), and FlashAttention-3's forward
+{columns}"""
+
+    return heading, ring_row, cases
+
+
+def ring_line(label, what, ms, tflops, ideal, exposed="", launches="", rest=""):
+    return f"{label:24}{what:8}{ms:>10}{tflops:>9}{ideal:>10}{exposed:>12}{launches:>10}   {rest}".rstrip()
+
+
+def number(x, form=None):
+    """As text; without a form as TFLOP/s."""
+    return "-" if x is None else format(x, form or (".0f" if x >= 10 else ".3f"))
+
+
+def ring_call(f, tensors, what):
+    """A call of f(q, k, v), with its backward or without."""
+    *leaves, do = tensors
+    leaves = [x.detach().requires_grad_() for x in leaves]
+
+    def call():
+        with torch.set_grad_enabled(what == "fwd+bwd"):
+            o = f(*leaves)
+            return (o, *torch.autograd.grad(o, leaves, do)) if what == "fwd+bwd" else (o,)
+
+    return call
+
+
+def ring_times(who, row, f, tensors, context=contextlib.nullcontext, calls=RING_CALLS):
+    """{"fwd", "fwd+bwd": milliseconds per call on the slowest rank}, without what fails on any."""
+    times = {}
+    for what in calls:
+        call = ring_call(f, tensors, what)
+
+        def timed(rounds):
+            dist.barrier()
+            if GPU:
+                torch.cuda.synchronize()
+            return ends_us(call, rounds)
+
+        def in_step(rounds):
+            us = together(who, row, lambda: timed(rounds), context)
+            return us and slowest(us)[0]
+
+        us = together(who, row, lambda: len(call()), context) and in_step(2)  # the first call compiles, and tells whether it works
+        if us and us < 3e5:  # of longer calls two are enough
+            us = in_step(int(min(50, max(5, (5e5 if GPU else 1e5) / us))))
+        if not us:
+            break
+        times[what] = us / 1e3
+    return times
+
+
+def ring_tflops(what, ms, B, S, H, ranks=N_RANKS):
+    return RING_CALLS[what] * B * H * S * S * RING_D / ranks / ms / 1e9
+
+
+@functools.lru_cache(maxsize=1)  # of long sequences, memory holds one
+def whole(T, H, HKV):
+    """The sequence of all ranks' tokens on every rank alone: ([q, k, v, do], [o, dq, dk, dv], times); None and {} for what fails."""
+    name, S = f"one GPU {size(N_RANKS * T)} {H}/{HKV}", N_RANKS * T
+    if S > 512 * K:
+        FAILED.setdefault("one GPU: more than 512k tokens would take minutes", []).append(f"ring {size(T)}")
+        return None, None, {}
+    tensors = together(name, "ring", lambda: make(name, 1, S, H, HKV, RING_D))
+    times = ring_times(name, "ring", ring_attn.flash_attn_func, tensors) if tensors else {}
+    results = together(name, "ring", ring_call(ring_attn.flash_attn_func, tensors, "fwd+bwd")) if len(times) == len(RING_CALLS) else None
+    for what, ms in times.items():
+        label = name if what == "fwd" else ""
+        print(ring_line(label, what, f"{ms:.3f}", number(ring_tflops(what, ms, 1, S, H, 1)), ""), flush=True)
+    return tensors, results, times
+
+
+@functools.cache
+def peer_times(schedule, T, H, HKV):
+    """{"fwd", "fwd+bwd": {peer: ms}} of the peers with this schedule."""
+    times, alone = {what: {} for what in RING_CALLS}, whole(T, H, HKV)[2]
+    q, k, v, do = make(f"peers {RANK} {T} {H} {HKV}", 1, T, H, HKV, RING_D)
+    for peer in PEERS:
+        if peer.schedule != schedule:
+            continue
+        who, row, calls = f"{peer.library} {peer.variant}", f"ring {schedule} {size(T)}", list(RING_CALLS)[: 2 if peer.backward else 1]
+        for times_kv in (1, H // HKV) if peer.heads_first and H != HKV else (1,):  # what refuses grouped heads gets them repeated, off the clock
+            kv = [x.repeat_interleave(times_kv, 2) for x in (k, v)]
+            tensors = [x.transpose(1, 2).contiguous() if peer.heads_first else x for x in (q, *kv, do)]
+            found = ring_times(who + (" with repeated heads" if times_kv > 1 else ""), row, peer.f, tensors, peer.context, calls)
+            for what, ms in found.items():
+                times[what].setdefault(who + (" repeated" if times_kv > 1 else ""), ms)
+            calls = [what for what in calls if what not in found]
+            if not calls:
+                break
+    for library in sorted({peer.library for peer in PEERS if peer.schedule == schedule}, reverse=True):
+        for what, peers in times.items():
+            peers = {who: ms for who, ms in peers.items() if who.startswith(library)}
+            who, label = min(peers, key=peers.get, default=None), library if what == "fwd" else ""
+            ms = peers.get(who)
+            cells = number(ms, ".3f"), number(ms and ring_tflops(what, ms, 1, N_RANKS * T, H))
+            ideal = number(ms and what in alone and alone[what] / N_RANKS / ms or None, ".1%")
+            print(ring_line(f"  {label}", what, *cells, ideal, rest=(who or "").removeprefix(library).strip()), flush=True)
+    return times
+
+
+@functools.cache
+def silent_ring():
+    """A ring on which nothing moves: hops compute with whatever is in their buffers."""
+    ring = ring_attn.Ring(dist.group.WORLD, "p2p")
+    ring.exchange = lambda *what: lambda: None
+    return ring
+
+
+def profiled(call, calls, path):
+    """Events of a Chrome trace of some calls, written to path."""
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * GPU
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(calls):
+            call()
+        if GPU:
+            torch.cuda.synchronize()
+    profile.export_chrome_trace(str(path))
+    found = json.loads(Path(path).read_text())
+    base = int(found.get("baseTimeNanoseconds", 0)) / 1e3
+    return [event | dict(ts=base + event["ts"]) for event in found["traceEvents"] if event.get("ph") == "X"]
+
+
+def attention_stream(events):
+    """(the stream with most kernels that are not NCCL's, those kernels)."""
+    streams = {}
+    for event in events:
+        if event.get("cat") == "kernel" and "nccl" not in event["name"]:
+            streams.setdefault(event["tid"], []).append(event)
+    return max(streams.items(), key=lambda x: len(x[1]))
+
+
+def count_launches(call):
+    with tempfile.TemporaryDirectory() as folder:
+        return len(attention_stream(profiled(call, 1, Path(folder, "trace.json")))[1])
+
+
+def peak_bytes(call):
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def ring_row(name, schedule, T, H, HKV, transport=None):
+    B, S = ring_attn.SCHEDULES[schedule].batch_groups, N_RANKS * T
+    mine = lambda x: ring_attn.shard(x if B == 1 else torch.cat([x, x.flip(2)]), schedule, RANK, N_RANKS)  # the second sequence: heads reversed
+    sequence, results, alone = whole(T, H, HKV)
+    peers = peer_times("zigzag" if schedule == "step" else schedule, T, H, HKV)
+    tensors = [mine(x) for x in sequence] if sequence else make(f"{name} {RANK}", B, T, H, HKV, RING_D)
+    ring = ring_attn.resolve_ring(None, transport)
+    ours = lambda q, k, v: ring_attn.ring_attn(q, k, v, schedule, ring)
+    calls = {what: ring_call(ours, tensors, what) for what in RING_CALLS}
+
+    ms = ring_times("ours", name, ours, tensors)
+    silent = ring_times("ours where nothing moves", name, lambda q, k, v: ring_attn.ring_attn(q, k, v, schedule, silent_ring()), tensors)
+    row = dict(name=name, schedule=schedule, transport=ring.transport, B=B, T=T, H=H, HKV=HKV, D=RING_D, ms=ms, peers=peers)
+    row["tflops"] = {what: ring_tflops(what, t, B, S, H) for what, t in ms.items()}
+    row["of_ideal"] = {what: B * alone[what] / N_RANKS / t for what, t in ms.items() if what in alone}
+    row["exposed_ms"] = {what: t - silent[what] for what, t in ms.items() if what in silent}
+    row["of_best"] = {what: of_best(dict(ours=t / B) | peers[what]) for what, t in ms.items()}
+    row["launches"], row["peak_bytes"], row["errors"] = {}, None, None
+    if GPU and len(ms) == len(RING_CALLS):
+        counts = {what: together("launches", name, lambda: count_launches(call)) for what, call in calls.items()}
+        row["launches"] = {what: max(slowest(n)) for what, n in counts.items() if n is not None}
+        peak = together("memory", name, lambda: peak_bytes(calls["fwd+bwd"]))
+        row["peak_bytes"] = peak and int(*slowest(peak)) + (ring.memory.local.nbytes if ring.memory else 0)
+    if results and len(ms) == len(RING_CALLS):
+        error = lambda x, true: ((x.float() - true).norm() / true.norm()).item()
+        errors = together("ours", name, lambda: [error(x, mine(true).float()) for x, true in zip(calls["fwd+bwd"](), results, strict=True)])
+        if errors:
+            row["errors"] = dict(zip(("o", "dq", "dk", "dv"), slowest(*(x if math.isfinite(x) else math.inf for x in errors))))
+            if math.inf in row["errors"].values():
+                FAILED.setdefault("ours: the result is not finite", []).append(name)
+
+    for what in RING_CALLS:
+        backward = what == "fwd+bwd"
+        cell = lambda kind, form=None: number(row[kind].get(what), form)
+        errors = " ".join(f"{key} {x:.1e}" for key, x in (row["errors"] or {}).items() if (key != "o") == backward)
+        best = ratio_text(row["of_best"].get(what))
+        peak = number(row["peak_bytes"] and row["peak_bytes"] / 2**30, ".2f") if backward else ""
+        print(ring_line("" if backward else name, what, cell("ms", ".3f"), cell("tflops"), cell("of_ideal", ".1%"), cell("exposed_ms", ".3f"),
+                        cell("launches", "g"), f"{best:30}{peak:>6}   {errors}"), flush=True)  # fmt: skip
+    if GPU and T == 2 * K and len(ms) == len(RING_CALLS):
+        row["graph_ms"] = {}
+        for what, call in calls.items():
+            us = together("ours in a CUDA graph", name, lambda: ends_us(captured(call)))
+            if us:
+                row["graph_ms"][what] = slowest(us)[0] / 1e3
+        for what, t in row["graph_ms"].items():
+            ideal = number(B * alone[what] / N_RANKS / t if what in alone else None, ".1%")
+            print(ring_line("  in a CUDA graph" if what == "fwd" else "", what, f"{t:.3f}", number(ring_tflops(what, t, B, S, H)), ideal), flush=True)
+    return row
+
+
 if N_RANKS > 1:
-    SECTIONS = [sharded]
+    SECTIONS = [rings, sharded]
 else:
     SECTIONS = [kernels, small, memory, decode] if GPU else [kernels, schedules, decode]
+
+# -----------------------------------------------------------------------------
+# what overlaps: a profile of every rank
+
+PARTS = ("forward", "rows", "dq", "dkv")  # of a backend
+MOVES = dict(keys="keys, values", pass_on="gradients")  # methods of a transport that start copies
+
+
+@contextlib.contextmanager
+def named_parts():
+    """Inside, profiles have a range around the launches of each part of a hop loop."""
+
+    def named(f, name):
+        def call(*args, **kwargs):
+            with torch.profiler.record_function(name):
+                return f(*args, **kwargs)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        backends = dict(ring_attn.BACKENDS)
+        stack.callback(ring_attn.BACKENDS.update, backends)
+        ring_attn.BACKENDS.update({key: tuple(map(named, parts, PARTS)) for key, parts in backends.items()})
+        for transport, method in itertools.product(ring_attn.TRANSPORTS.values(), MOVES):
+            stack.callback(setattr, transport, method, getattr(transport, method))
+            setattr(transport, method, named(getattr(transport, method), MOVES[method]))
+        yield
+
+
+def intervals(events, calls):
+    """[lane, start, length, kind] of the last of some calls, in microseconds: kernels by the part that launched them, and copies."""
+    named, stream = (*PARTS, *MOVES.values()), attention_stream(events)[0] if GPU else None
+    ranges = [event for event in events if event.get("cat") == ("gpu_user_annotation" if GPU else "user_annotation") and event["name"] in named]
+    found = []
+    for event in events:
+        cat, name, start, lane = event.get("cat"), event["name"], event["ts"], event["tid"]
+        if cat not in ("kernel", "gpu_memcpy") if GPU else cat != "user_annotation" or name not in PARTS and name != "gloo:recv":
+            continue
+        moves = cat == "gpu_memcpy" and lane != stream or "nccl" in name or name == "gloo:recv"
+        # the last range to begin before it: on a GPU it is inside, on a CPU a message is under way for longer than the range that posted it
+        around = [r for r in ranges if r["tid"] == lane and r["ts"] - 0.1 <= start and (not GPU or start < r["ts"] + r["dur"])]
+        kind = max(around, key=lambda r: r["ts"])["name"] if around else "forward" if "fwd" in name else None
+        if (kind in MOVES.values()) != moves:
+            kind = "copy" if moves else "other"
+        lane = "copies" if moves else "kernels" if lane == stream or not GPU else "other stream"
+        found.append([lane, start, event["dur"], "other" if kind in (None, "rows") else kind])
+    kernels = sorted(start for lane, start, *_ in found if lane == "kernels")
+    first = kernels[-(len(kernels) // calls)]
+    return [x for x in found if x[1] + x[2] > first]
+
+
+def trace(folder):
+    """Profiles calls of forward + backward on every rank into `folder`; returns what `overlap_figure` draws."""
+    T, H, HKV, calls = (8 * K, 32, 8, 3) if GPU else (256, 4, 2, 3)
+    tensors = make(f"trace {RANK}", 1, T, H, HKV, RING_D)
+    call = ring_call(lambda q, k, v: ring_attn.ring_attn(q, k, v, "zigzag"), tensors, "fwd+bwd")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def profile():
+        call(), call()
+        with named_parts():
+            call()
+            slowest(0)
+            return intervals(profiled(call, calls, folder / f"rank{RANK}.json"), calls)
+
+    mine = together("ours", "trace", profile)
+    if mine is None:
+        return None
+    ranks = [mine] * N_RANKS
+    if N_RANKS > 1:
+        dist.all_gather_object(ranks, mine)
+    first = min(start for rank in ranks for _, start, *_ in rank)  # the clocks of processes on one host agree
+    ranks = [[[lane, round(start - first), max(1, round(length)), kind] for lane, start, length, kind in rank] for rank in ranks]
+    ring = ring_attn.resolve_ring(None)
+    return dict(T=T, H=H, HKV=HKV, D=RING_D, schedule="zigzag", transport=ring.transport, n_ranks=N_RANKS, ranks=ranks)
+
+
+# -----------------------------------------------------------------------------
+# pictures for the README: mid-tones on nothing, which read on white and on dark pages
+
+INK, BLUE, ORANGE, GREEN, PURPLE, GOLD = "#7a7f87", "#2f7fc1", "#d1661a", "#179a76", "#b8629b", "#a8860b"  # told apart by colour-blind eyes too
+
+
+def svg(path, width, height, parts, footer=""):
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    parts = [*parts, label(width - 10, height - 10, footer, "end", 11)]
+    path.write_text("\n".join([f'{start} font-family="-apple-system, Segoe UI, Helvetica, Arial, sans-serif">', *parts, "</svg>\n"]))
+    print(f"wrote {path}", flush=True)
+
+
+def label(x, y, text, anchor="start", size=13, weight="normal", color=INK):
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" font-weight="{weight}" text-anchor="{anchor}" fill="{color}">{html.escape(text)}</text>'
+
+
+def box(x, y, width, height, color, opacity=1):
+    return f'<rect x="{x:.2f}" y="{y:.2f}" width="{max(width, 0.3):.2f}" height="{height:.2f}" fill="{color}" fill-opacity="{opacity}"/>'
+
+
+def line(x, y, to_x, to_y, style='stroke-opacity="0.35"'):
+    return f'<path d="M{x:.1f} {y:.1f}L{to_x:.1f} {to_y:.1f}" stroke="{INK}" {style}/>'
+
+
+DASHED = 'stroke-width="1.5" stroke-dasharray="4 3"'
+
+
+def legend(x, y, entries):
+    """A row of (colour, text)."""
+    parts = []
+    for color, text in entries:
+        parts += [box(x, y - 10, 12, 12, color), label(x + 18, y, text)]
+        x += 40 + 7 * len(text)
+    return parts
+
+
+def measured_on(found):
+    return f"{found['n_ranks']} x {found['gpu'] or 'CPU'} | torch {found['torch']} | commit {found['commit']}"
+
+
+def ticks(top, n=5):
+    """About n round numbers up to top."""
+    step = 10 ** math.floor(math.log10(top / n))
+    step *= next(m for m in (1, 2, 5, 10) if top / (m * step) <= n)
+    return [i * step for i in range(int(top / step) + 1)]
+
+
+def schedules_figure(n_ranks=4, T=64):
+    """Rank x hop: whose keys are at hand, and how much of the scores with them a rank computes."""
+    parts = [label(20, 28, f"One attention, forward, causal, on {n_ranks} ranks: whose keys are there at each hop, and the share of scores computed", size=14)]
+    for i, schedule in enumerate(ring_attn.SCHEDULES):
+        left, top = 20 + i % 2 * 430, 70 + i // 2 * 235
+        parts.append(label(left, top, schedule, size=15, weight="bold"))
+        parts += [label(left + 60 + 70 * j, top + 22, f"hop {j}", size=12) for j in range(n_ranks)] + [label(left + 400, top + 22, "work", "end", 12)]
+        shares = []
+        for rank in range(n_ranks):
+            hops = ring_attn.plan(schedule, rank, n_ranks, T, True, 1)
+            at = lambda layout: ring_attn.layout_positions(ring_attn.Layout(*layout), T)
+            seen = lambda hop: [(at(row[3:6]) <= at(row[:3])[:, None]).double().mean().item() for row in hop.table]
+            shares.append([(hop.source, statistics.mean(seen(hop))) for hop in hops])
+        total = sum(share for row in shares for _, share in row)
+        for rank, row in enumerate(shares):
+            y = top + 32 + 44 * rank
+            parts.append(label(left, y + 28, f"rank {rank}", size=12))
+            for j, (source, share) in enumerate(row):
+                x = left + 60 + 70 * j
+                parts += [label(x, y + 12, f"k{source}" if share else "nothing", size=11), box(x, y + 17, 60, 14, INK, 0.15)]
+                parts += [box(x, y + 17, 60 * share, 14, BLUE)] if share else []
+            parts.append(label(left + 400, y + 28, f"{sum(share for _, share in row) / total:.0%}", "end", 12))
+    svg(ASSETS / "schedules.svg", 870, 545, parts, "k2: keys of rank 2; a full bar: every query sees every key | from the plans that the hop loops follow")
+
+
+def throughput_figure(found, rows):
+    """Bars for tokens per GPU, forward and forward + backward."""
+    who = {"ours": BLUE, "torch cp": ORANGE, "ring-flash-attn": GREEN}
+    names = ["this project, zigzag", "torch context_parallel", "ring-flash-attn, zigzag"]
+    bars, ideal = {}, {}  # {(what, T): {who: TFLOP/s}}
+    for row, what in itertools.product(rows, RING_CALLS):
+        rates = {"ours": row["tflops"].get(what)}
+        for peer, ms in row["peers"].get(what, {}).items():
+            library = next(x for x in who if peer.startswith(x))
+            rates[library] = max(rates.get(library, 0), row["tflops"][what] * row["ms"][what] / ms) if what in row["ms"] else 0
+        bars[what, row["T"]] = {key: rate for key, rate in rates.items() if rate}
+        if what in row["of_ideal"]:
+            ideal[what, row["T"]] = row["tflops"][what] / row["of_ideal"][what]
+    top = 1.08 * max(itertools.chain(ideal.values(), *(x.values() for x in bars.values())))
+    parts, height = legend(60, 28, [*zip(who.values(), names)]), 250
+    parts += [line(660, 24, 684, 24, DASHED), label(690, 28, "one GPU with the whole sequence")]
+    for i, what in enumerate(RING_CALLS):
+        left, base, width = 60 + 450 * i, 330, 400
+        parts.append(label(left, 62, {"fwd": "forward", "fwd+bwd": "forward + backward"}[what] + ", TFLOP/s per GPU", size=14, weight="bold"))
+        for tick in ticks(top):
+            y = base - height * tick / top
+            parts += [line(left, y, left + width, y), label(left - 6, y + 4, f"{tick:g}", "end", 11)]
+        for j, row in enumerate(rows):
+            x, at = left + width * (j + 0.1) / len(rows), (what, row["T"])
+            step = width * 0.8 / len(rows) / len(who)
+            for n, (key, color) in enumerate(who.items()):
+                if rate := bars[at].get(key):
+                    y = height * rate / top
+                    inside = dict(y=base - y + 14, color="#ffffff", weight="bold") if y > 24 else dict(y=base - y - 4)
+                    parts += [box(x + n * step, base - y, step - 4, y, color), label(x + (n + 0.5) * step - 2, text=f"{rate:.0f}", anchor="middle", size=11, **inside)]
+            if at in ideal:
+                y = base - height * ideal[at] / top
+                parts.append(line(x - 4, y, x + 3 * step, y, DASHED))
+            parts.append(label(x + 1.5 * step - 2, base + 18, f"{size(row['T'])} per GPU", "middle", 12))
+    first = rows[0]
+    what = f"{first['H']}/{first['HKV']} heads, D{first['D']}, {found['dtype']}, causal, transport {first['transport']}; peers: the fastest of their variants"
+    svg(ASSETS / "throughput.svg", 940, 400, [*parts, label(10, 390, what, size=11)], measured_on(found))
+
+
+def overlap_figure(path, found):
+    """A band for each rank: its kernels, and the copies that bring keys, values and gradients from other ranks."""
+    data, colors = found["trace"], dict(forward=BLUE, dq=ORANGE, dkv=GREEN, other=INK)
+    colors |= {"keys, values": PURPLE, "copy": PURPLE, "gradients": GOLD}
+    end = max(start + length for rank in data["ranks"] for _, start, length, _ in rank)
+    left, width, y = 130, 800, 90
+    present = {kind for rank in data["ranks"] for *_, kind in rank}
+    what = f"forward + backward, {data['schedule']}, {size(data['T'])} tokens per GPU, {data['H']}/{data['HKV']} heads, D{data['D']}, causal, transport {data['transport']}"
+    parts = [label(20, 28, what, size=14), *legend(20, 56, [(color, kind) for kind, color in colors.items() if kind in present])]
+    for rank, spans in enumerate(data["ranks"]):
+        parts.append(label(10, y + 15, f"rank {rank}", weight="bold"))
+        for lane in ("kernels", "copies", "other stream"):
+            if mine := [x for x in spans if x[0] == lane]:
+                parts += [label(left - 8, y + 15, lane, "end", 12), box(left, y, width, 20, INK, 0.12)]
+                for _, start, length, kind in mine:
+                    parts.append(box(left + width * max(0, start) / end, y, width * length / end, 20, colors[kind]))
+                y += 24
+        y += 14
+    for tick in ticks(end / 1e3, 8):
+        x = left + width * tick * 1e3 / end
+        parts += [line(x, 84, x, y), label(x, y + 16, f"{tick:g}", "middle", 11)]
+    svg(path, left + width + 30, y + 50, [*parts, label(left - 8, y + 16, "ms", "end", 11)], measured_on(found))
+
+
+def figures(runs):
+    """The README's pictures, from what runs have found: each from the first that holds its numbers, and has measured them on GPUs."""
+    ASSETS.mkdir(exist_ok=True)
+    schedules_figure()
+    runs = [found for found in runs if found.get("gpu")]
+    shown = re.compile(r"ring zigzag (2|8|32)k")
+    rows = lambda found: [row for row in found["rows"] if shown.fullmatch(row["name"]) and row["ms"]]
+    for name, holds, draw in (("throughput", rows, lambda found: throughput_figure(found, rows(found))),
+                              ("overlap", lambda found: found.get("trace"), lambda found: overlap_figure(ASSETS / "overlap.svg", found))):  # fmt: skip
+        found = next(filter(holds, runs), None)
+        if found:
+            draw(found)
+        else:
+            flag = dict(throughput='--filter "ring zigzag"', overlap="--trace")[name]
+            print(f"no {name}.svg: it takes torchrun --nproc_per_node=2 bench.py --figures {flag}, on GPUs, or --figures FILE with what that has printed")
+
 
 # -----------------------------------------------------------------------------
 # the run
@@ -567,6 +1168,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer lengths and head dims")
     parser.add_argument("--filter", default="", metavar="TEXT", help='only rows whose name contains this, such as "D128 16k causal"')
+    parser.add_argument("--trace", nargs="?", const="runs/trace", metavar="FOLDER",
+                        help="profile forward + backward on each rank: Chrome traces and overlap.svg (default folder runs/trace); rows only with another flag")
+    parser.add_argument("--figures", nargs="*", metavar="FILE",
+                        help="draw the README's pictures into assets, from this run, or from the saved output of earlier ones")  # fmt: skip
     args = parser.parse_args()
     refuse = parser.error if RANK == 0 else lambda text: sys.exit(2)  # one of several ranks tells
     if ring_attn.INTERPRET:
@@ -575,6 +1180,12 @@ def main():
     names = [name for _, _, cases in sections for name in cases]
     if not any(args.filter in name for name in names):
         refuse(f"--filter={args.filter!r} is in no name; there are: {', '.join(names)}")
+    if args.figures or args.figures is not None and not args.trace and not (GPU and N_RANKS > 1):
+        try:
+            runs = [json.loads(Path(file).read_text().strip().splitlines()[-1]) for file in args.figures]
+        except (OSError, ValueError, IndexError) as error:
+            refuse(f"--figures: the last line of a FILE must be the JSON of a run: {error}")
+        return figures(runs) if RANK == 0 else None
     if N_RANKS > 1:
         from train import setup
 
@@ -584,6 +1195,7 @@ def main():
             refuse(str(error))
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
+        torch.autograd.set_multithreading_enabled(False)
 
     torch.backends.cuda.matmul.allow_tf32 = False  # the truth is float32 throughout
     card = dict(commit=commit(), gpu=torch.cuda.get_device_name() if GPU else None, torch=torch.__version__, triton=triton.__version__)
@@ -596,14 +1208,17 @@ def main():
         print("of best peer: time of the fastest peer / ours, so above 1 we are faster; fwd+bwd: the sum of both medians")
         print(f"error: relative (Frobenius) to {str(WIDE)[6:]}, of o, or the worst of dq, dk, dv, on one batch item and key/value head; decode: on one sequence")
 
-    rows, status = [], 0
+    rows, status, found = [], 0, {}
+    only_trace = args.trace and not (args.quick or args.filter or args.figures is not None)
     try:
-        for heading, measure_row, cases in sections:
+        for heading, measure_row, cases in () if only_trace else sections:
             chosen = [name for name in cases if args.filter in name]
             if chosen:
                 print(f"\n{heading() if callable(heading) else heading}", flush=True)
             for name in chosen:
                 rows.append(measure_row(name, *cases[name]))
+        if args.trace:
+            found["trace"] = trace(Path(args.trace))
     except KeyboardInterrupt:
         print("\ninterrupted: below is what was measured so far", end="")
         status = 130
@@ -613,7 +1228,13 @@ def main():
     if args.quick and "flex" in CONTENDERS and kernels in SECTIONS:
         print("- flex: --quick compiles it once per head dim and mask, of the kernels")
     rounded = lambda text: float(f"{float(text):.4g}")
-    print(json.dumps(json.loads(json.dumps(card | dict(rows=rows, failed=FAILED)), parse_float=rounded)), flush=True)
+    found = card | dict(rows=rows, failed=FAILED) | found
+    if RANK == 0 and not status:
+        if found.get("trace"):
+            overlap_figure(Path(args.trace) / "overlap.svg", found)
+        if args.figures is not None:
+            figures([found])
+    print(json.dumps(json.loads(json.dumps(found), parse_float=rounded)), flush=True)
     if N_RANKS > 1 and not status:  # interrupted ranks may stand at different collectives, and would wait for each other
         ring_attn.leave_groups()
     sys.exit(status or any(reason.startswith(("ours:", "triton:")) for reason in FAILED))
