@@ -706,10 +706,10 @@ def rings(quick):
     some = (8 * K, 32 * K) if GPU else (256,)
     cases = {}
     for T in some if quick else lengths:
-        for schedule in ("zigzag", "striped", "step", "contiguous")[: 3 if quick else None]:
+        for schedule in ("zigzag", "step", "striped", "contiguous")[: 3 if quick else None]:
             cases[f"ring {schedule} {size(T)}"] = (schedule, T, *heads)
-        if T in some:
-            cases[f"ring zigzag {size(T)} p2p"] = ("zigzag", T, *heads, "p2p")
+            if schedule == "zigzag" and T in some:
+                cases[f"ring zigzag {size(T)} p2p"] = ("zigzag", T, *heads, "p2p")
         for H, HKV in mha if T in some and not quick else ():
             cases[f"ring zigzag {size(T)} {H}/{HKV}"] = ("zigzag", T, H, HKV)
 
@@ -718,12 +718,13 @@ def rings(quick):
         together("ours", "the first ring", lambda: ring_attn.ring_attn(*first))
         ring = ring_attn.resolve_ring(None)
         columns = ring_line("", "", "ms", "TFLOP/s", "of ideal", "exposed ms", "launches", f"{'of best peer':30}{'GiB':>6}   error")
-        return f"""rings: {size(lengths[0])} to {size(lengths[-1])} tokens on each of {N_RANKS} ranks, causal, {heads[0]}/{heads[1]} heads or as named, D{RING_D}, B1, step B2; the slowest rank
-transport {ring.transport} ({ring.why}), or as named. Times are those between the ends of calls in a row, medians; TFLOP/s: per rank;
-everybody's backward runs in the calling thread, as autograd's own would be woken for each call here, and once per step in training
-of ideal: time of our kernel on one GPU with the whole sequence, all GPUs at once, over that of the ring times {N_RANKS}; exposed: beyond the same hops
-where nothing moves; launches: kernels on the stream of the attention; of best peer: TFLOP/s over those of the best peer with this schedule (step: zigzag)
-GiB: peak beyond the inputs, with symmetric memory; error: to one GPU, relative (Frobenius); ring-flash-attn: on torch's kernels (fa2, cudnn), and FlashAttention-3's forward
+        return f"""rings: {N_RANKS} ranks, causal, {heads[0]}/{heads[1]} heads and D{RING_D}, B1 (step: B2), tokens on each rank and whatever is different as named
+transport {ring.transport} ({ring.why}), or as named
+ms: between the ends of calls in a row, the slowest rank's; all of a row take turns, each library with its fastest variant; medians. Everybody's backward
+    runs in the calling thread: autograd's own would be woken for each call here, but once per step in training
+TFLOP/s: per rank. of ideal: our kernel on one GPU with the whole sequence (all GPUs at once) over {N_RANKS} times the ring. exposed: beyond the same hops where nothing
+moves. launches: kernels on the stream of the attention. of best peer: its time over ours, same schedule (step: zigzag), ring-flash-attn on torch's kernels (fa2,
+cudnn) or FlashAttention-3's forward. GiB: peak beyond the inputs, symmetric memory included. error: to one GPU, relative (Frobenius)
 {columns}"""
 
     return heading, ring_row, cases
@@ -751,29 +752,31 @@ def ring_call(f, tensors, what):
     return call
 
 
-def ring_times(who, row, f, tensors, context=contextlib.nullcontext, calls=RING_CALLS):
-    """{"fwd", "fwd+bwd": milliseconds per call on the slowest rank}, without what fails on any."""
-    times = {}
-    for what in calls:
-        call = ring_call(f, tensors, what)
+def timed_together(who, row, call, rounds, context=contextlib.nullcontext):
+    """Microseconds per call on the slowest rank; None if it fails on any."""
 
-        def timed(rounds):
-            dist.barrier()
-            if GPU:
-                torch.cuda.synchronize()
-            return ends_us(call, rounds)
+    def timed():
+        dist.barrier()
+        if GPU:
+            torch.cuda.synchronize()
+        return ends_us(call, rounds)
 
-        def in_step(rounds):
-            us = together(who, row, lambda: timed(rounds), context)
-            return us and slowest(us)[0]
+    us = together(who, row, timed, context)
+    return us and slowest(us)[0]
 
-        us = together(who, row, lambda: len(call()), context) and in_step(2)  # the first call compiles, and tells whether it works
-        if us and us < 3e5:  # of longer calls two are enough
-            us = in_step(int(min(50, max(5, (5e5 if GPU else 1e5) / us))))
-        if not us:
-            break
-        times[what] = us / 1e3
-    return times
+
+def in_turns(row, contenders):
+    """{who: milliseconds per call}, the median of rounds in which all take turns, as a GPU that has been busy for a while is slower.
+    contenders: {who: (call, what it runs in)}. Without those that fail."""
+    about = {who: timed_together(who, row, call, 1, context) for who, (call, context) in contenders.items()}  # the first calls compile
+    found = {who: [us] for who, us in about.items() if us}
+    if max(itertools.chain(*found.values()), default=0) > 3e5:  # longer calls are left at one
+        return {who: us[0] / 1e3 for who, us in found.items()}
+    for i in range(3):
+        for who, us in found.items():
+            us *= i > 0  # the first ones were for the estimate
+            us.append(timed_together(who, row, contenders[who][0], int(min(20, max(2, 1e5 / about[who]))), contenders[who][1]))
+    return {who: statistics.median(us) / 1e3 for who, us in found.items() if all(us)}
 
 
 def ring_tflops(what, ms, B, S, H, ranks=N_RANKS):
@@ -782,47 +785,42 @@ def ring_tflops(what, ms, B, S, H, ranks=N_RANKS):
 
 @functools.lru_cache(maxsize=1)  # of long sequences, memory holds one
 def whole(T, H, HKV):
-    """The sequence of all ranks' tokens on every rank alone: ([q, k, v, do], [o, dq, dk, dv], times); None and {} for what fails."""
+    """The sequence of all ranks' tokens on every rank alone: ([q, k, v, do], [o, dq, dk, dv]); None for what fails."""
     name, S = f"one GPU {size(N_RANKS * T)} {H}/{HKV}", N_RANKS * T
     if S > 512 * K:
         FAILED.setdefault("one GPU: more than 512k tokens would take minutes", []).append(f"ring {size(T)}")
-        return None, None, {}
+        return None, None
     tensors = together(name, "ring", lambda: make(name, 1, S, H, HKV, RING_D))
-    times = ring_times(name, "ring", ring_attn.flash_attn_func, tensors) if tensors else {}
-    results = together(name, "ring", ring_call(ring_attn.flash_attn_func, tensors, "fwd+bwd")) if len(times) == len(RING_CALLS) else None
-    for what, ms in times.items():
-        label = name if what == "fwd" else ""
-        print(ring_line(label, what, f"{ms:.3f}", number(ring_tflops(what, ms, 1, S, H, 1)), ""), flush=True)
-    return tensors, results, times
+    return tensors, together(name, "ring", ring_call(ring_attn.flash_attn_func, tensors, "fwd+bwd")) if tensors else None
 
 
-@functools.cache
-def peer_times(schedule, T, H, HKV):
-    """{"fwd", "fwd+bwd": {peer: ms}} of the peers with this schedule."""
-    times, alone = {what: {} for what in RING_CALLS}, whole(T, H, HKV)[2]
+@functools.lru_cache(maxsize=1)
+def fastest_peers(schedule, T, H, HKV):
+    """{"fwd", "fwd+bwd": {name: (call, what it runs in)}}: of each library with this schedule, the variant that is fastest in a few calls."""
+    best = {what: {} for what in RING_CALLS}
     q, k, v, do = make(f"peers {RANK} {T} {H} {HKV}", 1, T, H, HKV, RING_D)
     for peer in PEERS:
         if peer.schedule != schedule:
             continue
-        who, row, calls = f"{peer.library} {peer.variant}", f"ring {schedule} {size(T)}", list(RING_CALLS)[: 2 if peer.backward else 1]
+        row, left = f"ring {schedule} {size(T)}", list(RING_CALLS)[: 2 if peer.backward else 1]
         for times_kv in (1, H // HKV) if peer.heads_first and H != HKV else (1,):  # what refuses grouped heads gets them repeated, off the clock
             kv = [x.repeat_interleave(times_kv, 2) for x in (k, v)]
             tensors = [x.transpose(1, 2).contiguous() if peer.heads_first else x for x in (q, *kv, do)]
-            found = ring_times(who + (" with repeated heads" if times_kv > 1 else ""), row, peer.f, tensors, peer.context, calls)
-            for what, ms in found.items():
-                times[what].setdefault(who + (" repeated" if times_kv > 1 else ""), ms)
-            calls = [what for what in calls if what not in found]
-            if not calls:
+            name = f"{peer.library} {peer.variant}" + " repeated" * (times_kv > 1)
+            for what in list(left):
+                call = ring_call(peer.f, tensors, what)
+                us = timed_together(name, row, call, 1, peer.context)
+                us = timed_together(name, row, call, 3, peer.context) if us and us < 3e5 else us
+                if us:
+                    left.remove(what)
+                    if us < best[what].get(peer.library, (math.inf,))[0]:
+                        best[what][peer.library] = us, name, (call, peer.context)
+            if not left:
                 break
-    for library in sorted({peer.library for peer in PEERS if peer.schedule == schedule}, reverse=True):
-        for what, peers in times.items():
-            peers = {who: ms for who, ms in peers.items() if who.startswith(library)}
-            who, label = min(peers, key=peers.get, default=None), library if what == "fwd" else ""
-            ms = peers.get(who)
-            cells = number(ms, ".3f"), number(ms and ring_tflops(what, ms, 1, N_RANKS * T, H))
-            ideal = number(ms and what in alone and alone[what] / N_RANKS / ms or None, ".1%")
-            print(ring_line(f"  {label}", what, *cells, ideal, rest=(who or "").removeprefix(library).strip()), flush=True)
-    return times
+    return {what: {name: how for _, name, how in found.values()} for what, found in best.items()}
+
+
+SHOWN = set()  # what has a line already
 
 
 @functools.cache
@@ -871,20 +869,28 @@ def peak_bytes(call):
 def ring_row(name, schedule, T, H, HKV, transport=None):
     B, S = ring_attn.SCHEDULES[schedule].batch_groups, N_RANKS * T
     mine = lambda x: ring_attn.shard(x if B == 1 else torch.cat([x, x.flip(2)]), schedule, RANK, N_RANKS)  # the second sequence: heads reversed
-    sequence, results, alone = whole(T, H, HKV)
-    peers = peer_times("zigzag" if schedule == "step" else schedule, T, H, HKV)
+    sequence, results = whole(T, H, HKV)
+    theirs = "zigzag" if schedule == "step" else schedule
+    peers = fastest_peers(theirs, T, H, HKV)
     tensors = [mine(x) for x in sequence] if sequence else make(f"{name} {RANK}", B, T, H, HKV, RING_D)
     ring = ring_attn.resolve_ring(None, transport)
     ours = lambda q, k, v: ring_attn.ring_attn(q, k, v, schedule, ring)
+    silent = lambda q, k, v: ring_attn.ring_attn(q, k, v, schedule, silent_ring())
     calls = {what: ring_call(ours, tensors, what) for what in RING_CALLS}
-
-    ms = ring_times("ours", name, ours, tensors)
-    silent = ring_times("ours where nothing moves", name, lambda q, k, v: ring_attn.ring_attn(q, k, v, schedule, silent_ring()), tensors)
-    row = dict(name=name, schedule=schedule, transport=ring.transport, B=B, T=T, H=H, HKV=HKV, D=RING_D, ms=ms, peers=peers)
+    times = {}
+    for what, call in calls.items():
+        contenders = {"ours": (call, contextlib.nullcontext), "ours where nothing moves": (ring_call(silent, tensors, what), contextlib.nullcontext)}
+        if sequence:
+            contenders["one GPU"] = ring_call(ring_attn.flash_attn_func, sequence, what), contextlib.nullcontext
+        times[what] = in_turns(name, contenders | peers[what])
+    of = lambda who: {what: t[who] for what, t in times.items() if who in t and "ours" in t}
+    ms, alone = of("ours"), of("one GPU")
+    row = dict(name=name, schedule=schedule, transport=ring.transport, B=B, T=T, H=H, HKV=HKV, D=RING_D, ms=ms, one_gpu_ms=alone)
+    row["peers"] = {what: {who: times[what][who] for who in peers[what] if who in times[what]} for what in times}
     row["tflops"] = {what: ring_tflops(what, t, B, S, H) for what, t in ms.items()}
-    row["of_ideal"] = {what: B * alone[what] / N_RANKS / t for what, t in ms.items() if what in alone}
-    row["exposed_ms"] = {what: t - silent[what] for what, t in ms.items() if what in silent}
-    row["of_best"] = {what: of_best(dict(ours=t / B) | peers[what]) for what, t in ms.items()}
+    row["of_ideal"] = {what: B * alone[what] / N_RANKS / ms[what] for what in alone}
+    row["exposed_ms"] = {what: ms[what] - t for what, t in of("ours where nothing moves").items()}
+    row["of_best"] = {what: of_best(dict(ours=t / B) | row["peers"][what]) for what, t in ms.items()}
     row["launches"], row["peak_bytes"], row["errors"] = {}, None, None
     if GPU and len(ms) == len(RING_CALLS):
         counts = {what: together("launches", name, lambda: count_launches(call)) for what, call in calls.items()}
@@ -899,6 +905,16 @@ def ring_row(name, schedule, T, H, HKV, transport=None):
             if math.inf in row["errors"].values():
                 FAILED.setdefault("ours: the result is not finite", []).append(name)
 
+    for label, key, found in [(f"one GPU {size(S)} {H}/{HKV}", (T, H, HKV), {what: {"": t} for what, t in alone.items()})] + [
+        (f"  {library}", (library, theirs, T, H, HKV), {what: {who: t for who, t in peers.items() if who.startswith(library)} for what, peers in row["peers"].items()})
+        for library in dict.fromkeys(peer.library for peer in PEERS if peer.schedule == theirs)
+    ]:  # fmt: skip
+        for i, (what, times) in enumerate(() if key in SHOWN else found.items()):
+            (who, t), one = next(iter(times.items()), ("", None)), label.startswith("one")
+            ideal = None if one or t is None or what not in alone else alone[what] / N_RANKS / t
+            tflops = t and ring_tflops(what, t, 1, S, H, 1 if one else N_RANKS)
+            print(ring_line("" if i else label, what, number(t, ".3f"), number(tflops), "" if one else number(ideal, ".1%"), rest=who.removeprefix(label.strip())), flush=True)
+        SHOWN.add(key)
     for what in RING_CALLS:
         backward = what == "fwd+bwd"
         cell = lambda kind, form=None: number(row[kind].get(what), form)

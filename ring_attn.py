@@ -1319,8 +1319,7 @@ class Symmetric:
             known[key] = symmetric_steps(self.lane, schedule, ring.rank, ring.n_ranks, B, T, causal, direction)
         self.hops, self.key_steps, self.grad_steps, self.last, self.joins = known[key]
         self.slots, self.boxes = self.memory.views(self.memory.slots, k, k.dtype), wide and self.memory.views(self.memory.boxes, k, wide)
-        self.capturing = self.lane.capturing()
-        self.memory.captured |= self.capturing
+        self.memory.captured |= self.lane.capturing()
 
     def keys(self, j):
         step, lane = self.key_steps[j], self.lane
@@ -1357,7 +1356,7 @@ class Symmetric:
 
     def finish(self):
         self.lane.signal(self.last)
-        if self.capturing or self.joins:  # a graph ends on one stream; and k, v must not be overwritten before they have been pushed
+        if self.joins or self.lane.capturing():  # a CUDA graph must end on the stream that it began on
             self.lane.meet(self.lane.mark())
 
 
@@ -1375,8 +1374,8 @@ class Steps(NamedTuple):
 
 
 def symmetric_steps(lane, schedule, me, R, B, T, causal, direction):
-    """(hops, their Steps for keys, for gradients, the signals at the end, whether the end must wait for the lane), for Symmetric: made once
-    per shape, as a call should take the host no longer than a small problem takes the GPU."""
+    """(hops, their Steps for keys, for gradients, the signals at the end, whether the lane then still has something to do), for Symmetric:
+    made once per shape, as a call should take the host no longer than a small problem takes the GPU."""
     plans = [plan(schedule, rank, R, T, causal, direction) for rank in range(R)]
     slot = lambda rank, j: sum(hop.visible for hop in plans[rank][1:j]) % 2  # of the keys of hop j; each rank fills its two in turn
     to, source = ((me + d) % R for d in (direction, -direction))  # of gradients
@@ -1409,7 +1408,7 @@ def symmetric_steps(lane, schedule, me, R, B, T, causal, direction):
             after.append(("set", source, READ + here))
         grad_steps.append(Steps(None, True, lane.prepare(before), rows, source, there, lane.prepare(after), True))
     last = [("take", READ + box, ("a reader of gradients", R - 1, to)) for box in unread] if direction < 0 else []
-    return plans[me], key_steps, grad_steps, lane.prepare(last), joins
+    return plans[me], key_steps, grad_steps, lane.prepare(last), joins or bool(last)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1464,7 +1463,7 @@ class CopyLane:
 
     def __init__(self, device, base, ring):
         self.stream, self.base, self.ring, self.device = torch.cuda.Stream(device), base, ring, device.index
-        self.handle = self.stream.cuda_stream
+        self.handle, self.kernels = self.stream.cuda_stream, None  # kernels: the stream that the last call was on
         events = (ctypes.c_void_p * 5)()
         for i in range(5):
             check_cuda(cuda_driver().cuEventCreate(ctypes.byref(events, 8 * i), 2))  # 2: CU_EVENT_DISABLE_TIMING
@@ -1476,7 +1475,14 @@ class CopyLane:
 
     def fork(self):
         """What comes next on the lane waits for all that has been launched so far."""
-        check_cuda(cuda_driver().cuEventRecord(self.forked, torch._C._cuda_getCurrentRawStream(self.device)))
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        if stream != self.kernels and self.kernels is not None and not self.capturing():
+            self.follow(self.kernels)  # the kernels of the call before, on another stream, may still read the slots
+        self.kernels = stream
+        self.follow(stream)
+
+    def follow(self, stream):
+        check_cuda(cuda_driver().cuEventRecord(self.forked, stream))
         check_cuda(cuda_driver().cuStreamWaitEvent(self.handle, self.forked, 0))
 
     def mark(self):
@@ -1623,7 +1629,7 @@ class Ring:
         self.rank, self.n_ranks = (0, 1) if alone else (dist.get_rank(group), dist.get_world_size(group))
         self.prev_rank, self.next_rank = (self.rank - 1) % self.n_ranks, (self.rank + 1) % self.n_ranks
         self.agreed = set()  # what every rank has confirmed
-        self.transport, self.why = None, "nothing has moved yet"  # until the first call
+        self.transport, self.why, self.settled = None, "nothing has moved yet", None  # until the first call; settled: for which type of device
         self.memory, self.watch, self.kept = None, None, []
         self.number = len(RINGS)
         RINGS.append(self)
@@ -1651,12 +1657,13 @@ class Ring:
 
     def settle(self, device):
         """On all ranks together: choose the transport, if that has not been done."""
-        if self.n_ranks > 1 and self.transport is None:
+        if self.n_ranks > 1 and self.settled != device.type:
             self.transport, self.why = choose_transport(self.gather(transport_facts(device)))
             if self.wanted == "p2p" and self.transport == "symmetric":
                 self.transport, self.why = "p2p", "asked for"
-            if device.type == "cuda" and cuda_driver():
+            if device.type == "cuda" and self.watch is None and cuda_driver():
                 self.watch = Watch(self)
+            self.settled = device.type
         if self.wanted == "symmetric" and self.transport == "p2p":
             raise ValueError(f'transport="symmetric" cannot be had: {self.why}; use transport="p2p", or None to choose by machine')
 
@@ -1806,8 +1813,12 @@ def leave_groups():
 
 
 def resolve_ring(group, transport=None):
-    """A ring from what users pass as `group`: None, a ProcessGroup, a VirtualRing (or a Ring, which has its transport)."""
-    return group if isinstance(group, (VirtualRing, Ring)) else process_ring(group, transport)
+    """A ring from what users pass as `group`: None, a ProcessGroup, a VirtualRing or a Ring."""
+    if not isinstance(group, (VirtualRing, Ring)):
+        return process_ring(group, transport)
+    if transport is not None:
+        raise ValueError(f"{transport=} goes with a process group: a {type(group).__name__} has its own; leave it out")
+    return group
 
 
 @torch.compiler.assume_constant_result  # called once, when a graph is made: the compiled graph keeps the ring

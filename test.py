@@ -1222,30 +1222,35 @@ def check_transports(schedule, n_ranks, causal):
 
 
 def check_reuse(kind, n_ranks, times=1000):
-    """Symmetric memory, one call after another: other inputs, schedules and masks, both streams held up at random; every result checked."""
+    """Symmetric memory, one call after another: other inputs, schedules and masks, on two streams that nobody orders, kernels and copies
+    held up at random; every result checked."""
     ring, same, mine = ring_attn.resolve_ring(RINGS[n_ranks], "symmetric"), random.Random(0), random.Random(RANK)
     inputs = [make(2, 256, 4, 2, 64, torch.bfloat16, seed=100 * RANK + i) for i in range(4)]
     kinds = list(itertools.product(range(4), SCHEDULES, (True, False)))
     truth = {x: run(*inputs[x[0]], x[1], ring_attn.resolve_ring(RINGS[n_ranks], "p2p"), x[2]) for x in kinds}
     run(*inputs[0], "zigzag", ring)
-    wrong, torch.utils.deterministic.fill_uninitialized_memory = torch.zeros((), device=DEVICE), False
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    streams, wrong = [torch.cuda.Stream(), torch.cuda.Stream()], torch.zeros(2, device=DEVICE)
+    torch.cuda.synchronize()
     try:
         for _ in range(times):
-            x = same.choice(kinds)
-            for stream in (torch.cuda.current_stream(), ring.memory.lane.stream):
+            x, i = same.choice(kinds), same.randrange(2)
+            for stream in (streams[i], ring.memory.lane.stream):
                 if mine.random() < 0.3:
                     with torch.cuda.stream(stream):
                         torch.cuda._sleep(mine.randrange(300_000))
-            for a, b in zip(run(*inputs[x[0]], x[1], ring, x[2]), truth[x]):
-                wrong += (a != b).any()
+            with torch.cuda.stream(streams[i]):
+                for a, b in zip(run(*inputs[x[0]], x[1], ring, x[2]), truth[x]):
+                    wrong[i] += (a != b).any()
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = True
-    require(not wrong.item(), f"{wrong.item():.0f} of {5 * times} results are wrong")
+    torch.cuda.synchronize()
+    require(not wrong.any(), f"{wrong.sum():.0f} of {5 * times} results are wrong")
     require(not ring.memory.local[:4096].any(), "a flag is left set")
 
 
 def check_ring_graph(kind, n_ranks):
-    """Forward and backward of a ring over symmetric memory as a CUDA graph, replayed on other inputs."""
+    """Forward and backward of a ring over symmetric memory as a CUDA graph, replayed on other inputs, with eager calls in between."""
     ring = ring_attn.resolve_ring(RINGS[n_ranks], "symmetric")
     inputs = [make(2, 256, 4, 2, 64, torch.bfloat16, seed=100 * RANK + i) for i in range(3)]
     static = [x.clone() for x in inputs[0]]
@@ -1259,7 +1264,10 @@ def check_ring_graph(kind, n_ranks):
             for x, new in zip(static, inputs[i]):
                 x.copy_(new)
             graph.replay()
+            eager = run(*inputs[i], "zigzag", ring)
+            graph.replay()
             require(all(torch.equal(a, b) for a, b in zip(results, truth[i])), "a replay differs from eager")
+            require(all(torch.equal(a, b) for a, b in zip(eager, truth[i])), "eager calls differ between replays")
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = True
 
@@ -1301,6 +1309,7 @@ def check_choice():
         require(choose(facts)[0] == "p2p" and why in choose(facts)[1], f"{choose(facts)}, not p2p because of {why}")
     q = torch.randn(1, 8, 2, 16)
     raises(lambda: ring_attn.ring_attn(q, q, q, group=ALONE, transport="carrier pigeon"), "carrier pigeon", "p2p", "symmetric")
+    raises(lambda: ring_attn.ring_attn(q, q, q, group=VirtualRing(2), transport="p2p"), "p2p", "VirtualRing", "leave it out")
     if WORLD > 1 and not GPU:
         group = RINGS[WORLD]
         raises(lambda: ring_attn.ring_attn(q, q, q, "striped", group, transport="symmetric", backend="torch"), "symmetric", "CPU", "p2p")
