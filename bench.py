@@ -1064,19 +1064,14 @@ def ticks(top, n=5):
     return [i * step for i in range(int(top / step) + 1)]
 
 
-def schedules_figure(n_ranks=4, T=64):
+def schedules_figure(folder, n_ranks=4):
     """Rank x hop: whose keys are at hand, and how much of the scores with them a rank computes."""
     parts = [label(20, 28, f"One attention, forward, causal, on {n_ranks} ranks: whose keys are there at each hop, and the share of scores computed", size=14)]
     for i, schedule in enumerate(ring_attn.SCHEDULES):
         left, top = 20 + i % 2 * 430, 70 + i // 2 * 235
         parts.append(label(left, top, schedule, size=15, weight="bold"))
         parts += [label(left + 60 + 70 * j, top + 22, f"hop {j}", size=12) for j in range(n_ranks)] + [label(left + 400, top + 22, "work", "end", 12)]
-        shares = []
-        for rank in range(n_ranks):
-            hops = ring_attn.plan(schedule, rank, n_ranks, T, True, 1)
-            at = lambda layout: ring_attn.layout_positions(ring_attn.Layout(*layout), T)
-            seen = lambda hop: [(at(row[3:6]) <= at(row[:3])[:, None]).double().mean().item() for row in hop.table]
-            shares.append([(hop.source, statistics.mean(seen(hop))) for hop in hops])
+        shares = ring_attn.work(schedule, n_ranks)
         total = sum(share for row in shares for _, share in row)
         for rank, row in enumerate(shares):
             y = top + 32 + 44 * rank
@@ -1086,7 +1081,7 @@ def schedules_figure(n_ranks=4, T=64):
                 parts += [label(x, y + 12, f"k{source}" if share else "nothing", size=11), box(x, y + 17, 60, 14, INK, 0.15)]
                 parts += [box(x, y + 17, 60 * share, 14, BLUE)] if share else []
             parts.append(label(left + 400, y + 28, f"{sum(share for _, share in row) / total:.0%}", "end", 12))
-    svg(ASSETS / "schedules.svg", 870, 545, parts, "k2: keys of rank 2; a full bar: every query sees every key | from the plans that the hop loops follow")
+    svg(folder / "schedules.svg", 870, 545, parts, "k2: keys of rank 2; a full bar: every query sees every key | from the plans that the hop loops follow")
 
 
 def throughput_figure(found, rows):
@@ -1155,7 +1150,7 @@ def overlap_figure(path, found):
 def figures(runs):
     """The README's pictures, from what runs have found: each from the first that holds its numbers, and has measured them on GPUs."""
     ASSETS.mkdir(exist_ok=True)
-    schedules_figure()
+    schedules_figure(ASSETS)
     runs = [found for found in runs if found.get("gpu")]
     shown = re.compile(r"ring zigzag (2|8|32)k")
     rows = lambda found: [row for row in found["rows"] if shown.fullmatch(row["name"]) and row["ms"]]

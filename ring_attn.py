@@ -1,7 +1,7 @@
 """Ring attention: exact attention over sequences longer than one GPU holds.
 
-Every rank keeps the queries, keys and values of its own T tokens. Keys and values travel round the ring, one
-neighbour per hop, and each hop folds them into a running softmax (per query row, over the keys j seen so far):
+Every rank keeps the queries, keys and values of its own T tokens. Keys and values come from all round the ring, one
+rank's per hop, and each hop folds them into a running softmax (per query row, over the keys j seen so far):
 
     lse = log sum_j exp(s_j)            s_j = sm_scale * q . k_j
     o   = sum_j exp(s_j - lse) v_j
@@ -2198,20 +2198,23 @@ def unshard(x, schedule, group=None):
 # the schedules, drawn from the plans that the hop loops follow
 
 
+def work(schedule, n_ranks, T=256):
+    """By rank and hop of a causal forward: (whose keys, the share of the scores with them that is computed)."""
+    at = lambda layout: layout_positions(Layout(*layout), T)
+    seen = lambda row: (at(row[3:6]) <= at(row[:3])[:, None]).double().mean().item()
+    share = lambda hop: sum(map(seen, hop.table)) / len(hop.table)
+    return [[(hop.source, share(hop)) for hop in plan(schedule, rank, n_ranks, T, True, 1)] for rank in range(n_ranks)]
+
+
 def draw(n_ranks=4, T=256):
     """One table per schedule: at each hop of the forward, whose keys a rank has and how much of the scores it computes."""
     lines = []
     for schedule in SCHEDULES:
-        plans = [plan(schedule, r, n_ranks, T, True, 1) for r in range(n_ranks)]
+        B = SCHEDULES[schedule].batch_groups
         lines.append(f"{schedule:12}" + "".join(f"hop {j}   " for j in range(n_ranks)) + "work   shards received")
-        for rank, hops in enumerate(plans):
-            shares, cells = [], []
-            for hop in hops:
-                seen = [layout_positions(Layout(*row[3:6]), T) <= layout_positions(Layout(*row[:3]), T)[:, None] for row in hop.table]
-                shares.append(sum(x.float().mean().item() for x in seen) / len(seen))
-                cells.append(f"k{hop.source} " + "█" * round(4 * shares[-1]) if shares[-1] else "·")
-            received = keys_moved(schedule, n_ranks, T, len(hops[0].table))[rank] / T / len(hops[0].table)
-            lines.append(f"  rank {rank}    " + "".join(f"{cell:8}" for cell in cells) + f"{sum(shares):<7.1f}{received:g}")
+        for rank, (hops, received) in enumerate(zip(work(schedule, n_ranks, T), keys_moved(schedule, n_ranks, T, B))):
+            cells = (f"k{source} " + "█" * round(4 * share) if share else "·" for source, share in hops)
+            lines.append(f"  rank {rank}    " + "".join(f"{cell:8}" for cell in cells) + f"{sum(share for _, share in hops):<7.1f}{received / T / B:g}")
         lines.append("")
     return "\n".join(lines)
 
