@@ -1899,7 +1899,8 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, b
 def nobody_looks(*tensors):
     """Then functions are called directly: the dispatcher would take the host longer than a launch."""
     plain = all(type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
-    return plain and not (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
+    transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return plain and not (transformed or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
 
 
 def wire_ready(q, k, v, ring):

@@ -42,12 +42,13 @@ GPU = torch.cuda.is_available()
 if not GPU and "--compile_only" not in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before ring_attn decorates its kernels
 
+import torch.autograd.forward_ad as forward_ad
 import torch.distributed as dist
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import bench
 import decode
@@ -487,6 +488,29 @@ def check_operators():
             torch.library.opcheck(torch.ops.ring_attn.backward.default, (*grads, *saved, *options))
 
 
+def check_looked_at():
+    """Who looks at operators finds them, though eager calls pass them by: selective checkpointing keeps o and lse, so that the forward
+    runs once; forward-mode derivatives, which there are none of, are refused and not forgotten."""
+    q, k, v, do = (x.requires_grad_() for x in make(1, 16, 2, 2, 16, torch.float32))
+    attn, ran, real_hops = lambda q, k, v: ring_attn.flash_attn_func(2 * q, k, v), [], ring_attn.run_hops
+    kept = torch.ops.ring_attn.forward.default
+    policy = lambda context, op, *args, **kwargs: CheckpointPolicy.MUST_SAVE if op is kept else CheckpointPolicy.PREFER_RECOMPUTE
+    ring_attn.run_hops = lambda hops, *args: (ran.append(hops), real_hops(hops, *args))[1]
+    try:
+        o = checkpoint(attn, q, k, v, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))
+        grads = torch.autograd.grad(o, (q, k, v), do)
+    finally:
+        ring_attn.run_hops = real_hops
+    require(ran == [ring_attn.forward_hops, ring_attn.backward_hops], f"under a checkpoint that keeps attention's results it ran {ran}")
+    require(all(map(torch.equal, grads, torch.autograd.grad(attn(q, k, v), (q, k, v), do))), "other gradients under a checkpoint")
+    with forward_ad.dual_level():
+        try:
+            ring_attn.flash_attn_func(forward_ad.make_dual(q.detach(), do.detach()), k.detach(), v.detach())
+        except NotImplementedError:
+            return
+    raise AssertionError("a forward-mode derivative is lost without a word")
+
+
 def check_compiled():
     """One graph: o, lse and gradients as in eager, whichever of the two has one; other lengths, no_grad; errors when it runs."""
     ring = VirtualRing(2)
@@ -649,6 +673,7 @@ local("buffers per rank", check_memory)
 for schedule, n_ranks in itertools.product(SCHEDULES, (2, 3, 5)):
     local(f"symmetric memory, steps in any order: {schedule} x{n_ranks}", lambda *args: [check_protocol(*args, seed=i) for i in range(4)] and None, schedule, n_ranks)
 local("operators under opcheck", check_operators)
+local("operators are there for who looks", check_looked_at)
 local("compiled, with lse", check_compiled)
 local("the pictures in the README", check_readme)
 
