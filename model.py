@@ -59,7 +59,7 @@ class Attention(nn.Module):
     """Multi-head attention over a sequence of seq_len tokens, whole (SDPA, FLASH) or sharded over n_ranks ranks.
 
     dim: width of x; dim_per_head divides it. n_kv_heads: key/value heads (default: as many as query heads).
-    rope_theta: base of the rotary embedding; None for none. group: process group of the ring (default: all processes).
+    rope_theta: base of the rotary embedding; None for none. group: process group or Ring (default: all processes).
     dropout: applied to the projected output. Weights do not depend on the type: attn_type may be changed at any time.
     Raises ValueError for values that do not fit each other.
     """

@@ -281,11 +281,12 @@ def n_visible(q_at, k_at, T):
 def keys_moved(schedule, n_ranks, T, B=1, causal=True, transport="symmetric"):
     """How many rows (tokens of one sequence) of keys and values each rank receives in a forward, in whole tiles of 128: a list by rank.
 
-    "symmetric": only what its queries see, from where it is. "p2p": what it or a rank after it sees, from its neighbour.
-    Full attention, and striped under any mask, move (n_ranks - 1) * T * B. Under a causal mask, for many ranks, contiguous and
-    step need half of that on average, zigzag three quarters.
+    transport "symmetric": only what its queries see. "p2p": what it or a rank after it sees.
+    Full attention, and striped under any mask, move (n_ranks - 1) * T * B. Under a causal mask "symmetric" moves half of that under contiguous and
+    step on average, three quarters under zigzag. Raises ValueError for an unknown transport, and as `positions` does.
     """
     check_schedule(schedule, n_ranks, T, B)
+    check_transport(transport)
     rows = lambda hops: [hop.seen for hop in hops[1:]] if transport == "symmetric" else [hop.recv for hop in hops]
     per_group = lambda counts: sum(n * B // len(counts) for n in counts)
     return [sum(map(per_group, rows(plan(schedule, rank, n_ranks, T, causal, 1)))) for rank in range(n_ranks)]
@@ -1427,6 +1428,11 @@ def spans(rows, B, T, parts):
 TRANSPORTS = {"p2p": Neighbours, "symmetric": Symmetric}
 
 
+def check_transport(transport):
+    if transport not in TRANSPORTS:
+        raise ValueError(f"{transport=} is unknown; choose one of {', '.join(TRANSPORTS)}, or leave it out")
+
+
 class SymmetricMemory:
     """Memory of every rank of a ring that all of them reach: flags, slots for keys, boxes for gradients. All ranks make it together."""
 
@@ -1823,12 +1829,12 @@ def resolve_ring(group, transport=None):
 
 @torch.compiler.assume_constant_result  # called once, when a graph is made: the compiled graph keeps the ring
 def process_ring(group, transport=None):
-    if transport is not None and transport not in TRANSPORTS:
-        raise ValueError(f"{transport=} is unknown; choose one of {', '.join(TRANSPORTS)}, or None to choose by machine")
+    if transport is not None:
+        check_transport(transport)
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
     if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"group must be None, a ProcessGroup this process belongs to, or a VirtualRing, not {group!r}")
+        raise ValueError(f"group must be None, a ProcessGroup this process belongs to, a VirtualRing or a Ring, not {group!r}")
     return ring_of(group, transport) if group else ALONE
 
 
@@ -2124,7 +2130,7 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     q: (B, T, H, D), k, v: (B, T, HKV, D): this rank's tokens under `schedule`, see `shard`; T, B the same on every
        rank. bfloat16, float16 or float32 (float64 in the torch path). H a multiple of HKV; D up to 256. Any strides.
     schedule: a key of SCHEDULES. Under causal=False all of them give the same result.
-    group: a process group; None for the default one, or for a ring of one if there is none; or VirtualRing(n).
+    group: a process group; None for the default one, or for a ring of one if there is none; VirtualRing(n); or a Ring, as resolve_ring makes.
     sm_scale: above 0; None means D ** -0.5.
     return_lse: also return lse (B, H, T) float32 (float64 for float64 inputs), the natural log of the softmax's denominator;
        gradients flow through it.

@@ -1343,6 +1343,7 @@ def check_choice():
         require(choose(facts)[0] == "p2p" and why in choose(facts)[1], f"{choose(facts)}, not p2p because of {why}")
     q = torch.randn(1, 8, 2, 16)
     raises(lambda: ring_attn.ring_attn(q, q, q, group=ALONE, transport="carrier pigeon"), "carrier pigeon", "p2p", "symmetric")
+    raises(lambda: ring_attn.keys_moved("zigzag", 4, 512, transport="carrier pigeon"), "carrier pigeon", "p2p", "symmetric")
     raises(lambda: ring_attn.ring_attn(q, q, q, group=VirtualRing(2), transport="p2p"), "p2p", "VirtualRing", "leave it out")
     if WORLD > 1 and not GPU:
         group = RINGS[WORLD]
