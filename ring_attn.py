@@ -1161,10 +1161,12 @@ def hopper_config(kernel, shape, HKV, device, table, causal):
     BLOCK_D = max(64, triton.next_power_of_2(D))
     consumers, streamed, stages = HOPPER_TILES[kernel][BLOCK_D]
     n_sm = torch.cuda.get_device_properties(device).multi_processor_count
-    grid = min(triton.cdiv(T, 64 * consumers) * B * (HKV if kernel == "dkv" else H), n_sm)
+    heads = B * (HKV if kernel == "dkv" else H)
+    section = triton.cdiv(heads, triton.cdiv(heads, max(1, n_sm // 4)))  # equal ones: the batch groups of a step schedule do not share any
+    grid = min(triton.cdiv(T, 64 * consumers) * heads, n_sm)
     constants = dict(HEAD_DIM=D, CAUSAL=causal, CONSUMERS=consumers, STAGES=stages)
     options = dict(num_warps=4, maxnreg={2: 168, 3: 128}[consumers])
-    return (1, 64, 1, BLOCK_D), (1, streamed, 1, BLOCK_D), (B, H, H // HKV, T, B // len(table), max(1, n_sm // 4)), grid, constants, options
+    return (1, 64, 1, BLOCK_D), (1, streamed, 1, BLOCK_D), (B, H, H // HKV, T, B // len(table), section), grid, constants, options
 
 
 def hopper_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
