@@ -487,6 +487,7 @@ def train(args, group=None):
         for module in (*model.blocks, model):
             fully_shard(module, mesh=DeviceMesh.from_group(world.group, device.type))
             module.set_gradient_divide_factor(1.0)  # sums, as below without FSDP
+            module.set_force_sum_reduction_for_comms(True)
     else:
         model.to(device)
     matrices = [p for p in model.parameters() if p.ndim == 2]
