@@ -62,11 +62,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):  # a default that depends on the device is told in words
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
+    def _format_args(self, action, default_metavar):  # short, so that every flag is one line
+        return "" if action.nargs == 0 else {int: "N", float: "X"}.get(action.type, "NAME" if action.choices else "PATH")
+
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=lambda prog: HelpFormatter(prog, max_help_position=24, width=120))
+    p = argparse.ArgumentParser(
+        usage="train.py [flags]   (--help lists them)", description=__doc__.split("\n")[0], add_help=False, formatter_class=lambda prog: HelpFormatter(prog, max_help_position=24, width=120)
+    )
     sized = lambda name: f"{SIZES['cpu'][name]} on a CPU, {SIZES['cuda'][name]} on a GPU"
     g = p.add_argument_group("run")
+    g.add_argument("-h", "--help", action="help", help="print this")
     g.add_argument("--data", default=None, help="text to learn: a file or a folder (the source of Python's standard library)")
     g.add_argument("--out", default=None, help="run folder for the checkpoint and the log (a new one under runs/)")
     g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out (the newest under runs/)")
@@ -87,23 +93,23 @@ def parse(argv=None):
     g.add_argument("--dim_per_head", type=int, help=sized("dim_per_head"))
     g.add_argument("--n_kv_heads", type=int, help=f"key/value heads ({sized('n_kv_heads')})")
     g.add_argument("--dropout", type=float, default=0.0, help="on the outputs of attention and MLP")
-    g.add_argument("--schedule", default="zigzag", choices=[t.value for t in AttentionType], help="attention; sdpa and flash: one process only")
+    g.add_argument("--schedule", default="zigzag", choices=[t.value for t in AttentionType], help="%(choices)s; the first two without rings")
     g = p.add_argument_group("optimizer")
     g.add_argument("--lr", type=float, help=f"peak learning rate ({sized('lr')})")
     g.add_argument("--warmup", type=int, default=20, help="steps of linear warm-up; a cosine to a tenth of --lr follows")
     g.add_argument("--weight_decay", type=float, default=0.1, help="on matrices")
     g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    g = p.add_argument_group("device")
-    g.add_argument("--transport", default=None, choices=list(ring_attn.TRANSPORTS), help="how keys get from rank to rank (the fastest that the machine has)")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"], help="where to run")
-    g.add_argument("--dtype", choices=["float32", "bfloat16"], help=f"of products; weights stay float32 ({sized('dtype')})")
-    g.add_argument("--ring_size", type=int, default=None, help="processes that share a sequence; the batch is split over the rings (one ring of all)")
-    g.add_argument("--accumulate", type=int, default=1, help="micro batches, one after the other, that the batch of a ring is split into")
+    g = p.add_argument_group("processes and memory")
+    g.add_argument("--ring_size", type=int, default=None, help="processes that share a sequence; the rings share a batch (one ring of all)")
+    g.add_argument("--accumulate", type=int, default=1, help="micro batches that a ring splits its part of the batch into")
     g.add_argument("--fsdp", action="store_true", help="shard weights, gradients and optimizer over all processes")
-    g.add_argument("--checkpoint", action="store_true", help="keep only attention's results of a layer, compute the rest again in the backward")
+    g.add_argument("--checkpoint", action="store_true", help="keep attention's results of a layer, compute the rest again in the backward")
     g.add_argument("--compile", action="store_true", help="compile the layers")
-    g.add_argument("--timeout", type=int, default=600, help="seconds without a word from another rank before the run ends with an error")
-    g.add_argument("--profile", type=int, default=0, metavar="N", help="write a trace of N steps, after the first few, to trace.json in the run folder")
+    g.add_argument("--timeout", type=int, default=600, help="seconds to wait for another rank before the run ends with an error")
+    g.add_argument("--profile", type=int, default=0, help="steps, after the first three, to trace into trace.json in the run folder")
+    g.add_argument("--transport", default=None, choices=list(ring_attn.TRANSPORTS), help="how keys move in a ring, %(choices)s (the fastest that the machine has)")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"], help="%(choices)s")
+    g.add_argument("--dtype", choices=["float32", "bfloat16"], help=f"of products, %(choices)s; weights stay float32 ({sized('dtype')})")
     args = p.parse_args(argv)
     unset = object()  # argparse fills in defaults only where the namespace has no value yet
     marked = p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
@@ -554,7 +560,7 @@ def train(args, group=None):
             loss, ending, *bad = report.tolist()
             losses.append(loss)
             asked |= ending > 0
-            found = [r for r in range(n_ranks) if bad[r]]
+            found = [r for r in range(n_ranks) if bad[r] and bad[r] == max(bad)]  # a loss before a gradient: in a ring that of one spoils all
             if found:
                 r, have = found[0], checkpoints(out)
                 starts = sequences(train_data, r // args.ring_size, 0, step).flatten().tolist()
