@@ -669,8 +669,12 @@ def setup(args):
         torch.cuda.set_device(local_rank)
     if "RANK" in os.environ:
         cuda = args.device == "cuda"
-        wait = datetime.timedelta(seconds=getattr(args, "timeout", 600))  # decode.py has no such flag
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=torch.device("cuda", local_rank) if cuda else None, timeout=wait)
+        env, wait, named = os.environ, datetime.timedelta(seconds=getattr(args, "timeout", 600)), {}  # decode.py has no such flag
+        if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives the processes, with the addresses of those that torchrun has replaced
+            store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=wait)
+            store = dist.PrefixStore(f"start {env['TORCHELASTIC_RESTART_COUNT']}", store)
+            named = dict(store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=torch.device("cuda", local_rank) if cuda else None, timeout=wait, **named)
 
 
 def run_script(name, f):
