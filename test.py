@@ -1636,19 +1636,33 @@ def worker_of(launcher, rank):
                 return int(pid)
 
 
-def check_kills(n_kills, n_ranks=2, flags=(), seed=0, steps=30):
+def small_run(folder, *flags):
+    """Flags of a run of 30 steps that a script takes some seconds for."""
+    base = f"--data={folder / 'text'} --device=cpu --steps=30 --seq_len=128 --batch_size=4 --n_layers=2 --dim=64 --dim_per_head=16 --n_kv_heads=2".split()
+    return [*base, *"--warmup=4 --lr=3e-3 --dtype=float32 --sample_tokens=0 --eval_batches=1 --log_every=1 --save_every=4 --dropout=0.1".split(), *flags]
+
+
+def done_steps(out):
+    """The steps that log.txt tells of, over all starts of a run."""
+    return [int(x) for x in re.findall(r"^step (\d+)/\d+ \| loss", (out / "log.txt").read_text(), re.M)] if (out / "log.txt").exists() else []
+
+
+def same_end(out, quiet, story=""):
+    """Two runs must have ended with the same losses, weights and moments, bit for bit."""
+    a, b = ([line.split(",")[:3] for line in (folder / "metrics.csv").read_text().splitlines()[-2:]] for folder in (out, quiet))
+    require(a == b, f"{story} it ends with {a}, undisturbed with {b}")
+    require(all(torch.equal(x, y) for x, y in zip(tensors_of(read_state(out)), tensors_of(read_state(quiet)), strict=True)), f"{story} weights differ")
+
+
+def check_kills(n_kills, n_ranks=2, flags=(), seed=0):
     """kill -9 of random ranks at random steps, up to three a run: torchrun starts them again, and every run ends with the undisturbed
     losses and weights, bit for bit."""
     rng, folder = random.Random(seed), shared_folder(ALONE)
-    base = f"--data={folder / 'text'} --device=cpu --steps={steps} --seq_len=128 --batch_size=4 --n_layers=2 --dim=64 --dim_per_head=16 --n_kv_heads=2".split()
-    base += "--warmup=4 --lr=3e-3 --dtype=float32 --sample_tokens=0 --eval_batches=1 --log_every=1 --save_every=4 --dropout=0.1".split()
     start = lambda out: subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n_ranks}", "--max-restarts=3", "--standalone",
-         str(Path(__file__).with_name("train.py")), f"--out={out}", *base, *flags],
+         str(Path(__file__).with_name("train.py")), f"--out={out}", *small_run(folder, *flags)],
         env=alone_env() | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=open(f"{out}.stderr", "w"),
     )  # fmt: skip
-    done_steps = lambda out: [int(x) for x in re.findall(r"^step (\d+)/\d+ \| loss", (out / "log.txt").read_text(), re.M)] if (out / "log.txt").exists() else []
-    last = lambda out: [line.split(",")[:3] for line in (out / "metrics.csv").read_text().splitlines()[-2:]]
     try:
         quiet = folder / "quiet"
         require(start(quiet).wait(180) == 0, Path(f"{quiet}.stderr").read_text()[-2000:])
@@ -1659,24 +1673,78 @@ def check_kills(n_kills, n_ranks=2, flags=(), seed=0, steps=30):
             try:
                 for _ in range(min(3, n_kills - len(killed))):
                     n_seen = len(done_steps(out))
-                    rank, after = rng.randrange(n_ranks), rng.randrange(1, steps // 2)  # steps of this start that are to be seen first
+                    rank, after = rng.randrange(n_ranks), rng.randrange(1, 15)  # steps of this start that are to be seen first
                     limit = time.monotonic() + 180
                     while len(done_steps(out)) - n_seen < after and process.poll() is None and time.monotonic() < limit:
                         time.sleep(0.005)
                     time.sleep(rng.random() * 0.05)  # anywhere in a step, or in a checkpoint
                     pid = worker_of(process.pid, rank) if process.poll() is None else None
-                    if pid is None or done_steps(out)[-1] == steps:
+                    if pid is None or done_steps(out)[-1] == 30:
                         break  # it had ended
                     killed.append((out.name, rank, done_steps(out)[-1]))
                     os.kill(pid, signal.SIGKILL)
                 require(process.wait(120) == 0, f"{killed}: {Path(f'{out}.stderr').read_text()[-3000:]}")
             finally:
                 process.kill(), process.wait()
-            require(last(out) == last(quiet), f"after {killed} it ends with {last(out)}, undisturbed with {last(quiet)}")
-            require(all(torch.equal(a, b) for a, b in zip(tensors_of(read_state(out)), tensors_of(read_state(quiet)), strict=True)), f"weights differ after {killed}")
+            same_end(out, quiet, f"after {killed}")
             shutil.rmtree(out)
         return killed
     finally:
+        shutil.rmtree(folder)
+
+
+def no_hosts():
+    """Why this machine cannot play two hosts; None if it can."""
+    name = f"ring{os.getpid()}"
+    try:
+        made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+        return None if made and subprocess.run(["ip", "netns", "del", name], capture_output=True).returncode == 0 else "may not make network namespaces"
+    except OSError:
+        return "needs ip, of iproute2"
+
+
+def check_two_hosts():
+    """Two hosts, in two network namespaces, one process each. Their link is cut: both end with an error, in time. Then they resume."""
+    folder, tag = shared_folder(ALONE), os.getpid()
+    names, links, ip = [f"ring{tag}{x}" for x in "ab"], [f"v{tag}{x}" for x in "ab"], lambda *words: subprocess.run(["ip", *words], check=True, capture_output=True)
+    inside = lambda i, *words: ip("netns", "exec", names[i], "ip", *words)
+
+    def start(i, *flags):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={i}", "--nproc_per_node=1", "--master_addr=10.77.0.1", "--master_port=29577"]
+        command += [str(Path(__file__).with_name("train.py")), f"--out={folder / 'run'}", "--timeout=15", *flags]
+        env = alone_env() | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": links[i], "TP_SOCKET_IFNAME": links[i]}
+        return subprocess.Popen(["ip", "netns", "exec", names[i], *command], env=env, stdout=subprocess.DEVNULL, stderr=open(folder / f"stderr{i}", "w"))
+
+    hosts = []
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", links[0], "netns", names[0], "type", "veth", "peer", "name", links[1], "netns", names[1])
+        for i in (0, 1):
+            inside(i, "addr", "add", f"10.77.0.{i + 1}/24", "dev", links[i])
+            inside(i, "link", "set", links[i], "up"), inside(i, "link", "set", "lo", "up")
+        hosts = [start(i, *small_run(folder)) for i in (0, 1)]
+        limit = time.monotonic() + 120
+        while len(done_steps(folder / "run")) < 9 and time.monotonic() < limit and all(h.poll() is None for h in hosts):
+            time.sleep(0.01)
+        inside(1, "link", "set", links[1], "down")
+        began = time.monotonic()
+        codes = [h.wait(90) for h in hosts]
+        took, said = time.monotonic() - began, [(folder / f"stderr{i}").read_text() for i in (0, 1)]
+        require(all(codes) and took < 60, f"exit codes {codes} after {took:.0f} s: {said[0][-1500:]} {said[1][-1500:]}")
+        require(9 <= done_steps(folder / "run")[-1] < 30, f"the link was cut after step {done_steps(folder / 'run')}")
+        inside(1, "link", "set", links[1], "up")
+        hosts = [start(i, "--resume") for i in (0, 1)]
+        codes = [h.wait(120) for h in hosts]
+        require(codes == [0, 0], f"exit codes {codes}: {(folder / 'stderr0').read_text()[-1500:]}")
+        done = call_script("train.py", f"--out={folder / 'quiet'}", *small_run(folder), n_ranks=2)
+        require(done.returncode == 0, done.stderr[-1500:])
+        same_end(folder / "run", folder / "quiet")
+    finally:
+        for host in hosts:
+            host.kill(), host.wait()
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
         shutil.rmtree(folder)
 
 
@@ -1829,6 +1897,7 @@ real("train recomputes layers, not exchanges", check_train_memory)
 real("train's checkpoints: truncated, foreign, full disk", check_run_folder)
 real("train stops at signals and at nan", check_train_stops)
 local("train survives kill -9 of a rank, twice", lambda: check_kills(2) and None)
+CASES.append(("train on two hosts, whose link is cut", check_two_hosts, (), "local", no_hosts()))
 local("train.py at the command line", check_command_line)
 local("decode.py at the command line", check_decode_command_line)
 local("bench.py at the command line", check_bench)
