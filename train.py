@@ -83,7 +83,7 @@ def parse(argv=None):
     g.add_argument("--eval_every", type=int, default=100, help="steps between evaluations; one more at the end")
     g.add_argument("--eval_batches", type=int, default=8, help="batches per evaluation")
     g.add_argument("--save_every", type=int, default=100, help="steps between checkpoints; one more at the end")
-    g.add_argument("--keep", type=int, default=2, help="checkpoints to keep")
+    g.add_argument("--keep", type=int, default=2, help="checkpoints to keep; while one is written there is one more")
     g.add_argument("--sample_tokens", type=int, default=200, help="bytes of text to generate at the end")
     g = p.add_argument_group("model")
     g.add_argument("--seq_len", type=int, help=f"tokens per sequence, over all ranks ({sized('seq_len')})")
@@ -228,9 +228,13 @@ def get_batch(data, start, pos, device):
 # run folder: checkpoints, log.txt, metrics.csv
 
 
-def checkpoints(folder):
-    """The checkpoints in a run folder, newest first."""
-    return sorted(Path(folder).glob("ckpt-*.pt"), reverse=True)
+def checkpoint_file(folder, step):
+    return Path(folder) / f"ckpt-{step:08d}.pt"
+
+
+def checkpoints(folder, step=10**8 - 1):
+    """The checkpoints in a run folder, newest first, up to a step: what is later was passed over."""
+    return [f for f in sorted(Path(folder).glob("ckpt-*.pt"), reverse=True) if f <= checkpoint_file(folder, step)]
 
 
 def launch():
@@ -280,7 +284,7 @@ def whole(x, rank):
 
 def save_checkpoint(out, keep, **state):
     """Whole or not at all: under a temporary name, down to the disk, then renamed. The newest `keep` stay."""
-    file, tmp = out / f"ckpt-{state['step']:08d}.pt", out / "ckpt.tmp"
+    file, tmp = checkpoint_file(out, state["step"]), out / "ckpt.tmp"
     try:
         with open(tmp, "wb") as f:
             torch.save(state, f)
@@ -292,12 +296,14 @@ def save_checkpoint(out, keep, **state):
         os.close(folder)
     except (OSError, RuntimeError) as error:
         tmp.unlink(missing_ok=True)
-        left = checkpoints(out)
+        left, reason = checkpoints(out, state["step"] - 1), error
+        while not isinstance(reason, OSError) and reason.__context__:
+            reason = reason.__context__  # torch.save stumbles once more over what it could not write
         raise ValueError(
-            f"cannot write {file}: {error}; {shutil.disk_usage(out).free / 2**20:,.1f} MiB are free there, "
+            f"cannot write {file}: {reason}; {shutil.disk_usage(out).free / 2**20:,.1f} MiB are free there, "
             + (f"{left[0]} is whole: make room and --resume" if left else "and no checkpoint was written before")
         ) from error
-    for old in [f for f in checkpoints(out) if f <= file][keep:]:
+    for old in checkpoints(out, state["step"])[keep:]:
         old.unlink(missing_ok=True)
 
 
@@ -562,7 +568,7 @@ def train(args, group=None):
             asked |= ending > 0
             found = [r for r in range(n_ranks) if bad[r] and bad[r] == max(bad)]  # a loss before a gradient: in a ring that of one spoils all
             if found:
-                r, have = found[0], checkpoints(out)
+                r, have = found[0], checkpoints(out, step)
                 starts = sequences(train_data, r // args.ring_size, 0, step).flatten().tolist()
                 raise ValueError(
                     f"step {step + 1}: the {'loss' if bad[r] > 1 else 'gradient'} of rank {r} is not finite" + (f" (and that of {found[1:]})" if found[1:] else "")
@@ -654,7 +660,7 @@ def train(args, group=None):
             log("---- sample\n" + bytes(generated[0].tolist()).decode(errors="replace") + "\n----")
     if asked:
         log(f"asked to end{f' by {interrupt.asked}' if interrupt.asked else ''}")
-    log(f"checkpoint in {next(iter(checkpoints(out)), out)}" + ("" if done == args.steps else f"; stopped after step {done}, --resume goes on"))
+    log(f"checkpoint in {next(iter(checkpoints(out, done)), out)}" + ("" if done == args.steps else f"; stopped after step {done}, --resume goes on"))
     return losses, val_loss
 
 
