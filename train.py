@@ -676,7 +676,8 @@ def setup(args):
     if "RANK" in os.environ:
         cuda = args.device == "cuda"
         env, wait, named = os.environ, datetime.timedelta(seconds=getattr(args, "timeout", 600)), {}  # decode.py has no such flag
-        if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives the processes, with the addresses of those that torchrun has replaced
+        if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives the processes, with the addresses of those that torchrun has replaced.
+            # Several hosts may count their restarts differently: there README.md does without it
             store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=wait)
             store = dist.PrefixStore(f"start {env['TORCHELASTIC_RESTART_COUNT']}", store)
             named = dict(store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
