@@ -890,11 +890,13 @@ def parse(argv=None):
 def load_model(args, rank, n_ranks):
     """The model of a checkpoint, (file, Transformer); ValueError if there is none, or it is none of train.py's."""
     from model import AttentionType, Config, Transformer  # which imports this file
+    from train import checkpoints
 
-    file = Path(args.ckpt) if args.ckpt else max(Path("runs").glob("*/ckpt.pt"), key=lambda f: f.stat().st_mtime, default=None)
+    file = Path(args.ckpt) if args.ckpt else max(Path("runs").glob("*/ckpt-*.pt"), key=lambda f: f.stat().st_mtime, default=None)
     if file is None:
         raise ValueError("no checkpoint under runs/; train one with train.py, or name one with --ckpt")
-    file = file / "ckpt.pt" if file.is_dir() else file
+    if file.is_dir():
+        file = next(iter(checkpoints(file)), file)
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         weights, config = state["model"], Config(256, *(state["args"][name] for name in ("n_layers", "dim", "dim_per_head", "n_kv_heads", "seq_len", "dropout")))

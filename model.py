@@ -13,6 +13,7 @@ Shapes: B batch, T tokens of the shard at hand, H query heads, HKV key/value hea
 Sources: RoPE (arXiv 2104.09864), RMSNorm (1910.07467), GQA (2305.13245), tied embeddings (1608.05859).
 """
 
+import functools
 from dataclasses import dataclass
 from enum import Enum
 
@@ -21,6 +22,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import ring_attn
 from decode import KVCache, captured
@@ -39,6 +41,7 @@ class AttentionType(Enum):
         return self not in (AttentionType.SDPA, AttentionType.FLASH)
 
 
+LOGITS = 2**22  # numbers of the output layer that exist at once while a loss is computed
 RING_FUNCS = {t: ring_attn.named_schedule(f"{t.value}_attn", t.value) for t in AttentionType if t.is_ring}
 
 
@@ -162,8 +165,16 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(c.dim, 4 * c.dim, bias=False), nn.GELU(), nn.Linear(4 * c.dim, c.dim, bias=False), nn.Dropout(c.dropout)
         )
+        self.checkpoint = False
 
     def forward(self, x, *args):  # (B, T, dim); args of Attention.forward
+        if self.checkpoint and torch.is_grad_enabled():
+            # of all that is inside, the backward finds x and attention's o and lse; it computes the rest again, but moves no key a second time
+            kept = functools.partial(create_selective_checkpoint_contexts, [torch.ops.ring_attn.forward.default])
+            return checkpoint(self.body, x, *args, use_reentrant=False, context_fn=kept)
+        return self.body(x, *args)
+
+    def body(self, x, *args):
         x = x + self.attn(self.attn_norm(x), *args)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -197,10 +208,23 @@ class Transformer(nn.Module):
             x = block(x, rotary, cache, layer, prefill)
         return self.norm(x)
 
-    def forward(self, tokens, targets=None):
-        """tokens (B, T) int64, this rank's -> logits (B, T, vocab_size); with targets (B, T), the mean loss in nats instead."""
-        logits = F.linear(self.hidden(tokens), self.embedding.weight)  # (B, T, vocab_size)
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+    def forward(self, tokens, targets=None, each=False):
+        """tokens (B, T) int64, this rank's -> logits (B, T, vocab_size); with targets (B, T), the mean loss in nats instead,
+        or, if `each`, every token's (B, T). Losses are computed in pieces: no more than LOGITS logits exist at once."""
+        x = self.hidden(tokens)
+        if targets is None:
+            return F.linear(x, self.embedding.weight)
+        rows = max(1, LOGITS // self.config.vocab_size)
+        pieces = list(zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows)))
+        if len(pieces) == 1 or not torch.is_grad_enabled():
+            losses = [self.token_losses(*piece) for piece in pieces]
+        else:  # the backward computes the logits of a piece again
+            losses = [checkpoint(self.token_losses, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+        losses = torch.cat(losses)
+        return losses.view_as(targets) if each else losses.mean()
+
+    def token_losses(self, x, targets):  # (N, dim), (N,) -> (N,) float32
+        return F.cross_entropy(F.linear(x, self.embedding.weight).float(), targets, reduction="none")
 
     def flops_per_token(self, seq_len):
         """Training FLOPs per token: 6 per weight used in a product, and causal attention, forward + 2.5x for the backward."""

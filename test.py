@@ -3,6 +3,7 @@
     python test.py                            # one process: kernels, schedules, virtual rings of 1 to 8 ranks
     torchrun --nproc_per_node=4 test.py       # the same cases spread over 4 processes, and rings of 2 and 4 real ones
     python test.py --filter zigzag            # cases whose name contains zigzag
+    python test.py --kill=20                  # training under 20 kill -9 of random ranks, and nothing else
 
 Truth is float64. The yardstick is torch's SDPA in the same dtype on the same inputs: the error may be at most twice
 SDPA's plus 1e-5 for o and lse (whose yardstick is a float32 logsumexp), three times for gradients. Decoding is held to
@@ -21,7 +22,9 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -1512,6 +1515,301 @@ def check_train(schedule, n_ranks):
     return worst([("loss", max(abs(a - b) for a, b in zip(losses, expected)), 1e-4), ("val", abs(val - expected_val), 1e-4)])
 
 
+def in_both(folder, f):
+    """f(folder) by all processes, in one folder that is removed afterwards."""
+    try:
+        return f(folder)
+    finally:
+        if WORLD > 1:
+            dist.barrier()
+        if RANK == 0:
+            shutil.rmtree(folder)
+
+
+def check_meshes():
+    """Whatever the split into rings, micro batches and shards: the losses of one process. A sharded run resumes to the bit, and on one process."""
+
+    def check(folder):
+        data, own = f"--data={folder / 'text'}", folder / f"alone{RANK}"
+        alone, alone_val = quietly_train(tiny_run(own, data, "--batch_size=8"), ALONE)
+        splits = {f"{WORLD // R}x{R}": [f"--ring_size={R}"] for R in (1, 2, 4) if WORLD % R == 0}
+        splits["step"] = ["--schedule=step", f"--ring_size={math.gcd(WORLD, 2)}", "--accumulate=2"]
+        memory = [f"--ring_size={math.gcd(WORLD, 2)}", "--fsdp", "--checkpoint", "--accumulate=2"]
+        splits["fsdp"] = memory
+        rows = []
+        for name, flags in splits.items():
+            losses, val = quietly_train(tiny_run(folder / name, data, "--batch_size=8", *flags), None)
+            rows += [(name, max(abs(a - b) for a, b in zip(losses, alone, strict=True)), 1e-4), (name, abs(val - alone_val), 1e-4)]
+        quietly_train(tiny_run(folder / "parts", data, "--batch_size=8", *memory, "--stop_after=10"), None)
+        shutil.copytree(folder / "parts", own / "parts")
+        if WORLD > 1:
+            dist.barrier()
+        tail, _ = quietly_train(train.parse([f"--out={folder / 'parts'}", "--resume"]), None)
+        if not GPU:
+            require(tail == losses[10:], f"resumed losses differ: {tail} and {losses[10:]}")
+            a, b = (read_state(folder / name) for name in ("parts", "fsdp"))
+            require(all(torch.equal(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True)), "resumed weights or moments differ")
+        tail, _ = quietly_train(train.parse([f"--out={own / 'parts'}", "--resume"]), ALONE)
+        return worst([*rows, ("alone", max(abs(a - b) for a, b in zip(tail, alone[10:], strict=True)), 1e-4)])
+
+    return in_both(shared_folder(RINGS[WORLD]), check)
+
+
+def read_state(folder):
+    return torch.load(train.checkpoints(folder)[0], weights_only=True)
+
+
+def tensors_of(state):
+    """Weights and moments of a checkpoint, in order."""
+    moments = [x for _, values in sorted(state["optimizer"]["state"].items()) for x in values.values()]
+    return [x for x in [*state["model"].values(), *moments] if isinstance(x, torch.Tensor)]
+
+
+def check_train_memory():
+    """Activation checkpointing and losses in pieces: the same gradients to the bit, and not one exchange more."""
+    ring = ring_attn.resolve_ring(RINGS[WORLD])
+    torch.manual_seed(0)
+    model = Transformer(Config(n_layers=2, dim=32, dim_per_head=16, n_kv_heads=1, seq_len=32 * WORLD), ring.rank, ring.n_ranks, AttentionType.ZIGZAG, ring).to(DEVICE)
+    tokens, targets = torch.randint(256, (2, 2, 32), device=DEVICE)
+    results, exchange, counts, most = [], ring.exchange, [], []
+
+    def counted(*args):
+        counts[-1] += 1
+        return exchange(*args)
+
+    def logits_counted(x, targets):
+        most[-1] = max(most[-1], len(targets))
+        return Transformer.token_losses(model, x, targets)
+
+    with as_users_run_it():
+        model(tokens, targets)  # what ranks agree upon the first time is not counted
+        ring.exchange, model.token_losses = counted, logits_counted
+        try:
+            for saving, logits in ((False, 2**22), (True, 2**22), (True, 10 * 256)):
+                counts.append(0), most.append(0)
+                model_logits, sys.modules["model"].LOGITS = sys.modules["model"].LOGITS, logits
+                for block in model.blocks:
+                    block.checkpoint = saving
+                loss = model(tokens, targets)
+                results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+                sys.modules["model"].LOGITS = model_logits
+        finally:
+            ring.exchange = exchange
+    require(counts[0] == counts[1] == counts[2], f"exchanges: {counts}")
+    require(most == [64, 64, 10], f"tokens whose logits exist at once: {most}")
+    if not GPU:
+        require(all(torch.equal(a, b) for a, b in zip(results[0], results[1])), "checkpointing changes gradients")
+    return worst([("grad", (a - b).abs().max().item(), 1e-5) for a, b in zip(results[0], results[2])])
+
+
+def check_run_folder():
+    """The newest whole checkpoint is taken, what is wrong with others is said; --keep; a full disk; the record of numbers."""
+
+    def check(folder):
+        group, out, data = RINGS[WORLD], folder / "run", f"--data={folder / 'text'}"
+        whole, _ = quietly_train(tiny_run(folder / "whole", data, "--log_every=4"), group)
+        quietly_train(tiny_run(out, data, "--save_every=4", "--keep=3", "--stop_after=14", "--log_every=4"), group)
+        require([f.name for f in train.checkpoints(out)] == [f"ckpt-{n:08}.pt" for n in (14, 12, 8)], f"kept {train.checkpoints(out)}")
+        if RANK == 0:
+            last = out / "ckpt-00000014.pt"
+            last.write_bytes(last.read_bytes()[:-100])
+            (out / "ckpt-00000016.pt").write_text("a letter")
+            (out / "ckpt.tmp").write_text("of a run that was killed")
+        if WORLD > 1:
+            dist.barrier()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # as a disk that is full from there on
+        try:
+            refused = lambda: quietly_train(train.parse([f"--out={out}", "--resume", "--stop_after=13"]), group)
+            raises(refused, "cannot write", "ckpt-00000013.pt: [Errno 27] File too large", "MiB are free", "ckpt-00000012.pt is whole")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        tail, _ = quietly_train(train.parse([f"--out={out}", "--resume"]), group)
+        if not GPU:
+            require(tail == whole[12:], f"resumed losses differ: {tail} and {whole[12:]}")
+        if RANK == 0:
+            said = (out / "log.txt").read_text()
+            for words in ("ckpt-00000014.pt is not a checkpoint of train.py, or not a whole one", "ckpt-00000016.pt is not", "resumed at step 12", "commit ", "train.py ", "loss by position"):
+                require(words in said, f"log.txt does not say {words!r}")
+            tables = [[line.split(",") for line in (f / "metrics.csv").read_text().splitlines()] for f in (folder / "whole", out)]
+            steps = [[row[0] for row in table if row[1]] for table in tables]
+            require(steps == [["step", "1", "4", "8", "12", "16", "20"], ["step", "1", "4", "8", "12", "13", "16", "20"]], f"metrics.csv: {steps}")
+            require(GPU or tables[0][-2][:2] == tables[1][-2][:2] == ["20", repr(whole[-1])], "metrics.csv differs")
+
+    return in_both(shared_folder(RINGS[WORLD]), check)
+
+
+@contextlib.contextmanager
+def replaced(owner, name, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield before
+    finally:
+        setattr(owner, name, before)
+
+
+def check_train_stops():
+    """A signal to one rank: all save the same step and return. Something not finite on one rank: all raise, the last checkpoint stays."""
+
+    def check(folder):
+        group, data = RINGS[WORLD], f"--data={folder / 'text'}"
+        whole, _ = quietly_train(tiny_run(folder / "whole", data), group)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            out = folder / number.name
+
+            def rate(step, args):
+                if step == 6 and RANK == WORLD - 1:
+                    os.kill(os.getpid(), number)
+                return before(step, args)
+
+            with replaced(train, "learning_rate", rate) as before:
+                losses, _ = quietly_train(tiny_run(out, data), group)
+            # on a GPU the host reads what a step reported when the next one is on its way
+            require(len(losses) == 7 + GPU and len(train.checkpoints(out)) == 1, f"{number.name}: it went on to step {len(losses)}")
+            require(signal.getsignal(number) is not signal.SIG_DFL or number == signal.SIGTERM, "the handler of before is not back")
+            tail, _ = quietly_train(tiny_run(out, "--resume"), group)
+            require(GPU or losses + tail == whole, f"{number.name}: {losses + tail} and {whole}")
+        bad, out = WORLD - 1, folder / "nan"
+        forward, steps = Transformer.forward, itertools.count()
+
+        def broken(self, tokens, *args, **options):  # the 7th call of a training step
+            loss = forward(self, tokens, *args, **options)
+            return loss * (math.nan if self.training and next(steps) == 6 and RANK == bad else 1.0)
+
+        with replaced(Transformer, "forward", broken):
+            raises(lambda: quietly_train(tiny_run(out, data, "--save_every=3"), group), "step 7", f"loss of rank {bad}", "begin at bytes [", "text", "ckpt-00000006.pt is the last good")
+        require(len(read_state(out)["model"]) > 0 and all(x.isfinite().all() for x in tensors_of(read_state(out))), "the last checkpoint is not finite")
+        raises(lambda: quietly_train(tiny_run(folder / "inf", data, "--lr=1e30", "--warmup=0"), group), "is not finite", "no checkpoint")
+
+    return in_both(shared_folder(RINGS[WORLD]), check)
+
+
+def alone_env():
+    mine = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC", "TRITON_INTERPRET")
+    return {k: v for k, v in os.environ.items() if not k.startswith(mine)}
+
+
+def worker_of(launcher, rank):
+    """The process id of a rank below torchrun; None while it is not there."""
+    for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        with contextlib.suppress(OSError):
+            if f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                return int(pid)
+
+
+def small_run(folder, *flags):
+    """Flags of a run of 30 steps that a script takes some seconds for."""
+    base = f"--data={folder / 'text'} --device=cpu --steps=30 --seq_len=128 --batch_size=4 --n_layers=2 --dim=64 --dim_per_head=16 --n_kv_heads=2".split()
+    return [*base, *"--warmup=4 --lr=3e-3 --dtype=float32 --sample_tokens=0 --eval_batches=1 --log_every=1 --save_every=4 --dropout=0.1".split(), *flags]
+
+
+def done_steps(out):
+    """The steps that log.txt tells of, over all starts of a run."""
+    return [int(x) for x in re.findall(r"^step (\d+)/\d+ \| loss", (out / "log.txt").read_text(), re.M)] if (out / "log.txt").exists() else []
+
+
+def same_end(out, quiet, story=""):
+    """Two runs must have ended with the same losses, weights and moments, bit for bit."""
+    a, b = ([line.split(",")[:3] for line in (folder / "metrics.csv").read_text().splitlines()[-2:]] for folder in (out, quiet))
+    require(a == b, f"{story} it ends with {a}, undisturbed with {b}")
+    require(all(torch.equal(x, y) for x, y in zip(tensors_of(read_state(out)), tensors_of(read_state(quiet)), strict=True)), f"{story} weights differ")
+
+
+def check_kills(n_kills, n_ranks=2, flags=(), seed=0):
+    """kill -9 of random ranks at random steps, up to three a run: torchrun starts them again, and every run ends with the undisturbed
+    losses and weights, bit for bit."""
+    rng, folder = random.Random(seed), shared_folder(ALONE)
+    start = lambda out: subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n_ranks}", "--max-restarts=3", "--standalone",
+         str(Path(__file__).with_name("train.py")), f"--out={out}", *small_run(folder, *flags)],
+        env=alone_env() | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=open(f"{out}.stderr", "w"),
+    )  # fmt: skip
+    try:
+        quiet = folder / "quiet"
+        require(start(quiet).wait(180) == 0, Path(f"{quiet}.stderr").read_text()[-2000:])
+        killed = []
+        while len(killed) < n_kills:
+            out = folder / f"run{len(killed)}"
+            process = start(out)
+            try:
+                for _ in range(min(3, n_kills - len(killed))):
+                    n_seen = len(done_steps(out))
+                    rank, after = rng.randrange(n_ranks), rng.randrange(1, 15)  # steps of this start that are to be seen first
+                    limit = time.monotonic() + 180
+                    while len(done_steps(out)) - n_seen < after and process.poll() is None and time.monotonic() < limit:
+                        time.sleep(0.005)
+                    time.sleep(rng.random() * 0.05)  # anywhere in a step, or in a checkpoint
+                    pid = worker_of(process.pid, rank) if process.poll() is None else None
+                    if pid is None or done_steps(out)[-1] == 30:
+                        break  # it had ended
+                    killed.append((out.name, rank, done_steps(out)[-1]))
+                    os.kill(pid, signal.SIGKILL)
+                require(process.wait(120) == 0, f"{killed}: {Path(f'{out}.stderr').read_text()[-3000:]}")
+            finally:
+                process.kill(), process.wait()
+            same_end(out, quiet, f"after {killed}")
+            shutil.rmtree(out)
+        return killed
+    finally:
+        shutil.rmtree(folder)
+
+
+def no_hosts():
+    """Why this machine cannot play two hosts; None if it can."""
+    name = f"ring{os.getpid()}"
+    try:
+        made = subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
+        return None if made and subprocess.run(["ip", "netns", "del", name], capture_output=True).returncode == 0 else "may not make network namespaces"
+    except OSError:
+        return "needs ip, of iproute2"
+
+
+def check_two_hosts():
+    """Two hosts, in two network namespaces, one process each. Their link is cut: both end with an error, in time. Then they resume."""
+    folder, tag = shared_folder(ALONE), os.getpid()
+    names, links, ip = [f"ring{tag}{x}" for x in "ab"], [f"v{tag}{x}" for x in "ab"], lambda *words: subprocess.run(["ip", *words], check=True, capture_output=True)
+    inside = lambda i, *words: ip("netns", "exec", names[i], "ip", *words)
+
+    def start(i, *flags):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={i}", "--nproc_per_node=1", "--master_addr=10.77.0.1", "--master_port=29577"]
+        command += [str(Path(__file__).with_name("train.py")), f"--out={folder / 'run'}", "--timeout=15", *flags]
+        env = alone_env() | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": links[i], "TP_SOCKET_IFNAME": links[i]}
+        return subprocess.Popen(["ip", "netns", "exec", names[i], *command], env=env, stdout=subprocess.DEVNULL, stderr=open(folder / f"stderr{i}", "w"))
+
+    hosts = []
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", links[0], "netns", names[0], "type", "veth", "peer", "name", links[1], "netns", names[1])
+        for i in (0, 1):
+            inside(i, "addr", "add", f"10.77.0.{i + 1}/24", "dev", links[i])
+            inside(i, "link", "set", links[i], "up"), inside(i, "link", "set", "lo", "up")
+        hosts = [start(i, *small_run(folder)) for i in (0, 1)]
+        limit = time.monotonic() + 120
+        while len(done_steps(folder / "run")) < 9 and time.monotonic() < limit and all(h.poll() is None for h in hosts):
+            time.sleep(0.01)
+        inside(1, "link", "set", links[1], "down")
+        began = time.monotonic()
+        codes = [h.wait(90) for h in hosts]
+        took, said = time.monotonic() - began, [(folder / f"stderr{i}").read_text() for i in (0, 1)]
+        require(all(codes) and took < 60, f"exit codes {codes} after {took:.0f} s: {said[0][-1500:]} {said[1][-1500:]}")
+        require(9 <= done_steps(folder / "run")[-1] < 30, f"the link was cut after step {done_steps(folder / 'run')}")
+        inside(1, "link", "set", links[1], "up")
+        hosts = [start(i, "--resume") for i in (0, 1)]
+        codes = [h.wait(120) for h in hosts]
+        require(codes == [0, 0], f"exit codes {codes}: {(folder / 'stderr0').read_text()[-1500:]}")
+        done = call_script("train.py", f"--out={folder / 'quiet'}", *small_run(folder), n_ranks=2)
+        require(done.returncode == 0, done.stderr[-1500:])
+        same_end(folder / "run", folder / "quiet")
+    finally:
+        for host in hosts:
+            host.kill(), host.wait()
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        shutil.rmtree(folder)
+
+
 def check_train_errors():
     group = RINGS.get(WORLD)
     folder = shared_folder(group)
@@ -1527,7 +1825,7 @@ def check_train_errors():
         raises(lambda: run_("a", f"--data={empty}"), "is empty")
         raises(lambda: run_("a", f"--data={blank}"), "holds no files")
         raises(lambda: run_("a", f"--data={short}"), "100 bytes", "129")
-        raises(lambda: run_("a", data, "--resume"), "ckpt.pt", "does not exist")
+        raises(lambda: run_("a", data, "--resume"), "no checkpoint in", "/a;")
         raises(lambda: run_("a", data, "--steps=0"), "--steps=0")
         raises(lambda: run_("a", data, "--seed=-1"), "--seed=-1")
         raises(lambda: run_("a", data, "--lr=nan"), "--lr=nan")
@@ -1537,24 +1835,29 @@ def check_train_errors():
             raises(lambda: run_("a", data, f"--seq_len={128 + WORLD // 2}"), f"--seq_len={128 + WORLD // 2}", "multiple")
             raises(lambda: run_("a", data, f"--batch_size={3 + RANK // (WORLD - 1)}"), "ranks disagree", "batch_size")
             raises(lambda: run_("a", data, "--schedule=step", "--batch_size=3"), "B=3")
+            raises(lambda: run_("a", data, f"--ring_size={WORLD + 1}"), f"--ring_size={WORLD + 1}", f"the {WORLD} processes")
+            raises(lambda: run_("a", data, "--schedule=step", "--accumulate=4"), "B=1", "--batch_size=4")
+        raises(lambda: run_("a", data, "--accumulate=3"), "--batch_size=4", "--accumulate=3", "use 6")
+        raises(lambda: run_("a", data, "--keep=0"), "--keep=0")
         run_("a", data, "--stop_after=2")
-        saved = (folder / "a/ckpt.pt").read_bytes()
+        file = folder / "a/ckpt-00000002.pt"
+        saved = file.read_bytes()
         raises(lambda: run_("a", data), "already holds a checkpoint", "--resume")
         raises(lambda: run_("a", data, "--resume", "--dim=32"), "dim is 64 there and 32 here")
         raises(lambda: run_("a", data, "--resume", "--seed=5"), "seed is 0 there and 5 here")
         raises(lambda: run_("a", f"--data={train.__file__}", "--resume"), "not the text")
         raises(lambda: run_("a", data, "--resume", "--stop_after=2"), "--stop_after=2", "above 2")
-        require((folder / "a/ckpt.pt").read_bytes() == saved, "a refused run overwrote the checkpoint")
+        require(file.read_bytes() == saved, "a refused run overwrote the checkpoint")
         if WORLD > 1:
             dist.barrier()
         if RANK == 0:
-            (folder / "a/ckpt.pt").write_bytes(saved[:1000])
-        raises(lambda: run_("a", data, "--resume"), "ckpt.pt is not a checkpoint")
+            file.write_bytes(saved[:1000])
+        raises(lambda: run_("a", data, "--resume"), "ckpt-00000002.pt is not a checkpoint")
         if WORLD > 1:
             dist.barrier()
         if RANK == 0:
-            (folder / "a/ckpt.pt").write_bytes(b"")
-        raises(lambda: run_("a", data, "--resume"), "ckpt.pt is not a checkpoint")
+            file.write_bytes(b"")
+        raises(lambda: run_("a", data, "--resume"), "ckpt-00000002.pt is not a checkpoint")
     finally:
         if RANK == 0:
             shutil.rmtree(folder)
@@ -1562,10 +1865,8 @@ def check_train_errors():
 
 def call_script(name, *flags, n_ranks=1, timeout=120):
     """A script of this project as a user would run it, in processes of its own."""
-    mine = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC", "TRITON_INTERPRET")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(mine)}
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"] if n_ranks > 1 else []
-    return subprocess.run([sys.executable, *launcher, str(Path(__file__).with_name(name)), *flags], capture_output=True, text=True, env=env, timeout=timeout)
+    return subprocess.run([sys.executable, *launcher, str(Path(__file__).with_name(name)), *flags], capture_output=True, text=True, env=alone_env(), timeout=timeout)
 
 
 def check_command_line():
@@ -1574,7 +1875,9 @@ def check_command_line():
     require("Traceback" not in done.stderr, done.stderr)
     done = call_script("train.py", "--schedule=spiral")
     require(done.returncode == 2 and "invalid choice" in done.stderr, done.stderr)
-    require("--stop_after" in call_script("train.py", "--help").stdout, "--help does not help")
+    lines = call_script("train.py", "--help").stdout.splitlines()
+    require(any("--stop_after" in line for line in lines), "--help does not help")
+    require(len(lines) <= 50 and max(map(len, lines)) <= 120, f"--help does not fit a screen: {len(lines)} lines of up to {max(map(len, lines))}")
 
 
 def check_decode_command_line():
@@ -1588,9 +1891,10 @@ def check_decode_command_line():
         require(all(done.returncode == 0 for done in texts), texts[0].stderr + texts[1].stderr)
         require(texts[0].stdout == texts[1].stdout != texts[2].stdout, f"{[done.stdout for done in texts]}")
         require(texts[0].stdout.startswith("ab cd") and "prefill 5 tokens" in texts[0].stderr and "GB/s" in texts[0].stderr, texts[0].stderr)
-        state = torch.load(out / "ckpt.pt", weights_only=True)
+        file = train.checkpoints(out)[0]
+        state = torch.load(file, weights_only=True)
         torch.save(state | dict(args=state["args"] | dict(n_kv_heads=1)), folder / "other.pt")
-        (folder / "short.pt").write_bytes((out / "ckpt.pt").read_bytes()[:1000])
+        (folder / "short.pt").write_bytes(file.read_bytes()[:1000])
         for flag, *words in ((f"--ckpt={folder / 'other.pt'}", "weights of another shape", "qkv_proj"), (f"--ckpt={folder / 'short.pt'}", "short.pt is not a checkpoint"),
                              (f"--ckpt={folder / 'none'}", "none is not a checkpoint", "No such file"), ("--cache_tokens=34", "5 bytes", "--cache_tokens=34"),
                              ("--prompt=", "the prompt has 0 bytes"), ("--prompt_file=/no/such/file", "/no/such/file"), ("--temperature=-1", "--temperature=-1")):  # fmt: skip
@@ -1651,6 +1955,12 @@ for n_ranks in sorted({1, 2, WORLD}):
     kind = AttentionType.FLASH if n_ranks == 1 else AttentionType.STRIPED
     real(f"a model decodes through its cache x{n_ranks}", check_stream, kind, n_ranks, ranks=n_ranks)
 real("train refuses bad input", check_train_errors)
+real("train on meshes, micro batches and shards equals train x1", check_meshes)
+real("train recomputes layers, not exchanges", check_train_memory)
+real("train's checkpoints: truncated, foreign, full disk", check_run_folder)
+real("train stops at signals and at nan", check_train_stops)
+local("train survives kill -9 of a rank, twice", lambda: check_kills(2) and None)
+CASES.append(("train on two hosts, whose link is cut", check_two_hosts, (), "local", no_hosts()))
 local("train.py at the command line", check_command_line)
 local("decode.py at the command line", check_decode_command_line)
 local("bench.py at the command line", check_bench)
@@ -1779,6 +2089,18 @@ def compile_kernels():
 BY_SIZE = check_attention, check_compiled_model, check_train, check_sharded, check_stream, check_transports, check_reuse, check_ring_graph, check_launches_on_ring  # (kind, ranks)
 
 
+def kill_runs(n_kills, seed):
+    """Kills in turn in a ring, in shards without one, and in both."""
+    kinds = (2, ()), (2, ("--ring_size=1", "--fsdp")), (4, ("--ring_size=2", "--fsdp", "--checkpoint"))
+    for i, (n_ranks, flags) in enumerate(kinds):
+        share = n_kills // len(kinds) + (i < n_kills % len(kinds))
+        if share:
+            began = time.perf_counter()
+            for run_, rank, step in check_kills(share, n_ranks, flags, seed + i):
+                print(f"{n_ranks} ranks {' '.join(flags)} {run_}: rank {rank} killed after step {step}")
+            print(f"{share} kills, every run ended with the undisturbed loss, bit for bit, {time.perf_counter() - began:.0f} s", flush=True)
+
+
 def execute(f, args):
     """(what, error, bound) or None, and the failure or None."""
     start = time.perf_counter()
@@ -1795,9 +2117,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--filter", default="", help="run only the cases whose name contains this")
     parser.add_argument("--compile_only", action="store_true", help="compile the kernels for Hopper, without a GPU, and say what they cost")
+    parser.add_argument("--kill", type=int, default=0, metavar="N", help="train with N kills of random ranks at random steps, on CPUs, and nothing else")
+    parser.add_argument("--seed", type=int, default=0, help="of --kill")
     args = parser.parse_args()
     if args.compile_only:
         sys.exit(not compile_kernels())
+    if args.kill:
+        kill_runs(args.kill, args.seed)
+        return
     cases = [c for c in CASES if args.filter in c[0]]
     warnings.filterwarnings("ignore")
     torch.use_deterministic_algorithms(True, warn_only=True)  # and with it, every torch.empty is filled with nan
