@@ -857,7 +857,11 @@ def bwd_producer(descs, buffers, problem, DKV: gl.constexpr, CAUSAL: gl.constexp
 
 
 @gluon.jit
-def bwd_tiles(acc, acc2, a, a2, lse, delta, buffers, lo, full, hi, first, edge, qk_scale, DKV: gl.constexpr):
+def bwd_tiles(acc, acc2, ds, a, a2, lse, delta, buffers, start, lo, full, hi, offset, edge, qk_scale,
+              MASKED: gl.constexpr, DKV: gl.constexpr, LATE: gl.constexpr):  # fmt: skip
+    """Tiles lo to hi of those that stream by, the first one of the item being `start`; if MASKED, those before `full` are. LATE: acc
+    gets its product with ds only when the next tile's products start, so that the tensor cores have it to do while this warpgroup
+    computes p; ds then is the one of the tile before, 0 at first, and the last one is left to the caller."""
     a_smem, a2_smem, b_smem, b2_smem, rows_smem, a_full, a_empty, b_full, b2_full, b_empty = buffers
     STAGES: gl.constexpr = b_smem.shape[0]
     ROWS: gl.constexpr = a_smem.shape[2]
@@ -867,37 +871,56 @@ def bwd_tiles(acc, acc2, a, a2, lse, delta, buffers, lo, full, hi, first, edge, 
     ds_layout: gl.constexpr = operand_layout(BLOCK_D)
     zero = gl.zeros([ROWS, BLOCK_B], gl.float32, s_layout)
     for tile in range(lo, hi):
-        s, phase = tile % STAGES, tile // STAGES & 1
+        s, phase, last = tile % STAGES, tile // STAGES & 1, gl.maximum(tile - 1, start) % STAGES
         b, b2 = b_smem.index(s).reshape([BLOCK_B, BLOCK_D]), b2_smem.index(s).reshape([BLOCK_B, BLOCK_D])
+        b_last = b_smem.index(last).reshape([BLOCK_B, BLOCK_D])
         mbarrier.wait(b_full.index(s), phase)
+        if LATE and not DKV:
+            acc_async = warpgroup_mma(ds, b_last, acc, is_async=True)
         s_async = warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(b2_full.index(s), phase)
         dp_async = warpgroup_mma(a2, b2.permute((1, 0)), zero, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(1, (s_async,))  # [BLOCK_A, BLOCK_B]
+        if LATE and DKV:  # first for dq and last for dk: so they are fastest
+            acc_async = warpgroup_mma(ds, b_last, acc, is_async=True)
+        if LATE and not DKV:
+            scores, acc = warpgroup_mma_wait(1, (s_async, acc_async))  # [BLOCK_A, BLOCK_B]
+            if tile > start:
+                mbarrier.arrive(b_empty.index(last), count=1)
+        else:
+            scores = warpgroup_mma_wait(2 if LATE else 1, (s_async,))
         if DKV:
             lse_t = rows_smem.index(s).reshape([2, BLOCK_B]).slice(0, 1).load(s_layout)  # [1, BLOCK_B]
         else:
             lse_t = lse[:, None]  # [BLOCK_A, 1]
         p = gl.exp2(scores * qk_scale - lse_t)
-        if tile < full:
-            offs_b = (first + (tile - lo) if DKV else first - (tile - lo)) * BLOCK_B + gl.arange(0, BLOCK_B, layout=gl.SliceLayout(0, s_layout))
-            visible = offs_b[None, :] >= edge[:, None] if DKV else offs_b[None, :] < edge[:, None]
-            p = gl.where(visible, p, 0.0)
+        if MASKED:
+            if tile < full:
+                offs_b = (offset + tile * BLOCK_B if DKV else offset - tile * BLOCK_B) + gl.arange(0, BLOCK_B, layout=gl.SliceLayout(0, s_layout))
+                visible = offs_b[None, :] >= edge[:, None] if DKV else offs_b[None, :] < edge[:, None]
+                p = gl.where(visible, p, 0.0)
+        if LATE and DKV:
+            dp, acc = warpgroup_mma_wait(0, (dp_async, acc_async))
+            if tile > start:
+                mbarrier.arrive(b_empty.index(last), count=1)
         if DKV:
             acc2_async = warpgroup_mma(gl.convert_layout(p.to(b_smem.dtype), ds_layout), b2, acc2, is_async=True)
-            dp = warpgroup_mma_wait(1, (dp_async,))
+            if not LATE:
+                dp = warpgroup_mma_wait(1, (dp_async,))
             delta_t = rows_smem.index(s).reshape([2, BLOCK_B]).slice(1, 1).load(s_layout)
         else:
             dp = warpgroup_mma_wait(0, (dp_async,))
             delta_t = delta[:, None]
-        ds = p * (dp - delta_t)
-        acc_async = warpgroup_mma(gl.convert_layout(ds.to(b_smem.dtype), ds_layout), b, acc, is_async=True)
-        if DKV:
-            acc, acc2 = warpgroup_mma_wait(0, (acc_async, acc2_async))
-        else:
-            acc = warpgroup_mma_wait(0, (acc_async,))
-        mbarrier.arrive(b_empty.index(s), count=1)
-    return acc, acc2
+        ds = gl.convert_layout((p * (dp - delta_t)).to(b_smem.dtype), ds_layout)
+        if not LATE:
+            acc_async = warpgroup_mma(ds, b, acc, is_async=True)
+            if DKV:
+                acc, acc2 = warpgroup_mma_wait(0, (acc_async, acc2_async))
+            else:
+                acc = warpgroup_mma_wait(0, (acc_async,))
+            mbarrier.arrive(b_empty.index(s), count=1)
+        elif DKV:
+            acc2 = warpgroup_mma_wait(0, (acc2_async,))
+    return acc, acc2, ds
 
 
 @gluon.jit
@@ -906,9 +929,11 @@ def bwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexp
     a_smem, a2_smem, b_smem, b2_smem, rows_smem, a_full, a_empty, b_full, b2_full, b_empty = buffers
     HOP, B, H, G, T, GROUP_B, SECTION = problem
     CONSUMERS: gl.constexpr = a_smem.shape[0]
+    STAGES: gl.constexpr = b_smem.shape[0]
     ROWS: gl.constexpr = a_smem.shape[2]
     BLOCK_B: gl.constexpr = b_smem.shape[2]
     BLOCK_D: gl.constexpr = b_smem.shape[4]
+    LATE: gl.constexpr = BLOCK_D > 64  # three warpgroups, or tiles of twice the length, keep the tensor cores as busy
     s_layout: gl.constexpr = product_layout(BLOCK_B)
     o_layout: gl.constexpr = product_layout(BLOCK_D)
     row_s: gl.constexpr = gl.SliceLayout(1, s_layout)
@@ -939,9 +964,25 @@ def bwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexp
             acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
             acc2 = acc
             mbarrier.wait(a_full.index(c), item & 1)
+            ds, begin = gl.zeros([ROWS, BLOCK_B], b_smem.dtype, operand_layout(BLOCK_D)), tile
             for g in range(G if DKV else 1):
-                acc, acc2 = bwd_tiles(acc, acc2, a, a2, lse, delta, buffers, tile, tile + n_masked, tile + n_tiles, first, edge, qk_scale, DKV)
-                tile += n_tiles
+                full, hi = tile + n_masked, tile + n_tiles
+                if DKV:  # two loops: a branch in one would cost registers
+                    offset = (first - tile) * BLOCK_B
+                    if CAUSAL:
+                        acc, acc2, ds = bwd_tiles(acc, acc2, ds, a, a2, lse, delta, buffers, begin, tile, full, full, offset, edge, qk_scale, True, DKV, LATE)
+                        tile = full
+                    acc, acc2, ds = bwd_tiles(acc, acc2, ds, a, a2, lse, delta, buffers, begin, tile, full, hi, offset, edge, qk_scale, False, DKV, LATE)
+                else:
+                    offset = (first + tile) * BLOCK_B
+                    acc, acc2, ds = bwd_tiles(acc, acc2, ds, a, a2, lse, delta, buffers, begin, tile, full, hi, offset, edge, qk_scale, True, DKV, LATE)
+                tile = hi
+            if LATE:
+                if n_tiles > 0:
+                    last = (tile - 1) % STAGES
+                    acc = warpgroup_mma(ds, b_smem.index(last).reshape([BLOCK_B, BLOCK_D]), acc, is_async=True)
+                    acc = warpgroup_mma_wait(0, (acc,))
+                    mbarrier.arrive(b_empty.index(last), count=1)
             item += 1
             mbarrier.arrive(a_empty.index(c), count=1)
 
@@ -1123,7 +1164,7 @@ def triton_dkv(q, k, v, do, rows, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale)
 # dims run in portable Triton
 HOPPER_TILES = {
     "fwd": {64: (3, 128, 2), 128: (2, 128, 2)},
-    "dq": {64: (3, 64, 3), 128: (2, 64, 3)},
+    "dq": {64: (3, 64, 3), 128: (2, 64, 4)},
     "dkv": {64: (2, 128, 2), 128: (2, 64, 3)},
 }
 
