@@ -1718,13 +1718,14 @@ class Ring:
 
     def prepare(self, k, backward):
         """On all ranks together, once per shape: choose the transport, and have memory enough for it."""
-        self.settle(k.device)
-        if self.transport == "symmetric" and k.is_cuda:
-            need = 2 * k.nbytes, 2 * k.numel() * torch.promote_types(k.dtype, torch.float32).itemsize if backward else 0
-            had = (self.memory.key_bytes, self.memory.grad_bytes) if self.memory else (0, 0)
-            if need[0] > had[0] or need[1] > had[1]:
-                self.reserve(k.device, *map(max, need, had))
-                self.settle(k.device)
+        with torch.cuda.device_of(k):  # whose events and memory are made, whatever device is the current one
+            self.settle(k.device)
+            if self.transport == "symmetric" and k.is_cuda:
+                need = 2 * k.nbytes, 2 * k.numel() * torch.promote_types(k.dtype, torch.float32).itemsize if backward else 0
+                had = (self.memory.key_bytes, self.memory.grad_bytes) if self.memory else (0, 0)
+                if need[0] > had[0] or need[1] > had[1]:
+                    self.reserve(k.device, *map(max, need, had))
+                    self.settle(k.device)
 
     def reserve(self, device, key_bytes, grad_bytes):
         torch.cuda.synchronize(device)  # what is there may be in use

@@ -1258,6 +1258,16 @@ def check_transports(schedule, n_ranks, causal):
     require(names == ["p2p", "symmetric"], f"asked for one of each, got {names}")
 
 
+def check_other_device(schedule, n_ranks):
+    """Tensors on this rank's GPU while another one is the current device, on a ring that has to make its memory then."""
+    group, other = RINGS[n_ranks], torch.device("cuda", (DEVICE.index + 1) % torch.cuda.device_count())
+    q, k, v, do = make(1, 4096, 4, 4, 128, torch.bfloat16, seed=RANK)  # larger than what other cases have made room for
+    with torch.cuda.device(other):
+        there = run(q, k, v, do, schedule, group)
+    for what, a, b in zip(("o", "lse", "dq", "dk", "dv"), there, run(q, k, v, do, schedule, group)):
+        require(torch.equal(a, b), f"{what} differs")
+
+
 def check_reuse(kind, n_ranks, times=1000):
     """Symmetric memory, one call after another: other inputs, schedules and masks, on two streams that nobody orders, kernels and copies
     held up at random; every result checked."""
@@ -1618,7 +1628,7 @@ def check_run_folder():
         if WORLD > 1:
             dist.barrier()
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # as a disk that is full from there on
+        resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, limits[1]))  # as a disk that is full from there on
         try:
             refused = lambda: quietly_train(train.parse([f"--out={out}", "--resume", "--stop_after=13"]), group)
             raises(refused, "cannot write", "ckpt-00000013.pt: [Errno 27] File too large", "MiB are free", "ckpt-00000012.pt is whole")
@@ -1629,6 +1639,8 @@ def check_run_folder():
             require(tail == whole[12:], f"resumed losses differ: {tail} and {whole[12:]}")
         if RANK == 0:
             said = (out / "log.txt").read_text()
+            opening = f"==== train.py\n{Path(train.__file__).read_text()}==== model.py\n"
+            require(said.startswith(opening) and said.count(opening) == 1, "log.txt does not open with the source, once")
             for words in ("ckpt-00000014.pt is not a checkpoint of train.py, or not a whole one", "ckpt-00000016.pt is not", "resumed at step 12", "commit ", "train.py ", "loss by position"):
                 require(words in said, f"log.txt does not say {words!r}")
             tables = [[line.split(",") for line in (f / "metrics.csv").read_text().splitlines()] for f in (folder / "whole", out)]
@@ -1927,6 +1939,7 @@ for n_ranks in (2, 4, 8):
         real(f"transports, same bits: {schedule} x{n_ranks} {'causal' if causal else 'full'}", check_transports, schedule, n_ranks, causal, ranks=n_ranks, gpu=True)
     real(f"symmetric memory, 1000 calls x{n_ranks}", check_reuse, "symmetric", n_ranks, ranks=n_ranks, gpu=True)
     real(f"symmetric memory in a CUDA graph x{n_ranks}", check_ring_graph, "symmetric", n_ranks, ranks=n_ranks, gpu=True)
+real("tensors on another GPU than the current one x2", check_other_device, "zigzag", 2, ranks=2, gpu=True)
 for n_ranks, schedule in itertools.product((1, 2, 4), SCHEDULES):
     real(f"launches: {schedule} x{n_ranks}", check_launches_on_ring, schedule, n_ranks, ranks=n_ranks, gpu=True)
 real("unshard(shard(x)) is x, " + ", ".join(SCHEDULES), lambda: [check_unshard(s) for s in SCHEDULES] and None)
@@ -2086,7 +2099,7 @@ def compile_kernels():
 # -----------------------------------------------------------------------------
 # runner
 
-BY_SIZE = check_attention, check_compiled_model, check_train, check_sharded, check_stream, check_transports, check_reuse, check_ring_graph, check_launches_on_ring  # (kind, ranks)
+BY_SIZE = check_attention, check_compiled_model, check_train, check_sharded, check_stream, check_transports, check_reuse, check_ring_graph, check_launches_on_ring, check_other_device  # (kind, ranks)
 
 
 def kill_runs(n_kills, seed):
@@ -2173,10 +2186,12 @@ def main():
     ready = [c for c in cases if c[4] is None]
     skipped = [(name, why) for name, _, _, _, why in cases if why]
     alone = [c for c in ready if c[3] == "local"]
-    mine = {c[0]: execute(c[1], c[2]) for c in alone[RANK::WORLD]}
-    everyone = {name: result for part in gathered(mine) for name, result in part.items()}
-    for name, *_ in alone:
-        report(name, [everyone[name]])
+    at_once = 32 * WORLD if WORLD > 1 else 1  # shared out among the processes, some at a time, so that one sees how it goes
+    for batch in (alone[first : first + at_once] for first in range(0, len(alone), at_once)):
+        mine = {c[0]: execute(c[1], c[2]) for c in batch[RANK::WORLD]}
+        everyone = {name: result for part in gathered(mine) for name, result in part.items()}
+        for name, *_ in batch:
+            report(name, [everyone[name]])
     for name, f, f_args, *_ in (c for c in ready if c[3] == "real"):
         # a ring of fewer processes than there are may leave some without one: those pass
         needed = f_args[2] if f is check_real else f_args[1] if getattr(f, "func", f) in BY_SIZE else WORLD

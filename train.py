@@ -345,15 +345,17 @@ def load_optimizer(optimizer, saved):
     optimizer.load_state_dict(saved)
 
 
-def source():
-    """The commit, where there is one, and a hash of every file: what ran."""
+def sources():
+    """What runs: the commit, where there is one, with a hash of every file, in a line; and the files."""
     here, names = Path(__file__).parent, ("train.py", "model.py", "ring_attn.py", "decode.py")
     git = lambda *words: subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True).stdout.strip()
     try:
         commit = git("rev-parse", "HEAD") + " with changes" * bool(git("status", "--porcelain", "--", *names))
     except OSError:  # no git here
         commit = ""
-    return ", ".join([f"commit {commit or 'unknown'}", *(f"{name} {hashlib.sha256((here / name).read_bytes()).hexdigest()[:16]}" for name in names)])
+    files = {name: (here / name).read_text() for name in names}
+    line = ", ".join([f"commit {commit or 'unknown'}", *(f"{name} {hashlib.sha256(text.encode()).hexdigest()[:16]}" for name, text in files.items())])
+    return line, "".join(f"==== {name}\n{text}" for name, text in files.items())
 
 
 class Log:
@@ -366,8 +368,12 @@ class Log:
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
             (out / "launch").write_text(launch())
-            self.file, self.table = open(out / "log.txt", "a"), out / "metrics.csv"
-            self.file.write(f"==== {sys.argv}\n{source()}\n{json.dumps(vars(args))}\n")
+            self.file, self.table = open(out / "log.txt", "a+"), out / "metrics.csv"
+            self.file.seek(0)
+            version, files = sources()
+            if version not in self.file.read():  # a resumed run has them there already, if nothing changed
+                self.file.write(files)
+            self.file.write(f"==== {sys.argv}\n{version}\n{json.dumps(vars(args))}\n")
             self.file.write(f"{n_ranks} x {device_name}, python {sys.version.split()[0]}, torch {torch.__version__}\n")
             rows = list(csv.reader(open(self.table))) if self.table.exists() else []
             rows = [row for row in rows[1:] if row[0].isdigit() and int(row[0]) <= start]  # what comes after is computed again
