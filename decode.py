@@ -977,7 +977,7 @@ def main():
     from train import run_script  # which imports model.py, and that this file
 
     args = parse()
-    run_script("decode.py", lambda: generate(args))
+    run_script("decode.py", lambda: generate(args), "more processes, or fewer tokens")
 
 
 if __name__ == "__main__":

@@ -1894,6 +1894,11 @@ def check_command_line():
     require(any("--stop_after" in line for line in lines), "--help does not help")
     require(len(lines) <= 50 and max(map(len, lines)) <= 120, f"--help does not fit a screen: {len(lines)} lines of up to {max(map(len, lines))}")
 
+    code = "import torch, train\ndef f(): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 GiB.')\ntrain.run_script('train.py', f, 'less')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=alone_env(), cwd=Path(__file__).parent, timeout=120)
+    said = "train.py: rank 0 is out of memory; use less. CUDA out of memory. Tried to allocate 1 GiB."
+    require(done.returncode == 1 and done.stderr.strip() == said, done.stderr)
+
 
 def check_decode_command_line():
     """decode.py continues a prompt with a checkpoint of train.py: the same text on 1 and 2 processes, another one with another seed."""

@@ -690,18 +690,23 @@ def setup(args):
         dist.init_process_group("nccl" if cuda else "gloo", device_id=torch.device("cuda", local_rank) if cuda else None, timeout=wait, **named)
 
 
-def run_script(name, f):
-    """Run the body of a script, which raises its ValueErrors on every rank alike: one of them tells, and the exit code is 2."""
+def run_script(name, f, less):
+    """Run the body of a script, which raises its ValueErrors on every rank alike: one of them tells, and the exit code is 2.
+    less: what takes less memory, for those who run out of it."""
+    rank = int(os.environ.get("RANK", 0))
     try:
         f()
     except ValueError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if rank == 0:
             print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"{name}: rank {rank} is out of memory; use {less}. {str(error).split(' Including')[0]}", file=sys.stderr, flush=True)
+        sys.exit(1)
     finally:
         ring_attn.leave_groups()
 
 
 if __name__ == "__main__":
     args = parse()
-    run_script("train.py", lambda: (setup(args), train(args)))
+    run_script("train.py", lambda: (setup(args), train(args)), "--checkpoint, --accumulate, --fsdp, more processes, or a smaller --seq_len")
