@@ -1623,6 +1623,8 @@ def check_run_folder():
         whole, _ = quietly_train(tiny_run(folder / "whole", data, "--log_every=4"), group)
         quietly_train(tiny_run(out, data, "--save_every=4", "--keep=3", "--stop_after=14", "--log_every=4"), group)
         require([f.name for f in train.checkpoints(out)] == [f"ckpt-{n:08}.pt" for n in (14, 12, 8)], f"kept {train.checkpoints(out)}")
+        if WORLD > 1:
+            dist.barrier()  # all have looked
         if RANK == 0:
             last = out / "ckpt-00000014.pt"
             last.write_bytes(last.read_bytes()[:-100])
