@@ -720,7 +720,7 @@ def rings(quick):
         columns = ring_line("", "", "ms", "TFLOP/s", "of ideal", "exposed ms", "launches", f"{'of best peer':30}{'GiB':>6}   error")
         return f"""rings: {N_RANKS} ranks, causal, {heads[0]}/{heads[1]} heads and D{RING_D}, B1 (step: B2), tokens on each rank and whatever is different as named
 transport {ring.transport} ({ring.why}), or as named
-ms: between the ends of calls in a row, the slowest rank's; all of a row take turns, each library with its fastest variant; medians. Everybody's backward
+ms: between the ends of calls in a row, the slowest rank's; all of a row take turns, each library with its fastest variant; medians (of calls over 0.3 s one). Everybody's backward
     runs in the calling thread: autograd's own would be woken for each call here, but once per step in training
 TFLOP/s: per rank. of ideal: our kernel on one GPU with the whole sequence (all GPUs at once) over {N_RANKS} times the ring. exposed: beyond the same hops where nothing
 moves. launches: kernels on the stream of the attention. of best peer: its time over ours, same schedule (step: zigzag), ring-flash-attn on torch's kernels (fa2,
@@ -767,12 +767,12 @@ def timed_together(who, row, call, rounds, context=contextlib.nullcontext):
 
 def in_turns(row, contenders):
     """{who: milliseconds per call}, the median of rounds in which all take turns, as a GPU that has been busy for a while is slower.
-    contenders: {who: (call, what it runs in)}. Without those that fail."""
+    contenders: {who: (call, what it runs in)}. Without those that fail; of calls of over 0.3 s only one is timed."""
     about = {who: timed_together(who, row, call, 1, context) for who, (call, context) in contenders.items()}  # the first calls compile
     found = {who: [us] for who, us in about.items() if us}
     for i in range(3):
         for who, us in found.items():
-            if about[who] < 3e5:  # longer calls are left at one
+            if about[who] < 3e5:
                 us *= i > 0  # the first ones were for the estimate
                 us.append(timed_together(who, row, contenders[who][0], int(min(20, max(2, 1e5 / about[who]))), contenders[who][1]))
     return {who: statistics.median(us) / 1e3 for who, us in found.items() if all(us)}

@@ -880,7 +880,7 @@ def bwd_tiles(acc, acc2, ds, a, a2, lse, delta, buffers, start, lo, full, hi, of
         s_async = warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(b2_full.index(s), phase)
         dp_async = warpgroup_mma(a2, b2.permute((1, 0)), zero, use_acc=False, is_async=True)
-        if LATE and DKV:  # first for dq and last for dk: so they are fastest
+        if LATE and DKV:  # before s for dq, behind dp for dk: as measured, the other ways are 3 to 10% slower
             acc_async = warpgroup_mma(ds, b_last, acc, is_async=True)
         if LATE and not DKV:
             scores, acc = warpgroup_mma_wait(1, (s_async, acc_async))  # [BLOCK_A, BLOCK_B]
