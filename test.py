@@ -618,7 +618,7 @@ def check_launches():
         require(kernel.arg_names[len(args) :] == list(constants), f"{kernel.__name__}: {kernel.arg_names} against {len(args)} values and {list(constants)}")
         for name, value in zip(kernel.arg_names, args):
             kind = "tiles" if hasattr(value, "block_shape") else "pointer" if isinstance(value, torch.Tensor) else "number"
-            expected = "tiles" if name.endswith("_desc") else "number" if name in ("sm_scale", "B", "H", "G", "T", "GROUP_B", "SECTION") else "pointer"
+            expected = "tiles" if name.endswith("_desc") else "number" if name in ("sm_scale", "B", "H", "G", "T", "GROUP_B", "SECTION", "ROUNDS") else "pointer"
             require(kind == expected, f"{kernel.__name__}: {name} is {value}")
         seen.append((kernel.__name__, grid))
 
@@ -1208,6 +1208,8 @@ def check_errors_together():
     raises(lambda: unshard(mine(x[0, 0, 0], x), "zigzag"), f"rank {wrong}: x is", "(B, T, ...)")
     raises(lambda: attn(*[mine(x.to_sparse(), x)] * 3), f"rank {wrong}: q is torch.sparse_coo")
     raises(lambda: attn(x, x, x, mine(["zigzag"], "zigzag")), f"rank {wrong}: schedule=['zigzag']")
+    if GPU:
+        raises(lambda: attn(*[x.to("cuda:0")] * 3), f"rank {wrong}: tensors are on cuda:0, but init_process_group was given device_id={DEVICE}")
     good = (WORLD, RANK, (RANK - 1) % WORLD, (RANK + 1) % WORLD)
     raises(lambda: ring_attn.zigzag_attn_func(x, x, x, *mine((WORLD, RANK, 0, WORLD), good), None, True, 1.0), "in this process group they are")
     raises(lambda: ring_attn.ring_attn_func(x, x, x, WORLD + 1, *good[1:], None, True, 1.0), f"n_ranks, rank, prev_rank, next_rank are ({WORLD + 1}")
@@ -2041,12 +2043,18 @@ def inspect_loops(sass):
     return products, spills, overwritten
 
 
+def under_products(sass):
+    """How many row maxima are taken while a product is in flight: after a wait that leaves one, before the next wait."""
+    spans = re.findall(r"DEPBAR\.LE gsb0, 0x1(.*?)DEPBAR", sass, re.DOTALL)
+    return min((len(re.findall("FMNMX", span)) for span in spans), default=0)
+
+
 def compile_kernels():
     """Compile the kernels in the configurations that are shipped; False if one serialises its products, spills in a loop with
-    products, or overwrites what a product in flight reads."""
+    products, overwrites what a product in flight reads, leaves nothing to do under products, or uses a barrier that is ours."""
     gl, good = ring_attn.gl, True
     timed = tuple(map(int, ring_attn.triton.__version__.split(".")[:2])) < (3, 9)  # 3.9 spills more; what that costs has not been measured
-    integers = dict.fromkeys(("B", "H", "G", "T", "GROUP_B", "SECTION"), "i32")
+    integers = dict.fromkeys(("B", "H", "G", "T", "GROUP_B", "SECTION", "ROUNDS"), "i32")
     print(f"triton {ring_attn.triton.__version__}, capability 9.0: registers, bytes spilled; in loops with products: products, spills, overwritten registers")
 
     def report(name, strict, *args, **options):
@@ -2055,6 +2063,8 @@ def compile_kernels():
         products, spills, overwritten = inspect_loops(sass)
         serial = "serialized" in said
         bad = serial or not products or overwritten > 0 or strict and timed and 10 * spills > products  # a reload here and there does no harm
+        bad |= name.startswith("hopper fwd") and under_products(sass) < 32
+        bad |= any(int(barrier, 16) >= ring_attn.NAMED.value for barrier in re.findall(r" BAR\.\w+[.\w]* 0x([0-9a-f]+)", sass))
         good &= not bad
         number = lambda what: (re.findall(what, said) or ["?"])[-1]
         used, spilled = number(r"Used (\d+) registers"), number(r"(\d+) bytes spill stores")
@@ -2070,10 +2080,10 @@ def compile_kernels():
             stay, stream, options = tile(64, D), tile(streamed, D), dict(num_warps=4, maxnreg={2: 168, 3: 128}[consumers])
             types = dict(HOP="*i32", sm_scale="fp32", ACC="*fp32", **integers)
             if kernel == "fwd":
-                types = dict(q_desc=stay, k_desc=stream, v_desc=stream, O="*bf16", LSE="*fp32", **types)
+                types = dict(q_desc=stay, k_desc=stream, v_desc=stream, o_desc=stay, LSE="*fp32", **types)
             else:
                 rows = tile(0, 0, "fp32", [2, 1, streamed])
-                types = dict(a_desc=stay, a2_desc=stay, b_desc=stream, b2_desc=stream, rows_desc=rows, LSE2="*fp32", OUT="*bf16", OUT2="*bf16", ACC2="*fp32", **types)
+                types = dict(a_desc=stay, a2_desc=stay, b_desc=stream, b2_desc=stream, rows_desc=rows, out_desc=stay, out2_desc=stay, LSE2="*fp32", ACC2="*fp32", **types)
                 constants["DKV"] = kernel == "dkv"
             function = ring_attn.hopper_fwd_kernel if kernel == "fwd" else ring_attn.hopper_bwd_kernel
             report(f"hopper {kernel} D{D} {'causal' if causal else 'full'}", True, function, types, constants, **options)
