@@ -1209,7 +1209,7 @@ def check_errors_together():
     raises(lambda: attn(*[mine(x.to_sparse(), x)] * 3), f"rank {wrong}: q is torch.sparse_coo")
     raises(lambda: attn(x, x, x, mine(["zigzag"], "zigzag")), f"rank {wrong}: schedule=['zigzag']")
     if GPU:
-        raises(lambda: attn(*[x.to("cuda:0")] * 3), f"rank {wrong}: tensors are on cuda:0, but init_process_group was given device_id={DEVICE}")
+        raises(lambda: attn(*[x.to("cuda:0")] * 3), f"rank {wrong}: tensors are on cuda:0, but init_process_group was given device_id=cuda:{wrong}")
     good = (WORLD, RANK, (RANK - 1) % WORLD, (RANK + 1) % WORLD)
     raises(lambda: ring_attn.zigzag_attn_func(x, x, x, *mine((WORLD, RANK, 0, WORLD), good), None, True, 1.0), "in this process group they are")
     raises(lambda: ring_attn.ring_attn_func(x, x, x, WORLD + 1, *good[1:], None, True, 1.0), f"n_ranks, rank, prev_rank, next_rank are ({WORLD + 1}")
