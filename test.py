@@ -36,9 +36,10 @@ import zlib
 from collections import deque
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 
 GPU = torch.cuda.is_available()
@@ -610,6 +611,32 @@ def check_graph():
     return worst([("loss", max(abs(a - b) for a, b in zip(*losses)), 1e-2)])  # the embedding's gradient adds in any order
 
 
+def check_items(kernel):
+    """The programs of a Hopper kernel have each tile of each head once between them, and under a causal mask nearly as much to do as each
+    other, and without one nearly as many items; where a head's keys fill L2 they work on one head at a time."""
+    uneven, real_properties = 0.0, torch.cuda.get_device_properties
+    shapes = (1, 8192, 32, 8), (1, 16384, 16, 16), (2, 4096, 24, 3), (1, 65536, 32, 32), (1, 70000, 7, 7), (3, 100, 5, 5)
+    for n_sm, (B, T, H, HKV) in itertools.product((132, 78, 7), shapes):
+        torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=n_sm)
+        try:
+            *_, problem, P, constants, _ = ring_attn.hopper_config.__wrapped__(kernel, (B, T, H, 128), HKV, DEVICE, (None,), True)
+        finally:
+            torch.cuda.get_device_properties = real_properties
+        (*_, section, rounds), n_tiles, n_heads = problem, triton.cdiv(T, 64 * constants["CONSUMERS"]), B * (HKV if kernel == "dkv" else H)
+        n, program = np.arange(n_heads // section * rounds), np.arange(P)[:, None]
+        gl = SimpleNamespace(num_programs=lambda axis: P, program_id=lambda axis: program, where=np.where, minimum=np.minimum)
+        tile, head, exists = FunctionType(ring_attn.nth_item.fn.__code__, {"gl": gl})(n, n_tiles, section, rounds)
+        items = np.sort((tile * n_heads + head)[exists])
+        require(np.array_equal(items, np.arange(n_tiles * n_heads)), f"{(B, T, H, HKV)} on {n_sm}: not every item once")
+        require(section == 1 or (T, HKV) != (65536, 32), f"keys of {section} heads at a time, one of which fills L2")
+        most = exists.sum(1).max()
+        require(most <= triton.cdiv(len(items), P) + 1, f"{(B, T, H, HKV)} on {n_sm}: a program has {most} of {len(items)} items")
+        if len(n) >= 4:
+            work = (exists * (n_tiles - tile + 3)).sum(1)  # an item takes as long as its tiles and about three more
+            uneven = max(uneven, work.max() / work.mean() - 1)
+    return worst([("work", uneven, 0.05)])
+
+
 def check_launches():
     """What the launchers of the Hopper kernels pass on, by place, fits the kernels' signatures: constants last, in their order."""
     real_launch, real_properties, seen = ring_attn.launch, torch.cuda.get_device_properties, []
@@ -670,6 +697,8 @@ local("a million tokens", check_million, gpu=True)
 local("a training step in a CUDA graph", check_graph, gpu=True)
 local("every kernel compiles for Hopper", check_compile)
 local("launchers fit the Hopper kernels", check_launches)
+for kernel in ring_attn.HOPPER_TILES:
+    local(f"items of the Hopper kernels: {kernel}", check_items, kernel)
 local("positions, shard, merge", check_positions)
 local("plans: sends match receives", check_plans)
 local("buffers per rank", check_memory)
