@@ -1058,7 +1058,7 @@ def hopper_bwd_kernel(a_desc, a2_desc, b_desc, b2_desc, rows_desc, out_desc, out
     rows_smem = gl.allocate_shared_memory(gl.float32, [STAGES] + rows_desc.block_type.shape, rows_desc.layout)
     buffers = (a_smem, a2_smem, b_smem, b2_smem, rows_smem, barriers(CONSUMERS, 1), barriers(CONSUMERS, 1), barriers(STAGES, 1), barriers(STAGES, 1))
     problem = (HOP, B, H, G, T, GROUP_B, SECTION, ROUNDS)
-    out_smem, out2_smem = a_smem, a2_smem  # but not used, unless there are results in 16 bit
+    out_smem, out2_smem = a_smem, a2_smem  # never written: gradients that travel on are in float32 and stored from registers
     if out_desc.dtype == a_desc.dtype:
         out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS] + out_desc.block_type.shape, out_desc.layout)
         if DKV:
