@@ -2244,7 +2244,11 @@ def main():
     for name, f, f_args, *_ in (c for c in ready if c[3] == "real"):
         # a ring of fewer processes than there are may leave some without one: those pass
         needed = f_args[2] if f is check_real else f_args[1] if getattr(f, "func", f) in BY_SIZE else WORLD
-        report(name, gathered(execute(f, f_args) if needed in RINGS or needed == WORLD else (None, None, 0.0)))
+        result = execute(f, f_args) if needed in RINGS or needed == WORLD else (None, None, 0.0)
+        everyone = gathered((name, result))
+        if any(not isinstance(said, tuple) or said[0] != name for said in everyone):  # another rank is amid what takes all of them
+            sys.exit(f"{name}: the ranks are out of step; rank {RANK} ended it with {result[1] or 'no error'}")
+        report(name, [mine for _, mine in everyone])
     for why in dict.fromkeys(why for _, why in skipped):
         say(f"skipped, {why}: {'; '.join(name for name, reason in skipped if reason == why)}")
     say(f"worst ratio to the bound: {top[1]:.2f} in {top[0]}")
