@@ -443,10 +443,10 @@ def triton_part(p, plan, o, lse, sink):
     alignment = [x is not None and x.data_ptr() % 16 for x in (*pointers, *p.aux)]
     depends = plan.number, o.dtype, lse is None, strides, tuple(alignment) if any(alignment) else None
     with torch.cuda.device_of(p.q):  # kernels launch on the current device
-        launch(decode_kernel, depends, plan.grid, (*pointers, p.aux, p.sm_scale, *plan.sizes, *strides), plan.constants, **plan.options)
+        launch(decode_kernel, p.q.device, depends, plan.grid, (*pointers, p.aux, p.sm_scale, *plan.sizes, *strides), plan.constants, **plan.options)
         if cut:
             args = (parts, o, lse, p.lengths, tables[0], tables[2], sink, *plan.shared, *strides)
-            launch(merge_pieces_kernel, depends, plan.rows, args, plan.merge_constants, **plan.merge_options)
+            launch(merge_pieces_kernel, p.q.device, depends, plan.rows, args, plan.merge_constants, **plan.merge_options)
 
 
 def torch_part(p, sink):
@@ -692,9 +692,9 @@ def merge_parts(parts, sink=None, dtype=torch.float32):
         return o.to(dtype), lse
     o, lse = torch.empty(B, M, H, D, dtype=dtype, device=parts.device), torch.empty(B, M, H, device=parts.device)
     constants = dict(HEAD_DIM=D, BLOCK_D=max(16, triton.next_power_of_2(D)), CHUNK=min(64, triton.next_power_of_2(R)))
-    depends = parts.shape, dtype, parts.device, *(x is None or (x.dtype, x.data_ptr() % 16) for x in (parts, sink))
+    depends = parts.shape, dtype, *(x is None or (x.dtype, x.data_ptr() % 16) for x in (parts, sink))
     with torch.cuda.device_of(parts):
-        launch(merge_ranks_kernel, depends, B * M * H, (parts, o, lse, sink, R, B * M * H, H), constants, num_warps=4)
+        launch(merge_ranks_kernel, parts.device, depends, B * M * H, (parts, o, lse, sink, R, B * M * H, H), constants, num_warps=4)
     return o, lse.transpose(1, 2)
 
 

@@ -422,10 +422,10 @@ def fwd_kernel(Q, K, V, O, ACC, LSE, HOP, sm_scale, H, G, T, GROUP_B,
         tl.store(ACC + offs, acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["H", "T"])
-def rows_kernel(O, DO, LSE, DLSE, LSE2, DELTA, H, T, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
-    """What the backward needs per row, (B, H, T padded) float32: delta = rowsum(do * o) - dlse, as a gradient of lse enters
-    ds = p * (dp - delta) the same way, and lse in base 2, +inf where a row is padding or saw no key, so that p is 0."""
+@triton.jit(do_not_specialize=["B", "H", "T"])
+def rows_kernel(O, DO, LSE, DLSE, ROWS, B, H, T, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """What the backward needs per row, (2, B, H, T padded) float32: lse in base 2, +inf where a row is padding or saw no key, so that
+    p is 0; and delta = rowsum(do * o) - dlse, as a gradient of lse enters ds = p * (dp - delta) the same way."""
     T_pad = tl.cdiv(T, ROW_PAD) * ROW_PAD
     n_tiles = T_pad // BLOCK_M
     bh = tl.program_id(0) // n_tiles
@@ -441,8 +441,8 @@ def rows_kernel(O, DO, LSE, DLSE, LSE2, DELTA, H, T, HEAD_DIM: tl.constexpr, BLO
     lse = tl.load(LSE + row, mask=offs_m < T, other=float("inf"))
     lse = tl.where(lse == -float("inf"), float("inf"), lse)
     row = bh.to(tl.int64) * T_pad + offs_m
-    tl.store(LSE2 + row, lse * LOG2E)
-    tl.store(DELTA + row, delta)
+    tl.store(ROWS + row, lse * LOG2E)
+    tl.store(ROWS + B.to(tl.int64) * H * T_pad + row, delta)
 
 
 @triton.jit
@@ -1055,7 +1055,9 @@ def hopper_bwd_kernel(a_desc, a2_desc, b_desc, b2_desc, rows_desc, out_desc, out
     a2_smem = gl.allocate_shared_memory(a_desc.dtype, [CONSUMERS] + a_desc.block_type.shape, a_desc.layout)
     b_smem = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_type.shape, b_desc.layout)
     b2_smem = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_type.shape, b_desc.layout)
-    rows_smem = gl.allocate_shared_memory(gl.float32, [STAGES] + rows_desc.block_type.shape, rows_desc.layout)
+    rows_smem = a_smem  # of no use for dq
+    if DKV:
+        rows_smem = gl.allocate_shared_memory(gl.float32, [STAGES] + rows_desc.block_type.shape, rows_desc.layout)
     buffers = (a_smem, a2_smem, b_smem, b2_smem, rows_smem, barriers(CONSUMERS), barriers(CONSUMERS), barriers(STAGES), barriers(STAGES))
     problem = (HOP, B, H, G, T, GROUP_B, SECTION, ROUNDS)
     out_smem, out2_smem = a_smem, a2_smem  # never written: gradients that travel on are in float32 and stored from registers
@@ -1094,16 +1096,19 @@ def capability(device):
 COMPILED = {}  # what `launch` has compiled
 
 
-def launch(kernel, depends, grid, args, constants, **options):
+def launch(kernel, device, depends, grid, args, constants, **options):
     """kernel[grid](*args, **constants, **options) without Triton's search for the compiled kernel, which takes the host longer than
-    a small problem takes the GPU. depends: whatever else the compiled code depends on (dtypes, tile shapes, alignment, device)."""
-    key = id(kernel), depends, *constants.values()
+    a small problem takes the GPU. depends: whatever else the compiled code depends on (dtypes, tile shapes, alignment)."""
+    key = id(kernel), device, depends, *constants.values()
     if INTERPRET:
         kernel[(grid,)](*args, **constants)
-    elif key in COMPILED:
-        COMPILED[key][(grid, 1, 1)](*args, *constants.values())
+    elif key in COMPILED:  # as torch.compile calls it: Triton's own way there looks for the device and for hooks
+        run, function, metadata = COMPILED[key]
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        run(grid, 1, 1, stream, function, metadata, None, None, None, *args, *constants.values())
     else:
-        COMPILED[key] = kernel[(grid,)](*args, **constants, **options)
+        compiled = kernel[(grid,)](*args, **constants, **options)
+        COMPILED[key] = compiled.run, compiled.function, compiled.packed_metadata
 
 
 # BLOCK_M (queries), BLOCK_N (keys), num_warps, num_stages by padded head dim. 64 and 128 were measured on one H100 for 16-bit
@@ -1180,12 +1185,12 @@ def triton_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
 def triton_rows(o, do, lse, dlse):
     """What the backward needs to know of each query row, lse2 and delta; of no use but to the dq and dkv kernels."""
     B, T, H, D = o.shape
-    n_rows = triton.cdiv(T, ROW_PAD.value) * ROW_PAD.value
+    n_rows = -(-T // ROW_PAD.value) * ROW_PAD.value
     rows = torch.empty(2, B * H, n_rows, dtype=torch.float32, device=o.device)
-    BLOCK_D = max(16, triton.next_power_of_2(D))
-    depends = o.dtype, o.device, dlse is None, *(x is not None and x.data_ptr() % 16 == 0 for x in (o, do, lse, dlse))
+    BLOCK_D = max(16, 1 << (D - 1).bit_length())
+    depends = o.dtype, dlse is None, *(x is not None and x.data_ptr() % 16 == 0 for x in (o, do, lse, dlse))
     constants = dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=32)
-    launch(rows_kernel, depends, n_rows // 32 * B * H, (o, do, lse, dlse, *rows, H, T), constants, num_warps=4)
+    launch(rows_kernel, o.device, depends, n_rows // 32 * B * H, (o, do, lse, dlse, rows, B, H, T), constants, num_warps=4)
     return rows
 
 
@@ -1228,23 +1233,25 @@ def hopper_takes(D, dtype):
 
 @functools.lru_cache(maxsize=4096)
 def descriptor(shape, strides, block, dtype):
-    """What `describe` returns, but for the tensor; None where TMA cannot read such a tensor."""
+    """The fields of what `describe` returns, but for the tensor; None where TMA cannot read such a tensor."""
     if strides[-1] != 1 or any(n > 1 and (s <= 0 or s * dtype.itemsize % 16) for s, n in zip(strides[:-1], shape)):
         return None
     layout = gl.NVMMASharedLayout.get_default_for(list(block), {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[dtype])
     strides = [s if n > 1 else 16 for s, n in zip(strides[:-1], shape)]  # a dimension of 1 may have any
-    return GluonDescriptor(torch.empty(0, dtype=dtype), list(shape), [*strides, 1], list(block), layout)
+    return vars(GluonDescriptor(torch.empty(0, dtype=dtype), list(shape), [*strides, 1], list(block), layout))
 
 
 def describe(x, block):
     """x for TMA, in tiles of shape `block`; what lies outside x reads as 0. Of a copy of x where TMA cannot read x itself; results are
-    never copied, as they are contiguous and aligned, and D is what `hopper_takes`."""
+    never copied, as they are contiguous and aligned, and D is what `hopper_takes`. None for None."""
+    if x is None:
+        return None
     known = descriptor(x.shape, x.stride(), block, x.dtype)
     if known is None or x.data_ptr() % 16:
         x = x.contiguous() if known is None else x.clone()
         known = descriptor(x.shape, x.stride(), block, x.dtype)
     described = object.__new__(GluonDescriptor)  # its own checks take longer than a launch
-    vars(described).update(vars(known), base=x)
+    described.__dict__ = {**known, "base": x}
     return described
 
 
@@ -1263,6 +1270,8 @@ def hopper_config(kernel, shape, HKV, device, table, causal):
     grid = min(n_tiles * n_heads, n_sm)
     problem = B, H, H // HKV, T, B // len(table), section, triton.cdiv(n_tiles * section, grid)
     constants = dict(HEAD_DIM=D, CAUSAL=causal, CONSUMERS=consumers, STAGES=stages)
+    if kernel != "fwd":
+        constants = dict(DKV=kernel == "dkv", **constants)
     options = dict(num_warps=4, maxnreg={2: 168, 3: 128}[consumers])
     return (1, 64, 1, BLOCK_D), (1, streamed, 1, BLOCK_D), problem, grid, constants, options
 
@@ -1272,25 +1281,24 @@ def hopper_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
     args = (
         describe(q, stay), describe(k, stream), describe(v, stream), describe(o, stay), acc, lse, hop_table(hop.table, q.device), sm_scale, *problem,
     )  # fmt: skip
-    launch(hopper_fwd_kernel, (q.dtype, stream, q.device), grid, args, constants, **options)
+    launch(hopper_fwd_kernel, q.device, (q.dtype, stream), grid, args, constants, **options)
 
 
-def hopper_bwd(kernel, a, a2, b, b2, rows, outs, accs, q, k, hop, causal, sm_scale):
+def hopper_bwd(kernel, a, a2, b, b2, rows, streamed_rows, out, out2, acc, acc2, q, k, hop, causal, sm_scale):
     stay, stream, problem, grid, constants, options = hopper_config(kernel, q.shape, k.shape[2], q.device, hop.table, causal)
     args = (
-        describe(a, stay), describe(a2, stay), describe(b, stream), describe(b2, stream), describe(rows, (2, 1, stream[1])),
-        *(describe(x, stay) for x in outs), rows, *accs, hop_table(hop.table, q.device), sm_scale, *problem,
+        describe(a, stay), describe(a2, stay), describe(b, stream), describe(b2, stream), describe(streamed_rows, (2, 1, stream[1])),
+        describe(out, stay), describe(out2, stay), rows, acc, acc2, hop_table(hop.table, q.device), sm_scale, *problem,
     )  # fmt: skip
-    constants = dict(DKV=kernel == "dkv", **constants)
-    launch(hopper_bwd_kernel, (q.dtype, outs[0].dtype, accs[0].dtype, stream, q.device), grid, args, constants, **options)
+    launch(hopper_bwd_kernel, q.device, (q.dtype, out.dtype, acc.dtype, stream), grid, args, constants, **options)
 
 
 def hopper_dq(q, k, v, do, rows, dq, acc, hop, causal, sm_scale):
-    hopper_bwd("dq", q, do, k, v, rows, (dq, dq), (acc, acc), q, k, hop, causal, sm_scale)
+    hopper_bwd("dq", q, do, k, v, rows, None, dq, None, acc, None, q, k, hop, causal, sm_scale)
 
 
 def hopper_dkv(q, k, v, do, rows, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
-    hopper_bwd("dkv", k, v, q, do, rows, (dk, dv), (dk_acc, dv_acc), q, k, hop, causal, sm_scale)
+    hopper_bwd("dkv", k, v, q, do, rows, rows, dk, dv, dk_acc, dv_acc, q, k, hop, causal, sm_scale)
 
 
 def torch_blocks(hop, B, T, causal, device, rows=512):
@@ -2051,7 +2059,7 @@ def backward_fake(do, dlse, q, k, v, *args):
 
 class RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, *args):
+    def forward(ctx, q, k, v, args):
         q, k, v = wire_ready(q, k, v, args[0])  # here already, as these are kept for the backward
         if nobody_looks(q, k, v):
             o, lse = forward_real(q, k, v, *args)
@@ -2068,15 +2076,14 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx, do, dlse):
         saved = ctx.saved_tensors
         backward = backward_real if nobody_looks(*saved) else torch.ops.ring_attn.backward.default
-        grads = backward(do, dlse, *saved, *ctx.args[:5])
-        return *grads, *[None] * len(ctx.args)
+        return *backward(do, dlse, *saved, *ctx.args[:5]), None
 
 
 LIBRARY = torch.library.Library("ring_attn", "DEF")
 OPTIONS = "int ring, str schedule, bool causal, float sm_scale, str? backend"
 LIBRARY.define(f"forward(Tensor q, Tensor k, Tensor v, {OPTIONS}, bool backward, bool checked, str? problem) -> (Tensor, Tensor)")
 LIBRARY.define(f"backward(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {OPTIONS}) -> (Tensor, Tensor, Tensor)")
-LIBRARY.impl("forward", RingAttention.apply, "Autograd")
+LIBRARY.impl("forward", lambda q, k, v, *args: RingAttention.apply(q, k, v, args), "Autograd")
 LIBRARY.impl("forward", forward_real, "CompositeExplicitAutograd")  # on any device: check_inputs says which are supported
 LIBRARY.impl("backward", backward_real, "CompositeExplicitAutograd")
 torch.library.register_fake("ring_attn::forward", forward_fake, lib=LIBRARY)
@@ -2141,15 +2148,22 @@ def check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend):
         if T % ring.n_ranks:
             raise ValueError(f"seq_len={T} must be a multiple of n_ranks={ring.n_ranks}; pad it, or change the number of ranks")
         T //= ring.n_ranks
-    elif ring.n_ranks > 1 and q.device.type not in device_types(ring.group):
-        raise ValueError(
-            f"the process group ({dist.get_backend(ring.group)}) cannot move {q.device.type} tensors; "
-            f'use init_process_group("{"nccl" if q.device.type == "cuda" else "gloo"}")'
-        )
-    elif ring.n_ranks > 1 and q.is_cuda and ring.group.bound_device_id not in (None, q.device):
-        bound = ring.group.bound_device_id
-        raise ValueError(f"tensors are on {q.device}, but init_process_group was given device_id={bound}; make them on the GPU of this rank")
+    elif ring.n_ranks > 1:
+        check_movable(q, ring.group)
     check_schedule(schedule, ring.n_ranks, T, B)
+
+
+def check_movable(x, group):
+    """Raise ValueError unless the process group can move x."""
+    if x.device.type not in device_types(group):
+        raise ValueError(
+            f"the process group ({dist.get_backend(group)}) cannot move {x.device.type} tensors; "
+            f'use init_process_group("{"nccl" if x.device.type == "cuda" else "gloo"}")'
+        )
+    if x.is_cuda and group.bound_device_id not in (None, x.device):
+        raise ValueError(
+            f"tensors are on {x.device}, but init_process_group was given device_id={group.bound_device_id}; make them on the GPU of this rank"
+        )
 
 
 def check_portable(q):
@@ -2225,7 +2239,7 @@ def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse, backend, probl
         check_once(q, k, v, schedule, ring, causal, sm_scale, backend, backward, problem)
     args = ring.number, schedule, bool(causal), sm_scale, backend, backward, checked, problem
     if checked and nobody_looks(q, k, v):
-        o, lse = RingAttention.apply(q, k, v, *args) if backward else forward_real(q, k, v, *args)
+        o, lse = RingAttention.apply(q, k, v, args) if backward else forward_real(q, k, v, *args)
     else:
         o, lse = torch.ops.ring_attn.forward.default(q, k, v, *args)
     return (o, lse) if return_lse else o
@@ -2302,6 +2316,8 @@ def unshard(x, schedule, group=None):
             raise ValueError("a VirtualRing holds whole sequences: there is nothing to unshard")
         if not isinstance(x, torch.Tensor) or x.ndim < 2 or x.layout != torch.strided:
             raise ValueError(f"x is {described(x)}; it must be a dense tensor (B, T, ...)")
+        if ring.n_ranks > 1:
+            check_movable(x, ring.group)
         check_schedule(schedule, ring.n_ranks, x.shape[1], x.shape[0])
 
     agree_once(ring, tuple(signature.values()), signature, None, check)
