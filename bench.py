@@ -563,23 +563,24 @@ def kernel_row(name, shape, causal, flexed):
 
 
 def small(quick):
-    cases = {f"small {how} {what}": (how == "graph", what == "fwd+bwd") for how in ("eager", "graph") for what in ("fwd", "fwd+bwd")}
-    heading = f"{'':20}{columns(EAGER, 10)}   of best peer"
-    return f"small: microseconds of wall time, the host's included; B1 S2048 H32 D128 causal\n{heading}", small_row, cases
+    cases = {f"small {how} {what}": (how == "graph", what == "fwd+bwd", True) for how in ("eager", "graph") for what in ("fwd", "fwd+bwd")}
+    cases["small one thread fwd+bwd"] = (False, True, False)  # as train.py does: see its setup
+    heading = f"{'':24}{columns(EAGER, 10)}   of best peer"
+    return f"small: microseconds of wall time, the host's included; B1 S2048 H32 D128 causal. one thread: eager, autograd on the caller's\n{heading}", small_row, cases
 
 
-def small_row(name, graph, backward):
+def small_row(name, graph, backward, threads):
     tensors = make(name, 1, 2 * K, 32, 32, 128)
 
     def measure_small(contender):
         leaves, do = in_layout(contender, *tensors)
         forward = lambda: contender.f(*leaves, True)
         call = (lambda: torch.autograd.grad(forward(), leaves, do)) if backward else forward
-        with torch.set_grad_enabled(backward):
+        with torch.set_grad_enabled(backward), torch.autograd.set_multithreading_enabled(threads):
             return wall_us(captured(call) if graph else call)
 
     times = {who: us for who in EAGER if (us := attempt(who, name, measure_small))}
-    print(f"{name:20}{columns((f'{times[who]:.1f}' if who in times else '-' for who in EAGER), 10)}   {ratio_text(of_best(times))}", flush=True)
+    print(f"{name:24}{columns((f'{times[who]:.1f}' if who in times else '-' for who in EAGER), 10)}   {ratio_text(of_best(times))}", flush=True)
     return dict(name=name, us=times, of_best=of_best(times))
 
 
@@ -766,12 +767,15 @@ def timed_together(who, row, call, rounds, context=contextlib.nullcontext):
 
 
 def in_turns(row, contenders):
-    """{who: milliseconds per call}, the median of rounds in which all take turns, as a GPU that has been busy for a while is slower.
-    contenders: {who: (call, what it runs in)}. Without those that fail; of calls of over 0.3 s only one is timed."""
+    """{who: milliseconds per call}, the median of rounds in which all take turns, each of them first once: a GPU at its power limit runs
+    the same kernels up to 5% slower than a minute before. contenders: {who: (call, what it runs in)}. Without those that fail; of calls
+    of over 0.3 s only one is timed."""
     about = {who: timed_together(who, row, call, 1, context) for who, (call, context) in contenders.items()}  # the first calls compile
     found = {who: [us] for who, us in about.items() if us}
-    for i in range(3):
-        for who, us in found.items():
+    order = list(found)
+    for i in range(max(3, len(order))):
+        for who in order[i:] + order[:i]:
+            us = found[who]
             if about[who] < 3e5:
                 us *= i > 0  # the first ones were for the estimate
                 us.append(timed_together(who, row, contenders[who][0], int(min(20, max(2, 1e5 / about[who]))), contenders[who][1]))
@@ -1208,7 +1212,6 @@ def main():
             refuse(str(error))
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
-        torch.autograd.set_multithreading_enabled(False)
 
     torch.backends.cuda.matmul.allow_tf32 = False  # the truth is float32 throughout
     card = dict(commit=commit(), gpu=torch.cuda.get_device_name() if GPU else None, torch=torch.__version__, triton=triton.__version__)

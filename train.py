@@ -679,6 +679,7 @@ def setup(args):
         if local_size > torch.cuda.device_count():
             raise ValueError(f"{local_size} processes but {torch.cuda.device_count()} GPUs; lower --nproc_per_node, or use --device=cpu")
         torch.cuda.set_device(local_rank)
+        torch.autograd.set_multithreading_enabled(False)  # one GPU: launches of the backward take the host less from this thread
     if "RANK" in os.environ:
         cuda = args.device == "cuda"
         env, wait, named = os.environ, datetime.timedelta(seconds=getattr(args, "timeout", 600)), {}  # decode.py has no such flag
