@@ -1582,8 +1582,8 @@ def check_meshes():
     def check(folder):
         data, own = f"--data={folder / 'text'}", folder / f"alone{RANK}"
         alone, alone_val = quietly_train(tiny_run(own, data, "--batch_size=8"), ALONE)
-        splits = {f"{WORLD // R}x{R}": [f"--ring_size={R}"] for R in (1, 2, 4) if WORLD % R == 0}
-        splits["step"] = ["--schedule=step", f"--ring_size={math.gcd(WORLD, 2)}", "--accumulate=2"]
+        splits = {f"{WORLD // R}x{R}": [f"--ring_size={R}"] for R in (1, 2, 4, 8) if WORLD % R == 0}
+        splits["step"] = ["--schedule=step", f"--ring_size={max(math.gcd(WORLD, 2), WORLD // 2)}", "--accumulate=2"]  # step wants two sequences in each ring
         memory = [f"--ring_size={math.gcd(WORLD, 2)}", "--fsdp", "--checkpoint", "--accumulate=2"]
         splits["fsdp"] = memory
         rows = []
