@@ -1102,11 +1102,13 @@ def launch(kernel, device, depends, grid, args, constants, **options):
     key = id(kernel), device, depends, *constants.values()
     if INTERPRET:
         kernel[(grid,)](*args, **constants)
-    elif compiled := COMPILED.get(key):  # as torch.compile calls it: Triton's own way there looks for the device and for hooks
+    elif key in COMPILED:  # as torch.compile calls it: Triton's own way there looks for the device and for hooks
+        run, function, metadata = COMPILED[key]
         stream = torch._C._cuda_getCurrentRawStream(device.index)
-        compiled.run(grid, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *constants.values())
+        run(grid, 1, 1, stream, function, metadata, None, None, None, *args, *constants.values())
     else:
-        COMPILED[key] = kernel[(grid,)](*args, **constants, **options)
+        compiled = kernel[(grid,)](*args, **constants, **options)
+        COMPILED[key] = compiled.run, compiled.function, compiled.packed_metadata
 
 
 # BLOCK_M (queries), BLOCK_N (keys), num_warps, num_stages by padded head dim. 64 and 128 were measured on one H100 for 16-bit
