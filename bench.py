@@ -767,9 +767,8 @@ def timed_together(who, row, call, rounds, context=contextlib.nullcontext):
 
 
 def in_turns(row, contenders):
-    """{who: milliseconds per call}, the median of rounds in which all take turns, each of them first once, as the same kernels take a GPU
-    that has been busy for a while up to 5% longer. contenders: {who: (call, what it runs in)}. Without those that fail; of calls of
-    over 0.3 s only one is timed."""
+    """{who: milliseconds per call}, the median of rounds in which all take turns, each of them first once, as a GPU that has been busy for a
+    while is slower. contenders: {who: (call, what it runs in)}. Without those that fail; of calls of over 0.3 s only one is timed."""
     about = {who: timed_together(who, row, call, 1, context) for who, (call, context) in contenders.items()}  # the first calls compile
     found = {who: [us] for who, us in about.items() if us}
     order = list(found)
