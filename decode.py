@@ -509,7 +509,7 @@ def check_decode(p, backend, sink):
     q, k, v = p.q, p.k, p.v
     for name, x in dict(q=q, k=k, v=v).items():
         if not isinstance(x, torch.Tensor) or x.layout != torch.strided or x.ndim != 4 or 0 in x.shape:
-            raise ValueError(f"{name} must be a dense tensor with four dimensions, none of them 0, not {ring_attn.described(x)}")
+            raise ValueError(f"{name} must be a dense tensor with four dimensions, none of them 0, not {ring_attn.summary(x)}")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} is {x.dtype} on {x.device} and q {q.dtype} on {q.device}; cast and move them to one")
         if x.requires_grad and torch.is_grad_enabled():
@@ -542,16 +542,16 @@ def check_decode(p, backend, sink):
     if p.n_splits is not None and not whole(p.n_splits, 1, 4096):
         raise ValueError(f"n_splits={p.n_splits!r} must be from 1 to 4096, or None to choose by length")
     if sink is not None and not whole(sink, 0) and not (isinstance(sink, torch.Tensor) and sink.shape == (H,) and on_device(sink, sink.dtype) and sink.is_floating_point()):
-        kind = sink if isinstance(sink, (int, float)) else ring_attn.described(sink)
+        kind = sink if isinstance(sink, (int, float)) else ring_attn.summary(sink)
         raise ValueError(f"sink={kind} must be how many first keys every window keeps, or a float tensor ({H},) on {q.device}: a logit for each query head")
     if whole(sink, 1) and p.window is None:
         raise ValueError(f"{sink=} keeps keys that a window would drop, but window=None drops none; give a window")
     if table is not None and not (on_device(table, torch.int32) and table.ndim == 2 and len(table) == B and table.shape[1] and table.is_contiguous()):
-        raise ValueError(f"page_table {ring_attn.described(table)} must be a contiguous int32 tensor ({B}, max_pages) on {q.device}")
+        raise ValueError(f"page_table {ring_attn.summary(table)} must be a contiguous int32 tensor ({B}, max_pages) on {q.device}")
     if p.capacity() >= NO_WINDOW:
         raise ValueError(f"the cache has room for {p.capacity()} tokens; it must be fewer than {NO_WINDOW}")
     if p.lengths is not None and not (on_device(p.lengths, torch.int32) and p.lengths.shape == (B,) and p.lengths.is_contiguous()):
-        raise ValueError(f"cache_seqlens {ring_attn.described(p.lengths)} must be a contiguous int32 tensor ({B},) on {q.device}")
+        raise ValueError(f"cache_seqlens {ring_attn.summary(p.lengths)} must be a contiguous int32 tensor ({B},) on {q.device}")
     if not isinstance(p.aux, tuple) or not all(isinstance(x, torch.Tensor) and x.device == q.device for x in p.aux):
         raise ValueError(f"aux must be a tuple of tensors on {q.device}, further arguments for the mods")
     for name, mod, takes in (("score_mod", p.score_mod, "score, b, h, q_idx, kv_idx"), ("mask_mod", p.mask_mod, "b, h, q_idx, kv_idx")):
@@ -767,7 +767,7 @@ def sharded_decode_attn(q, k, v, *, group=None, sink=None, return_lse=False, deb
         raise ValueError("a VirtualRing holds whole sequences; use decode_attn")
     p, logits, backend, key = problem_of(q, k, v, ring.rank, ring.n_ranks, sink=sink, **options)
     if key not in ring.agreed:
-        named = lambda x: ring_attn.described(x) if isinstance(x, torch.Tensor) else getattr(x, "__name__", repr(x))
+        named = lambda x: ring_attn.summary(x) if isinstance(x, torch.Tensor) else getattr(x, "__name__", repr(x))
         given = dict(q=q, k=k, v=v, sink=sink) | options | dict(backend=backend, page_table=p.page_table is not None)
         check = lambda: check_once(p, sink, backend, key)
         ring_attn.agree_once(ring, key, {name: named(x) for name, x in given.items() if name not in ("aux", "block_mask")}, None, check)

@@ -423,7 +423,7 @@ def fwd_kernel(Q, K, V, O, ACC, LSE, HOP, sm_scale, H, G, T, GROUP_B,
 
 
 @triton.jit(do_not_specialize=["B", "H", "T"])
-def rows_kernel(O, DO, LSE, DLSE, ROWS, B, H, T, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
+def bwd_preprocess_kernel(O, DO, LSE, DLSE, ROWS, B, H, T, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
     """What the backward needs per row, (2, B, H, T padded) float32: lse in base 2, +inf where a row is padding or saw no key, so that
     p is 0; and delta = rowsum(do * o) - dlse, as a gradient of lse enters ds = p * (dp - delta) the same way."""
     T_pad = tl.cdiv(T, ROW_PAD) * ROW_PAD
@@ -460,7 +460,7 @@ def dq_tiles(dq, q, do, lse, delta, K, V, b, h, lo, hi, row_end, qk_scale, T, st
 
 
 @triton.jit(do_not_specialize=["H", "G", "T", "GROUP_B"])
-def dq_kernel(Q, K, V, DO, LSE2, DELTA, DQ, ACC, HOP, sm_scale, H, G, T, GROUP_B,
+def dq_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DQ, ACC, HOP, sm_scale, H, G, T, GROUP_B,
               stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_ob, stride_ot, stride_oh,
               CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
@@ -472,7 +472,7 @@ def dq_kernel(Q, K, V, DO, LSE2, DELTA, DQ, ACC, HOP, sm_scale, H, G, T, GROUP_B
     q = load_tile(Q, b, h, start_m, T, stride_qb, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
     do = load_tile(DO, b, h, start_m, T, stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
     row = (b * H + h).to(tl.int64) * (tl.cdiv(T, ROW_PAD) * ROW_PAD) + offs_m
-    lse, delta = tl.load(LSE2 + row), tl.load(DELTA + row)
+    lse, delta = tl.load(LSE_LOG2 + row), tl.load(DELTA + row)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     hk = h // G
     qk_scale = sm_scale * LOG2E
@@ -490,13 +490,13 @@ def dq_kernel(Q, K, V, DO, LSE2, DELTA, DQ, ACC, HOP, sm_scale, H, G, T, GROUP_B
 
 
 @triton.jit
-def dkv_tiles(dk, dv, k, v, Q, DO, LSE2, DELTA, b, h, row, lo, hi, row_first, qk_scale, T, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh,
+def dkv_tiles(dk, dv, k, v, Q, DO, LSE_LOG2, DELTA, b, h, row, lo, hi, row_first, qk_scale, T, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh,
               BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
     for start_m in tl.range(lo, hi, BLOCK_M):
         q = load_tile(Q, b, h, start_m, T, stride_qb, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
         do = load_tile(DO, b, h, start_m, T, stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        lse, delta = tl.load(LSE2 + row + offs_m), tl.load(DELTA + row + offs_m)
+        lse, delta = tl.load(LSE_LOG2 + row + offs_m), tl.load(DELTA + row + offs_m)
         # scores come out transposed, so that both products below take them as they are
         p = tl.math.exp2(tl.dot(k, q.T, input_precision="ieee") * qk_scale - lse[None, :])  # [BLOCK_N, BLOCK_M]
         if MASK:
@@ -508,7 +508,7 @@ def dkv_tiles(dk, dv, k, v, Q, DO, LSE2, DELTA, b, h, row, lo, hi, row_first, qk
 
 
 @triton.jit(do_not_specialize=["H", "G", "T", "GROUP_B"])
-def dkv_kernel(Q, K, V, DO, LSE2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_scale, H, G, T, GROUP_B,
+def dkv_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_scale, H, G, T, GROUP_B,
                stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_ob, stride_ot, stride_oh,
                CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
@@ -543,9 +543,9 @@ def dkv_kernel(Q, K, V, DO, LSE2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_scale, 
         hq = h * G + g
         row = (b * H + hq).to(tl.int64) * (tl.cdiv(T, ROW_PAD) * ROW_PAD)
         if CAUSAL:
-            dk, dv = dkv_tiles(dk, dv, k, v, Q, DO, LSE2, DELTA, b, hq, row, m_lo, tl.minimum(m_full, T), row_first, qk_scale, T, stride_qb, stride_qt, stride_qh,
+            dk, dv = dkv_tiles(dk, dv, k, v, Q, DO, LSE_LOG2, DELTA, b, hq, row, m_lo, tl.minimum(m_full, T), row_first, qk_scale, T, stride_qb, stride_qt, stride_qh,
                                stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA, MASK=True)  # fmt: skip
-        dk, dv = dkv_tiles(dk, dv, k, v, Q, DO, LSE2, DELTA, b, hq, row, m_full, T, row_first, qk_scale, T, stride_qb, stride_qt, stride_qh,
+        dk, dv = dkv_tiles(dk, dv, k, v, Q, DO, LSE_LOG2, DELTA, b, hq, row, m_full, T, row_first, qk_scale, T, stride_qb, stride_qt, stride_qh,
                            stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA, MASK=False)  # fmt: skip
     offs, mask = state_tile(b, h, start_n, T, HKV, BLOCK_N, BLOCK_D, HEAD_DIM)
     dk = dk * sm_scale + tl.load(DK_ACC + offs, mask=mask & (offs_n < carried)[:, None], other=0.0)
@@ -558,7 +558,7 @@ def dkv_kernel(Q, K, V, DO, LSE2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_scale, 
 # Hopper kernels, in Gluon: arguments, state and results as in fwd_kernel, dq_kernel and dkv_kernel. One warp feeds tiles by TMA into
 # a circle of buffers; two or three warpgroups with 64 rows each use them, one's softmax under another's products and under its own last
 # ones (FlashAttention-3, arXiv 2407.08608). There is a program per SM, which works through items, tiles of rows that stay; the next one's
-# tiles arrive while the last one is stored. x_full says that buffer x holds data, x_empty or give_back that its readers are done with it
+# tiles arrive while the last one is stored. x_full says that buffer x holds data, x_empty or consumer_release that its readers are done with it
 
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed in triton 3.9
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -585,36 +585,36 @@ def barriers(N: gl.constexpr):
     return bars
 
 
-NAMED = gl.constexpr(8)  # of the 16 barriers that hardware has, the first of ours; the compiler uses some below for itself
+NAMED_BARRIERS = gl.constexpr(8)  # of the 16 barriers that hardware has, the first of ours; the compiler uses some below for itself
 
 
 @gluon.jit
-def give_back(buffer, CONSUMERS: gl.constexpr):
+def consumer_release(buffer, CONSUMERS: gl.constexpr):
     """This warp has read the buffer. Not by an mbarrier: before one arrives at those, Gluon has the whole warpgroup wait for its slowest
     warp, several times a tile. On one H100 that kept the tensor cores 75% busy, in place of 79 (ncu, D128 16k causal)."""
     asm: gl.constexpr = "bar.arrive $1, $2; mov.b32 $0, 0;"
-    gl.inline_asm_elementwise(asm, "=r,r,r", [NAMED + buffer, CONSUMERS * 128 + 32], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(asm, "=r,r,r", [NAMED_BARRIERS + buffer, CONSUMERS * 128 + 32], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def take_back(buffer, CONSUMERS: gl.constexpr):
+def producer_acquire(buffer, CONSUMERS: gl.constexpr):
     """The producer's side: wait until all warps of all consumers have read the buffer."""
     asm: gl.constexpr = "bar.sync $1, $2; mov.b32 $0, 0;"
-    gl.inline_asm_elementwise(asm, "=r,r,r", [NAMED + buffer, CONSUMERS * 128 + 32], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise(asm, "=r,r,r", [NAMED_BARRIERS + buffer, CONSUMERS * 128 + 32], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def give_back_after(x, buffer, CONSUMERS: gl.constexpr):
-    """give_back, but not before the rows' x, from 0 to 1, are computed, as if larger ones meant another barrier: else ptxas moves it up,
+def consumer_release_after(x, buffer, CONSUMERS: gl.constexpr):
+    """consumer_release, but not before the rows' x, from 0 to 1, are computed, as if larger ones meant another barrier: else ptxas moves it up,
     and with it the wait for products that comes next, and nothing is left to do under those."""
     asm: gl.constexpr = """{ .reg .f32 x; .reg .pred p; .reg .b32 n; add.f32 x, $2, $3; setp.gt.f32 p, x, 0f40800000; selp.b32 n, 1, 0, p;
         add.s32 n, n, $4; bar.arrive n, $6; mov.b32 $0, $2; mov.b32 $1, $3; }"""
     args: gl.constexpr = "=r,=r,f,f,r,r,r,r"
-    gl.inline_asm_elementwise(asm, args, [x, NAMED + buffer, CONSUMERS * 128 + 32], dtype=gl.float32, is_pure=False, pack=2)
+    gl.inline_asm_elementwise(asm, args, [x, NAMED_BARRIERS + buffer, CONSUMERS * 128 + 32], dtype=gl.float32, is_pure=False, pack=2)
 
 
 @gluon.jit
-def nth_item(n, n_tiles, SECTION, ROUNDS):
+def tile_scheduler(n, n_tiles, SECTION, ROUNDS):
     """(tile, head) of this program's n-th item, tile 0 being the longest, and whether there is one. SECTION heads at a time, whose keys
     stay in L2: their longer tiles first, dealt out to the P programs in rounds, every second one backwards, so that sums come out even.
     A section's last round, which need not go all round, starts where that of the section before ended."""
@@ -644,12 +644,12 @@ def state_offsets(b, h, row, T, H, ROWS: gl.constexpr, BLOCK_D: gl.constexpr, HE
 
 
 @gluon.jit
-def fwd_item(n, problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
+def fwd_work_tile(n, problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
     """Batch, head, first query and HopRow of this program's n-th item; how many of its tiles of keys no row masks; how many there are,
     0 if there is no such item."""
     HOP, B, H, G, T, GROUP_B, SECTION, ROUNDS = problem
     n_m = gl.cdiv(T, BLOCK_M)
-    tile, bh, exists = nth_item(n, n_m, SECTION, ROUNDS)
+    tile, bh, exists = tile_scheduler(n, n_m, SECTION, ROUNDS)
     start_m = (n_m - 1 - tile) * BLOCK_M  # under a causal mask the last queries see the most keys
     b, h = bh // H, bh % H
     hop = HOP + (b // GROUP_B) * HOP_COLUMNS
@@ -672,13 +672,13 @@ def fwd_producer(descs, buffers, problem, CAUSAL: gl.constexpr):
     BLOCK_N: gl.constexpr = k_smem.shape[2]
     item, tile = 0, 0  # used so far: they say which buffer is next, and the phase of its barriers
     for n in range(B * H // SECTION * ROUNDS):
-        b, h, start_m, hop, n_full, n_tiles = fwd_item(n, problem, CONSUMERS * ROWS, BLOCK_N, CAUSAL)
+        b, h, start_m, hop, n_full, n_tiles = fwd_work_tile(n, problem, CONSUMERS * ROWS, BLOCK_N, CAUSAL)
         if n_tiles > 0:
             for j in range(n_tiles):
                 s = tile % STAGES
                 start_n = (n_tiles - 1 - j) * BLOCK_N  # from the diagonal down: the masked tiles come first
                 if tile >= STAGES:
-                    take_back(s, CONSUMERS)
+                    producer_acquire(s, CONSUMERS)
                 mbarrier.expect(k_full.index(s), k_desc.block_type.nbytes)
                 tma_load(k_desc, [b, start_n, h // G, 0], k_full.index(s), k_smem.index(s))
                 if j == 0:
@@ -687,7 +687,7 @@ def fwd_producer(descs, buffers, problem, CAUSAL: gl.constexpr):
                         mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
                         tma_load(q_desc, [b, start_m + c * ROWS, h, 0], q_full.index(c), q_smem.index(c))
                 if tile >= STAGES:
-                    take_back(STAGES + s, CONSUMERS)
+                    producer_acquire(STAGES + s, CONSUMERS)
                 mbarrier.expect(v_full.index(s), v_desc.block_type.nbytes)
                 tma_load(v_desc, [b, start_n, h // G, 0], v_full.index(s), v_smem.index(s))
                 tile += 1
@@ -695,7 +695,7 @@ def fwd_producer(descs, buffers, problem, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def softmax_scale(s, m_i, qk_scale, offs_n, row_end, masked):
+def online_softmax_max(s, m_i, qk_scale, offs_n, row_end, masked):
     """A tile of scores, masked; the rows' new maximum; what p = exp2(s - shift) takes off; what that does to their sum and output so far."""
     if masked:
         s = gl.where(offs_n[None, :] < row_end[:, None], s, -float("inf"))
@@ -725,7 +725,7 @@ def fwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexp
     qk_scale = sm_scale * LOG2E
     item, tile = 0, 0
     for n in range(B * H // SECTION * ROUNDS):
-        b, h, start_m, hop, n_full, n_tiles = fwd_item(n, problem, CONSUMERS * ROWS, BLOCK_N, CAUSAL)
+        b, h, start_m, hop, n_full, n_tiles = fwd_work_tile(n, problem, CONSUMERS * ROWS, BLOCK_N, CAUSAL)
         if n_tiles > 0:
             offs_m = start_m + c * ROWS + gl.arange(0, ROWS, layout=row_s)
             m_i = gl.full([ROWS], -float("inf"), gl.float32, row_s)
@@ -740,8 +740,8 @@ def fwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexp
             else:
                 row_end = gl.full([ROWS], T, gl.int32, row_s)
             scores = warpgroup_mma_wait(0, (s_async,))  # [BLOCK_M, BLOCK_N]
-            give_back(s, CONSUMERS)
-            scores, m_i, shift, alpha = softmax_scale(scores, m_i, qk_scale, start_n + offs_n, row_end, True)
+            consumer_release(s, CONSUMERS)
+            scores, m_i, shift, alpha = online_softmax_max(scores, m_i, qk_scale, start_n + offs_n, row_end, True)
             p = gl.exp2(scores * qk_scale - shift[:, None])
             l_i = gl.sum(p, 1)
             p = gl.convert_layout(p.to(k_smem.dtype), p_layout)
@@ -752,10 +752,10 @@ def fwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexp
                 mbarrier.wait(v_full.index(last), (tile + j - 1) // STAGES & 1)
                 acc_async = warpgroup_mma(p, v_smem.index(last).reshape([BLOCK_N, BLOCK_D]), acc, is_async=True)
                 scores = warpgroup_mma_wait(1, (s_async,))
-                scores, m_i, shift, alpha = softmax_scale(scores, m_i, qk_scale, start_n - j * BLOCK_N + offs_n, row_end, j < n_tiles - n_full)
-                give_back_after(alpha, s, CONSUMERS)
+                scores, m_i, shift, alpha = online_softmax_max(scores, m_i, qk_scale, start_n - j * BLOCK_N + offs_n, row_end, j < n_tiles - n_full)
+                consumer_release_after(alpha, s, CONSUMERS)
                 acc = warpgroup_mma_wait(0, (acc_async,))  # p is in registers: they may not be written before
-                give_back(STAGES + last, CONSUMERS)
+                consumer_release(STAGES + last, CONSUMERS)
                 p_new = gl.exp2(scores * qk_scale - shift[:, None])
                 l_i = l_i * alpha + gl.sum(p_new, 1)
                 p = gl.convert_layout(p_new.to(k_smem.dtype), p_layout)
@@ -767,7 +767,7 @@ def fwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexp
             mbarrier.wait(v_full.index(s), (tile - 1) // STAGES & 1)
             acc = warpgroup_mma(p, v_smem.index(s).reshape([BLOCK_N, BLOCK_D]), acc, is_async=True)
             acc = warpgroup_mma_wait(0, (acc,))
-            give_back(STAGES + s, CONSUMERS)
+            consumer_release(STAGES + s, CONSUMERS)
 
             first, offs, mask = state_offsets(b, h, start_m + c * ROWS, T, H, ROWS, BLOCK_D, HEAD_DIM, o_layout)
             lse_rows = LSE + (b * H + h).to(gl.int64) * T + offs_m
@@ -825,13 +825,13 @@ def hopper_fwd_kernel(q_desc, k_desc, v_desc, o_desc, ACC, LSE, HOP, sm_scale, B
 
 
 @gluon.jit
-def bwd_item(n, problem, BLOCK_A: gl.constexpr, BLOCK_B: gl.constexpr, DKV: gl.constexpr, CAUSAL: gl.constexpr):
+def bwd_work_tile(n, problem, BLOCK_A: gl.constexpr, BLOCK_B: gl.constexpr, DKV: gl.constexpr, CAUSAL: gl.constexpr):
     """Batch, head, first row and HopRow of this program's n-th item; the first tile that streams by, the masked ones coming first; how
     many are masked; how many there are; whether there is anything to do."""
     HOP, B, H, G, T, GROUP_B, SECTION, ROUNDS = problem
     n_a = gl.cdiv(T, BLOCK_A)
     heads = H // G if DKV else H
-    tile, bh, exists = nth_item(n, n_a, SECTION, ROUNDS)
+    tile, bh, exists = tile_scheduler(n, n_a, SECTION, ROUNDS)
     start = (tile if DKV else n_a - 1 - tile) * BLOCK_A  # under a causal mask the first keys, and the last queries, have the most to do
     b, h = bh // heads, bh % heads
     hop = HOP + (b // GROUP_B) * HOP_COLUMNS
@@ -867,7 +867,7 @@ def bwd_producer(descs, buffers, problem, DKV: gl.constexpr, CAUSAL: gl.constexp
     BLOCK_B: gl.constexpr = b_smem.shape[2]
     item, tile = 0, 0
     for n in range(B * (H // G if DKV else H) // SECTION * ROUNDS):
-        b, h, start, hop, first, n_masked, n_tiles, active = bwd_item(n, problem, CONSUMERS * ROWS, BLOCK_B, DKV, CAUSAL)
+        b, h, start, hop, first, n_masked, n_tiles, active = bwd_work_tile(n, problem, CONSUMERS * ROWS, BLOCK_B, DKV, CAUSAL)
         if active:
             for c in gl.static_range(CONSUMERS):
                 mbarrier.wait(a_empty.index(c), item & 1 ^ 1)
@@ -880,7 +880,7 @@ def bwd_producer(descs, buffers, problem, DKV: gl.constexpr, CAUSAL: gl.constexp
                     s = tile % STAGES
                     row = (first + j if DKV else first - j) * BLOCK_B
                     if tile >= STAGES:
-                        take_back(s, CONSUMERS)
+                        producer_acquire(s, CONSUMERS)
                     if DKV:
                         mbarrier.expect(b_full.index(s), b_desc.block_type.nbytes + rows_desc.block_type.nbytes)
                         tma_load(rows_desc, [0, b * H + h_b, row], b_full.index(s), rows_smem.index(s))
@@ -923,7 +923,7 @@ def bwd_tiles(acc, acc2, ds, a, a2, lse, delta, buffers, start, lo, full, hi, of
         if LATE and not DKV:
             scores, acc = warpgroup_mma_wait(1, (s_async, acc_async))  # [BLOCK_A, BLOCK_B]
             if tile > start:
-                give_back(last, CONSUMERS)
+                consumer_release(last, CONSUMERS)
         else:
             scores = warpgroup_mma_wait(2 if LATE else 1, (s_async,))
         if DKV:
@@ -939,7 +939,7 @@ def bwd_tiles(acc, acc2, ds, a, a2, lse, delta, buffers, start, lo, full, hi, of
         if LATE and DKV:
             dp, acc = warpgroup_mma_wait(0, (dp_async, acc_async))
             if tile > start:
-                give_back(last, CONSUMERS)
+                consumer_release(last, CONSUMERS)
         if DKV:
             acc2_async = warpgroup_mma(gl.convert_layout(p.to(b_smem.dtype), ds_layout), b2, acc2, is_async=True)
             if not LATE:
@@ -955,7 +955,7 @@ def bwd_tiles(acc, acc2, ds, a, a2, lse, delta, buffers, start, lo, full, hi, of
                 acc, acc2 = warpgroup_mma_wait(0, (acc_async, acc2_async))
             else:
                 acc = warpgroup_mma_wait(0, (acc_async,))
-            give_back(s, CONSUMERS)
+            consumer_release(s, CONSUMERS)
         elif DKV:
             acc2 = warpgroup_mma_wait(0, (acc2_async,))
     return acc, acc2, ds
@@ -963,7 +963,7 @@ def bwd_tiles(acc, acc2, ds, a, a2, lse, delta, buffers, start, lo, full, hi, of
 
 @gluon.jit
 def bwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexpr, DKV: gl.constexpr, CAUSAL: gl.constexpr):
-    LSE2, out_desc, out2_desc, out_smem, out2_smem, ACC, ACC2, sm_scale = state
+    LSE_LOG2, out_desc, out2_desc, out_smem, out2_smem, ACC, ACC2, sm_scale = state
     a_smem, a2_smem, b_smem, b2_smem, rows_smem, a_full, a_empty, b_full, b2_full = buffers
     HOP, B, H, G, T, GROUP_B, SECTION, ROUNDS = problem
     CONSUMERS: gl.constexpr = a_smem.shape[0]
@@ -981,7 +981,7 @@ def bwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexp
     heads = H // G if DKV else H
     item, tile = 0, 0
     for n in range(B * heads // SECTION * ROUNDS):
-        b, h, start, hop, first, n_masked, n_tiles, active = bwd_item(n, problem, CONSUMERS * ROWS, BLOCK_B, DKV, CAUSAL)
+        b, h, start, hop, first, n_masked, n_tiles, active = bwd_work_tile(n, problem, CONSUMERS * ROWS, BLOCK_B, DKV, CAUSAL)
         if active:
             offs_a = start + c * ROWS + gl.arange(0, ROWS, layout=row_s)
             lse, delta, edge = offs_a, offs_a, offs_a  # unused where not set below
@@ -991,8 +991,8 @@ def bwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexp
             else:  # a query sees the keys before edge
                 T_pad = gl.cdiv(T, ROW_PAD) * ROW_PAD  # all of lse2, then all of delta
                 row = (b * H + h).to(gl.int64) * T_pad + offs_a
-                lse = gl.load(LSE2 + row, mask=offs_a < T, other=float("inf"))
-                delta = gl.load(LSE2 + B.to(gl.int64) * H * T_pad + row, mask=offs_a < T, other=0.0)
+                lse = gl.load(LSE_LOG2 + row, mask=offs_a < T, other=float("inf"))
+                delta = gl.load(LSE_LOG2 + B.to(gl.int64) * H * T_pad + row, mask=offs_a < T, other=0.0)
                 if CAUSAL:
                     edge = n_le(hop + 3, position(hop, offs_a, T), T)
                 else:
@@ -1018,7 +1018,7 @@ def bwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexp
                     last = (tile - 1) % STAGES
                     acc = warpgroup_mma(ds, b_smem.index(last).reshape([BLOCK_B, BLOCK_D]), acc, is_async=True)
                     acc = warpgroup_mma_wait(0, (acc,))
-                    give_back(last, CONSUMERS)
+                    consumer_release(last, CONSUMERS)
             item += 1
             mbarrier.arrive(a_empty.index(c), count=1)
 
@@ -1048,7 +1048,7 @@ def bwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexp
 
 
 @gluon.jit(do_not_specialize=["B", "H", "G", "T", "GROUP_B", "SECTION", "ROUNDS"])
-def hopper_bwd_kernel(a_desc, a2_desc, b_desc, b2_desc, rows_desc, out_desc, out2_desc, LSE2, ACC, ACC2, HOP, sm_scale,
+def hopper_bwd_kernel(a_desc, a2_desc, b_desc, b2_desc, rows_desc, out_desc, out2_desc, LSE_LOG2, ACC, ACC2, HOP, sm_scale,
                       B, H, G, T, GROUP_B, SECTION, ROUNDS,
                       DKV: gl.constexpr, HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     a_smem = gl.allocate_shared_memory(a_desc.dtype, [CONSUMERS] + a_desc.block_type.shape, a_desc.layout)
@@ -1065,7 +1065,7 @@ def hopper_bwd_kernel(a_desc, a2_desc, b_desc, b2_desc, rows_desc, out_desc, out
         out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS] + out_desc.block_type.shape, out_desc.layout)
         if DKV:
             out2_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS] + out_desc.block_type.shape, out_desc.layout)
-    descs, state = (a_desc, a2_desc, b_desc, b2_desc, rows_desc), (LSE2, out_desc, out2_desc, out_smem, out2_smem, ACC, ACC2, sm_scale)
+    descs, state = (a_desc, a2_desc, b_desc, b2_desc, rows_desc), (LSE_LOG2, out_desc, out2_desc, out_smem, out2_smem, ACC, ACC2, sm_scale)
     if CONSUMERS == 2:
         gl.warp_specialize([
             (bwd_consumer, (0, state, buffers, problem, HEAD_DIM, DKV, CAUSAL)),
@@ -1143,7 +1143,7 @@ def has_tma(device):
     return INTERPRET or capability(device)[0] >= 9
 
 
-def describable(x):
+def tma_ok(x):
     """Can TMA read x (B, T, heads, D) as a matrix of B*T rows? 16-byte steps, and heads side by side within a row."""
     B, T, heads, D = x.shape
     stride_b, stride_t, stride_h, stride_d = x.stride()
@@ -1163,7 +1163,7 @@ def tile_inputs(config, rows_m, rows_n):
     where Hopper can and no tile overhangs a sequence or a head, else as pointers; and the constexpr TMA that says which."""
     BLOCK_M, BLOCK_N, BLOCK_D = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_D"]
     B, T, _, D = rows_m[0].shape
-    tma = has_tma(rows_m[0].device) and D == BLOCK_D and T % max(BLOCK_M, BLOCK_N) == 0 and all(map(describable, (*rows_m, *rows_n)))
+    tma = has_tma(rows_m[0].device) and D == BLOCK_D and T % max(BLOCK_M, BLOCK_N) == 0 and all(map(tma_ok, (*rows_m, *rows_n)))
     if not tma:
         return *rows_m, *rows_n, False
     matrix = lambda x, rows: TensorDescriptor(
@@ -1182,7 +1182,7 @@ def triton_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
     )  # fmt: skip
 
 
-def triton_rows(o, do, lse, dlse):
+def triton_preprocess(o, do, lse, dlse):
     """What the backward needs to know of each query row, lse2 and delta; of no use but to the dq and dkv kernels."""
     B, T, H, D = o.shape
     n_rows = -(-T // ROW_PAD.value) * ROW_PAD.value
@@ -1190,7 +1190,7 @@ def triton_rows(o, do, lse, dlse):
     BLOCK_D = max(16, 1 << (D - 1).bit_length())
     depends = o.dtype, dlse is None, *(x is not None and x.data_ptr() % 16 == 0 for x in (o, do, lse, dlse))
     constants = dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=32)
-    launch(rows_kernel, o.device, depends, n_rows // 32 * B * H, (o, do, lse, dlse, rows, B, H, T), constants, num_warps=4)
+    launch(bwd_preprocess_kernel, o.device, depends, n_rows // 32 * B * H, (o, do, lse, dlse, rows, B, H, T), constants, num_warps=4)
     return rows
 
 
@@ -1232,8 +1232,8 @@ def hopper_takes(D, dtype):
 
 
 @functools.lru_cache(maxsize=4096)
-def descriptor(shape, strides, block, dtype):
-    """The fields of what `describe` returns, but for the tensor; None where TMA cannot read such a tensor."""
+def tma_fields(shape, strides, block, dtype):
+    """The fields of what `tma_descriptor` returns, but for the tensor; None where TMA cannot read such a tensor."""
     if strides[-1] != 1 or any(n > 1 and (s <= 0 or s * dtype.itemsize % 16) for s, n in zip(strides[:-1], shape)):
         return None
     layout = gl.NVMMASharedLayout.get_default_for(list(block), {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[dtype])
@@ -1241,18 +1241,18 @@ def descriptor(shape, strides, block, dtype):
     return vars(GluonDescriptor(torch.empty(0, dtype=dtype), list(shape), [*strides, 1], list(block), layout))
 
 
-def describe(x, block):
+def tma_descriptor(x, block):
     """x for TMA, in tiles of shape `block`; what lies outside x reads as 0. Of a copy of x where TMA cannot read x itself; results are
     never copied, as they are contiguous and aligned, and D is what `hopper_takes`. None for None."""
     if x is None:
         return None
-    known = descriptor(x.shape, x.stride(), block, x.dtype)
+    known = tma_fields(x.shape, x.stride(), block, x.dtype)
     if known is None or x.data_ptr() % 16:
         x = x.contiguous() if known is None else x.clone()
-        known = descriptor(x.shape, x.stride(), block, x.dtype)
-    described = object.__new__(GluonDescriptor)  # its own checks take longer than a launch
-    described.__dict__ = {**known, "base": x}
-    return described
+        known = tma_fields(x.shape, x.stride(), block, x.dtype)
+    made = object.__new__(GluonDescriptor)  # its own checks take longer than a launch
+    made.__dict__ = {**known, "base": x}
+    return made
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1279,7 +1279,7 @@ def hopper_config(kernel, shape, HKV, device, table, causal):
 def hopper_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
     stay, stream, problem, grid, constants, options = hopper_config("fwd", q.shape, k.shape[2], q.device, hop.table, causal)
     args = (
-        describe(q, stay), describe(k, stream), describe(v, stream), describe(o, stay), acc, lse, hop_table(hop.table, q.device), sm_scale, *problem,
+        tma_descriptor(q, stay), tma_descriptor(k, stream), tma_descriptor(v, stream), tma_descriptor(o, stay), acc, lse, hop_table(hop.table, q.device), sm_scale, *problem,
     )  # fmt: skip
     launch(hopper_fwd_kernel, q.device, (q.dtype, stream), grid, args, constants, **options)
 
@@ -1287,8 +1287,8 @@ def hopper_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
 def hopper_bwd(kernel, a, a2, b, b2, rows, streamed_rows, out, out2, acc, acc2, q, k, hop, causal, sm_scale):
     stay, stream, problem, grid, constants, options = hopper_config(kernel, q.shape, k.shape[2], q.device, hop.table, causal)
     args = (
-        describe(a, stay), describe(a2, stay), describe(b, stream), describe(b2, stream), describe(streamed_rows, (2, 1, stream[1])),
-        describe(out, stay), describe(out2, stay), rows, acc, acc2, hop_table(hop.table, q.device), sm_scale, *problem,
+        tma_descriptor(a, stay), tma_descriptor(a2, stay), tma_descriptor(b, stream), tma_descriptor(b2, stream), tma_descriptor(streamed_rows, (2, 1, stream[1])),
+        tma_descriptor(out, stay), tma_descriptor(out2, stay), rows, acc, acc2, hop_table(hop.table, q.device), sm_scale, *problem,
     )  # fmt: skip
     launch(hopper_bwd_kernel, q.device, (q.dtype, out.dtype, acc.dtype, stream), grid, args, constants, **options)
 
@@ -1319,7 +1319,7 @@ def torch_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
     o.copy_(acc)
 
 
-def torch_rows(o, do, lse, dlse):
+def torch_preprocess(o, do, lse, dlse):
     delta = einsum(o.to(lse.dtype), do.to(lse.dtype), "b t h d, b t h d -> b h t")
     return lse, delta if dlse is None else delta - dlse
 
@@ -1346,9 +1346,9 @@ def torch_dkv(q, k, v, do, rows, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
 
 # (forward, rows, dq, dkv) of a hop
 BACKENDS = {
-    "torch": (torch_fwd, torch_rows, torch_dq, torch_dkv),
-    "triton": (triton_fwd, triton_rows, triton_dq, triton_dkv),
-    "gluon": (hopper_fwd, triton_rows, hopper_dq, hopper_dkv),
+    "torch": (torch_fwd, torch_preprocess, torch_dq, torch_dkv),
+    "triton": (triton_fwd, triton_preprocess, triton_dq, triton_dkv),
+    "gluon": (hopper_fwd, triton_preprocess, hopper_dq, hopper_dkv),
 }
 
 
@@ -1367,7 +1367,7 @@ def best_backend(q):
 #   finish()     nothing of this rank is in use elsewhere any more
 
 
-class Neighbours:
+class P2P:
     """p2p: a shard of keys is handed on from rank to rank by send and receive (NCCL or gloo, any hosts). At most two foreign shards
     are held, and two of gradients."""
 
@@ -1427,7 +1427,7 @@ class Symmetric:
         self.row_bytes, known = HKV * D * k.element_size(), self.memory.known
         key = schedule, B, T, causal, direction
         if key not in known:
-            known[key] = symmetric_steps(self.lane, schedule, ring.rank, ring.n_ranks, B, T, causal, direction)
+            known[key] = stream_ops(self.lane, schedule, ring.rank, ring.n_ranks, B, T, causal, direction)
         self.hops, self.key_steps, self.grad_steps, self.last, self.joins = known[key]
         self.slots, self.boxes = self.memory.views(self.memory.slots, k, k.dtype), wide and self.memory.views(self.memory.boxes, k, wide)
         self.memory.captured |= self.lane.capturing()
@@ -1471,7 +1471,7 @@ class Symmetric:
             self.lane.meet(self.lane.mark())
 
 
-class Steps(NamedTuple):
+class StreamOps(NamedTuple):
     """What the lane does for the keys, or the gradients, of a hop."""
 
     slot: int | None  # where this hop's keys were pushed to, if they were
@@ -1484,8 +1484,8 @@ class Steps(NamedTuple):
     marks: bool  # then the keys of the next hop are there
 
 
-def symmetric_steps(lane, schedule, me, R, B, T, causal, direction):
-    """(hops, their Steps for keys, for gradients, the signals at the end, whether the lane then still has something to do), for Symmetric:
+def stream_ops(lane, schedule, me, R, B, T, causal, direction):
+    """(hops, their StreamOps for keys, for gradients, the signals at the end, whether the lane then still has something to do), for Symmetric:
     made once per shape, as a call should take the host no longer than a small problem takes the GPU."""
     plans = [plan(schedule, rank, R, T, causal, direction) for rank in range(R)]
     slot = lambda rank, j: sum(hop.visible for hop in plans[rank][1:j]) % 2  # of the keys of hop j; each rank fills its two in turn
@@ -1496,7 +1496,7 @@ def symmetric_steps(lane, schedule, me, R, B, T, causal, direction):
         before, after, rows, reader, coming = [], [], (), (me + direction * (j + 1)) % R, False
         if j + 1 < R:
             owner, coming = plans[me][j + 1].source, plans[me][j + 1].visible
-            rows = spans(plans[reader][j + 1].seen, B, T, 1)
+            rows = row_ranges(plans[reader][j + 1].seen, B, T, 1)
             before += [("set", owner, FREE + me)] * coming
             if rows:
                 before.append(("take", FREE + reader, ("room for keys", j + 1, reader)))
@@ -1505,7 +1505,7 @@ def symmetric_steps(lane, schedule, me, R, B, T, causal, direction):
                 after.append(("take", READY + owner, ("keys", j + 1, owner)))
             joins = not coming and (joins or bool(rows))
         here = slot(me, j) if j and hop.visible else None
-        key_steps.append(Steps(here, j == 0 or coming, lane.prepare(before), rows, reader, slot(reader, j + 1), lane.prepare(after), coming))
+        key_steps.append(StreamOps(here, j == 0 or coming, lane.prepare(before), rows, reader, slot(reader, j + 1), lane.prepare(after), coming))
 
         before, after, rows, here, there = [], [], (), j % 2, (j + 1) % 2
         if any(hop.send_grad):
@@ -1515,15 +1515,15 @@ def symmetric_steps(lane, schedule, me, R, B, T, causal, direction):
         unread = {here} if any(hop.send_grad) else set()
         if any(hop.recv_grad):
             before.append(("take", SENT + here, ("gradients", j + 1, source)))
-            rows = spans(hop.recv_grad, B, T, 2)
+            rows = row_ranges(hop.recv_grad, B, T, 2)
             after.append(("set", source, READ + here))
-        grad_steps.append(Steps(None, True, lane.prepare(before), rows, source, there, lane.prepare(after), True))
+        grad_steps.append(StreamOps(None, True, lane.prepare(before), rows, source, there, lane.prepare(after), True))
     last = [("take", READ + box, ("a reader of gradients", R - 1, to)) for box in unread] if direction < 0 else []
     return plans[me], key_steps, grad_steps, lane.prepare(last), joins or bool(last)
 
 
 @functools.lru_cache(maxsize=1024)
-def spans(rows, B, T, parts):
+def row_ranges(rows, B, T, parts):
     """(first row, number of rows) of the pieces of memory that hold the first rows[g] rows of each sequence of `parts` (B, T, ...) tensors."""
     found = []
     for part, (s, n) in itertools.product(range(parts), list(zip(batch_slices(B, len(rows)), rows))):
@@ -1535,7 +1535,7 @@ def spans(rows, B, T, parts):
     return tuple(found)
 
 
-TRANSPORTS = {"p2p": Neighbours, "symmetric": Symmetric}
+TRANSPORTS = {"p2p": P2P, "symmetric": Symmetric}
 
 
 def check_transport(transport):
@@ -1562,7 +1562,7 @@ class SymmetricMemory:
         self.local[:4096].zero_()
         torch.cuda.synchronize(device)
         dist.barrier(ring.group, device_ids=[device.index])  # nobody signals before all flags are clear
-        self.lane = CopyLane(device, self.base, ring)
+        self.lane = CopyStream(device, self.base, ring)
 
     def views(self, starts, x, dtype):
         """Two tensors of the shape of x at each of these offsets."""
@@ -1573,7 +1573,7 @@ class SymmetricMemory:
         return self.known[key]
 
 
-class CopyLane:
+class CopyStream:
     """A stream of copies and signals beside that of the kernels. Copies are the copy engine's, signals the GPU front end's: no SM is used.
     By the driver's own functions, as torch's take the host several times as long."""
 
@@ -1660,7 +1660,7 @@ def check_cuda(error):
         raise RuntimeError(f"the CUDA driver refused a copy or a signal between GPUs: error {error}")
 
 
-class Watch(threading.Thread):
+class Watchdog(threading.Thread):
     """Ends this process when its GPU has waited too long for another rank. A stream that waits can raise nothing, and whoever synchronizes
     with it would hang; NCCL's own watchdog ends a process likewise, but knows nothing of hops."""
 
@@ -1779,7 +1779,7 @@ class Ring:
             if self.wanted == "p2p" and self.transport == "symmetric":
                 self.transport, self.why = "p2p", "asked for"
             if device.type == "cuda" and self.watch is None and cuda_driver():
-                self.watch = Watch(self)
+                self.watch = Watchdog(self)
             self.settled = device.type
         if self.wanted == "symmetric" and self.transport == "p2p":
             raise ValueError(f'transport="symmetric" cannot be had: {self.why}; use transport="p2p", or None to choose by machine')
@@ -1902,7 +1902,7 @@ class VirtualRank:
         self.ring, self.rank, self.n_ranks, self.posted = ring, rank, ring.n_ranks, 0
 
     def moves(self, *args):
-        return Neighbours(self, *args)
+        return P2P(self, *args)
 
     def exchange(self, send, recv, direction, story):
         number, self.posted = self.posted, self.posted + 1  # the neighbour's exchange of the same number is the other end
@@ -1959,7 +1959,7 @@ def nothing(dtype, device):  # an argument that no kernel reads
     return torch.empty(0, dtype=dtype, device=device)
 
 
-def state_of(x, wide, n_hops, backend):
+def accumulator(x, wide, n_hops, backend):
     """Where hops keep x in float32 until it is complete: x itself if wide enough, nothing if one kernel does it all."""
     if x.dtype == wide:
         return x
@@ -1973,7 +1973,7 @@ def forward_hops(ring, q, k, v, schedule, causal, sm_scale, backend):
     wide = torch.promote_types(q.dtype, torch.float32)
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(B, H, T, dtype=wide, device=q.device)
-    acc = state_of(o, wide, ring.n_ranks, backend)
+    acc = accumulator(o, wide, ring.n_ranks, backend)
     moves = ring.moves(schedule, k, v, causal, 1)
     for j, hop in enumerate(moves.hops):
         kv = moves.keys(j)
@@ -1987,11 +1987,11 @@ def forward_hops(ring, q, k, v, schedule, causal, sm_scale, backend):
 def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, backend):
     """dq, dk, dv. The own keys come first for dq and last for dk, dv: the first keys to arrive do so under dq of the own
     ones, gradients travel under dq of the same hop, and are home after n_ranks - 1 hops."""
-    _, make_rows, backward_dq, backward_dkv = BACKENDS[backend]
+    _, preprocess, backward_dq, backward_dkv = BACKENDS[backend]
     wide = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    dq_acc = state_of(dq, wide, ring.n_ranks, backend)
-    rows = make_rows(o, do, lse, dlse)
+    dq_acc = accumulator(dq, wide, ring.n_ranks, backend)
+    rows = preprocess(o, do, lse, dlse)
     moves = ring.moves(schedule, k, v, causal, -1, wide)
     for j, hop in enumerate(moves.hops):
         kv = moves.keys(j)
@@ -2003,7 +2003,7 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, b
         if hop.visible:
             backward_dq(q, *kv, do, rows, dq, dq_acc, hop, causal, sm_scale)
         yield
-    home = moves.grads(ring.n_ranks) if ring.n_ranks > 1 else [state_of(x, wide, 1, backend) for x in (dk, dv)]
+    home = moves.grads(ring.n_ranks) if ring.n_ranks > 1 else [accumulator(x, wide, 1, backend) for x in (dk, dv)]
     backward_dkv(q, k, v, do, rows, dk, dv, *home, moves.hops[0], causal, sm_scale)
     moves.finish()
     return dq, dk, dv
@@ -2014,7 +2014,7 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, b
 # and .backward: torch.compile reads shapes off the *_fake functions, puts the operators into its graph as they are, and breaks no graph here
 
 
-def nobody_looks(*tensors):
+def can_skip_dispatcher(*tensors):
     """Then functions are called directly: the dispatcher would take the host longer than a launch."""
     plain = all(type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
     transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
@@ -2061,7 +2061,7 @@ class RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, args):
         q, k, v = wire_ready(q, k, v, args[0])  # here already, as these are kept for the backward
-        if nobody_looks(q, k, v):
+        if can_skip_dispatcher(q, k, v):
             o, lse = forward_real(q, k, v, *args)
         else:
             with torch._C._AutoDispatchBelowAutograd():  # the same operator again, now the part below autograd
@@ -2075,7 +2075,7 @@ class RingAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dlse):
         saved = ctx.saved_tensors
-        backward = backward_real if nobody_looks(*saved) else torch.ops.ring_attn.backward.default
+        backward = backward_real if can_skip_dispatcher(*saved) else torch.ops.ring_attn.backward.default
         return *backward(do, dlse, *saved, *ctx.args[:5]), None
 
 
@@ -2189,7 +2189,7 @@ def device_types(group):
     return list(by_device)
 
 
-def described(x):
+def summary(x):
     """What all ranks must agree on, and what the checks look at, of an argument that should be a tensor."""
     return (tuple(x.shape), str(x.dtype), x.device.type, str(x.layout)) if isinstance(x, torch.Tensor) else type(x).__name__
 
@@ -2220,12 +2220,12 @@ def check_once(q, k, v, schedule, ring, causal, sm_scale, backend, backward, pro
         key = *((x.shape, x.dtype, x.device, x.layout) for x in (q, k, v)), *options
         known = key in ring.agreed
     except (AttributeError, TypeError):  # an argument of a kind that will be refused
-        key, known = repr((described(q), described(k), described(v), *options)), False
+        key, known = repr((summary(q), summary(k), summary(v), *options)), False
     if not known:
         if isinstance(q, torch.Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing():
             raise ValueError("ranks cannot agree on shapes and options inside a CUDA graph: make this call once before you capture it")
         options = dict(zip(("schedule", "causal", "sm_scale", "backend", "backward"), map(repr, options)))
-        signature = dict(q=described(q), k=described(k), v=described(v), transport=getattr(ring, "wanted", None), **options)
+        signature = dict(q=summary(q), k=summary(k), v=summary(v), transport=getattr(ring, "wanted", None), **options)
         agree_once(ring, key, signature, problem, lambda: check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend), lambda: ring.prepare(k, backward))
 
 
@@ -2238,7 +2238,7 @@ def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse, backend, probl
     if checked:
         check_once(q, k, v, schedule, ring, causal, sm_scale, backend, backward, problem)
     args = ring.number, schedule, bool(causal), sm_scale, backend, backward, checked, problem
-    if checked and nobody_looks(q, k, v):
+    if checked and can_skip_dispatcher(q, k, v):
         o, lse = RingAttention.apply(q, k, v, args) if backward else forward_real(q, k, v, *args)
     else:
         o, lse = torch.ops.ring_attn.forward.default(q, k, v, *args)
@@ -2309,13 +2309,13 @@ def unshard(x, schedule, group=None):
     Raises ValueError on every rank if the schedule is unknown, cannot cut x, or the ranks' shapes differ.
     """
     ring = resolve_ring(group)
-    signature = dict(x=described(x), schedule=repr(schedule))
+    signature = dict(x=summary(x), schedule=repr(schedule))
 
     def check():
         if isinstance(ring, VirtualRing):
             raise ValueError("a VirtualRing holds whole sequences: there is nothing to unshard")
         if not isinstance(x, torch.Tensor) or x.ndim < 2 or x.layout != torch.strided:
-            raise ValueError(f"x is {described(x)}; it must be a dense tensor (B, T, ...)")
+            raise ValueError(f"x is {summary(x)}; it must be a dense tensor (B, T, ...)")
         if ring.n_ranks > 1:
             check_movable(x, ring.group)
         check_schedule(schedule, ring.n_ranks, x.shape[1], x.shape[0])

@@ -208,14 +208,14 @@ LOW = dict(torch=torch.float32, triton=torch.float32, gluon=torch.float16)  # th
 
 def check_masked_rows(backend):
     """Keys that begin at position 5 against queries 0..11: rows 0..4 see nothing and must end as o = 0, lse = -inf, dq = 0."""
-    forward, make_rows, backward_dq, backward_dkv = ring_attn.BACKENDS[backend]
+    forward, preprocess, backward_dq, backward_dkv = ring_attn.BACKENDS[backend]
     q, k, v, do = make(1, 12, 2, 1, 16, LOW[backend])
     wide = lambda x: torch.empty_like(x, dtype=torch.float32)
     hop = Hop(0, (HopRow(0, 1, 0, 5, 1, 0, INT_MAX, 0, 0),), (12,), (), (), (), ())
     o, dq, dk, dv = (torch.empty_like(x) for x in (q, q, k, v))
     lse = torch.empty(1, 2, 12, device=DEVICE)
     forward(q, k, v, o, o if o.dtype == torch.float32 else wide(o), lse, hop, True, 0.25)
-    rows = make_rows(o, do, lse, None)
+    rows = preprocess(o, do, lse, None)
     backward_dq(q, k, v, do, rows, dq, dq if dq.dtype == torch.float32 else wide(dq), hop, True, 0.25)
     backward_dkv(q, k, v, do, rows, dk, dv, wide(dk), wide(dv), hop, True, 0.25)
     require(not o[:, :5].any() and not dq[:, :5].any() and (lse[..., :5] == -math.inf).all(), "rows without a key are not empty")
@@ -336,8 +336,8 @@ def shard_pos(layout):
     return ring_attn.layout_positions(ring_attn.Layout(*layout), 8)
 
 
-class ModelLane:
-    """What ring_attn.CopyLane does, as two lists of steps, for check_protocol to take in any order that a GPU might."""
+class ModelCopyStream:
+    """What ring_attn.CopyStream does, as two lists of steps, for check_protocol to take in any order that a GPU might."""
 
     def __init__(self, rank, base):
         self.rank, self.base, self.kernels, self.steps, self.events = rank, base, [], [], itertools.count()
@@ -377,7 +377,7 @@ def check_protocol(schedule, n_ranks, loops=8, seed=0):
     memories = [torch.full((4096 + 4 * size,), 255, dtype=torch.uint8) for _ in range(n_ranks)]
     base = [memory.data_ptr() for memory in memories]
     alive, bytes_pushed = [], [0] * n_ranks
-    lanes, shared = [ModelLane(rank, base) for rank in range(n_ranks)], []
+    lanes, shared = [ModelCopyStream(rank, base) for rank in range(n_ranks)], []
     for lane, memory in zip(lanes, memories):
         shared.append(ring_attn.SymmetricMemory.__new__(ring_attn.SymmetricMemory))
         vars(shared[-1]).update(lane=lane, base=base, local=memory, slots=[4096, 4096 + size], boxes=[4096 + 2 * size, 4096 + 3 * size], captured=False, known={})
@@ -625,7 +625,7 @@ def check_items(kernel):
         (*_, section, rounds), n_tiles, n_heads = problem, triton.cdiv(T, 64 * constants["CONSUMERS"]), B * (HKV if kernel == "dkv" else H)
         n, program = np.arange(n_heads // section * rounds), np.arange(P)[:, None]
         gl = SimpleNamespace(num_programs=lambda axis: P, program_id=lambda axis: program, where=np.where, minimum=np.minimum)
-        tile, head, exists = FunctionType(ring_attn.nth_item.fn.__code__, {"gl": gl})(n, n_tiles, section, rounds)
+        tile, head, exists = FunctionType(ring_attn.tile_scheduler.fn.__code__, {"gl": gl})(n, n_tiles, section, rounds)
         items = np.sort((tile * n_heads + head)[exists])
         require(np.array_equal(items, np.arange(n_tiles * n_heads)), f"{(B, T, H, HKV)} on {n_sm}: not every item once")
         require(section == 1 or (T, HKV) != (65536, 32), f"keys of {section} heads at a time, one of which fills L2")
@@ -1405,8 +1405,8 @@ def check_choice():
 
 
 def check_watch():
-    """ring_attn.Watch, with a number where a GPU would write what it waits for: quiet while that changes, an end with a reason when it does not."""
-    watch, ended, said = ring_attn.Watch.__new__(ring_attn.Watch), threading.Event(), io.StringIO()
+    """ring_attn.Watchdog, with a number where a GPU would write what it waits for: quiet while that changes, an end with a reason when it does not."""
+    watch, ended, said = ring_attn.Watchdog.__new__(ring_attn.Watchdog), threading.Event(), io.StringIO()
     threading.Thread.__init__(watch, daemon=True)
     ring = ring_attn.Ring()
     watch.ring, watch.stories, watch.number, watch.timeout = ring, [None, ("keys", 1, 3)], ctypes.c_int32(0), 1.0
@@ -2099,7 +2099,7 @@ def compile_kernels():
         serial = "serialized" in said
         bad = serial or not products or overwritten > 0 or strict and timed and 10 * spills > products  # a reload here and there does no harm
         bad |= name.startswith("hopper fwd") and under_products(sass) < 32
-        bad |= any(int(barrier, 16) >= ring_attn.NAMED.value for barrier in re.findall(r" BAR\.\w+[.\w]* 0x([0-9a-f]+)", sass))
+        bad |= any(int(barrier, 16) >= ring_attn.NAMED_BARRIERS.value for barrier in re.findall(r" BAR\.\w+[.\w]* 0x([0-9a-f]+)", sass))
         good &= not bad
         number = lambda what: (re.findall(what, said) or ["?"])[-1]
         used, spilled = number(r"Used (\d+) registers"), number(r"(\d+) bytes spill stores")
@@ -2118,7 +2118,7 @@ def compile_kernels():
                 types = dict(q_desc=stay, k_desc=stream, v_desc=stream, o_desc=stay, LSE="*fp32", **types)
             else:
                 rows = tile(0, 0, "fp32", [2, 1, streamed])
-                types = dict(a_desc=stay, a2_desc=stay, b_desc=stream, b2_desc=stream, out_desc=stay, LSE2="*fp32", **types)
+                types = dict(a_desc=stay, a2_desc=stay, b_desc=stream, b2_desc=stream, out_desc=stay, LSE_LOG2="*fp32", **types)
                 if kernel == "dkv":
                     types |= dict(rows_desc=rows, out2_desc=stay, ACC2="*fp32")
                 constants["DKV"] = kernel == "dkv"
@@ -2127,7 +2127,7 @@ def compile_kernels():
     for kernel, D in itertools.product(ring_attn.TILES, (64, 128, 256)):
         BLOCK_M, BLOCK_N, num_warps, num_stages = ring_attn.TILES[kernel][D]
         function = getattr(ring_attn, f"{kernel}_kernel")
-        floats = dict.fromkeys(("ACC", "LSE", "LSE2", "DELTA", "DK_ACC", "DV_ACC"), "*fp32")
+        floats = dict.fromkeys(("ACC", "LSE", "LSE_LOG2", "DELTA", "DK_ACC", "DV_ACC"), "*fp32")
         tiles = {name: f"tensordesc<bf16[{rows}, {D}]>" for rows, names in ((BLOCK_M, ("Q", "DO")), (BLOCK_N, ("K", "V"))) for name in names}
         known = dict(HOP="*i32", sm_scale="fp32", **dict.fromkeys(("O", "DQ", "DK", "DV"), "*bf16"), **floats, **tiles, **integers)
         types = {name: known.get(name, "i32") for name in function.arg_names if name in known or name.startswith("stride")}
