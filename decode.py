@@ -1,40 +1,37 @@
-"""Attention of a few new queries to a long key/value cache: grouped heads, split keys, one GPU or a ring of them.
+"""Attention of a few new queries to a long key/value cache: grouped heads, split keys, one GPU or a ring.
 
-Decoding reads every key and value once and computes next to nothing, so it should take as long as the bytes do. The G
-query heads times M query tokens that share a key/value head are packed into the rows of one tile, so that the cache is
-read once. A sequence's tiles are cut into as many pieces as fill the GPU; each piece leaves a partial result
+Decoding reads every key and value once and computes little, so it should take as long as reading the bytes
+takes. The G query heads times M query tokens that share a key/value head are rows of one tile, so that the
+cache is read once. The keys of a sequence are cut into splits, enough to fill the GPU. Each split leaves a
+partial result
 
-    lse_i = log sum_j exp(s_j)      o_i = sum_j exp(s_j - lse_i) v_j            over the keys j of piece i
+    lse_i = log sum_j exp(s_j)      o_i = sum_j exp(s_j - lse_i) v_j            over the keys j of split i
 
-and one reduction merges pieces of one GPU, and shards of many:
+and one reduction merges the splits of one GPU, and the shards of many:
 
     lse = log sum_i exp(lse_i)      o = sum_i exp(lse_i - lse) o_i
 
-Shapes: B batch, M query tokens, N tokens that the cache has room for, H query heads, HKV key/value heads, G = H // HKV, D
-head dim; L tokens in the cache of a sequence. q, o (B, M, H, D); k, v (B, N, HKV, D), or pages (P, page_size, HKV, D) with
-a table; lse (B, H, M) float32, natural log. Query m sits at position L - M + m, key j of rank r of R at r + R * j.
-Parallelism: a program per piece. How many pieces a sequence gets is computed from the lengths on the device, so a ragged
-batch costs about its bytes, and a CUDA graph replays after they have changed.
+Shapes: B batch, M query tokens, N tokens that this rank has room for, H query heads, HKV key/value heads,
+G = H // HKV, D head dim; L tokens in the cache of a sequence. q, o (B, M, H, D); k, v (B, N, HKV, D), or
+pages (P, page_size, HKV, D) with a table; lse (B, H, M) float32, natural log. Query m is at position
+L - M + m, key j of rank r of R at r + R * j. Parallelism: one program per split. The number of splits follows
+from the lengths on the device: a ragged batch costs about its bytes, and a CUDA graph can be replayed after
+the lengths have changed.
 
 Not here: gradients, quantised caches, dropout.
 
-Sources: Flash-Decoding (Dao et al. 2023), FlexAttention and its flex_decoding (PyTorch), PagedAttention (arXiv 2309.06180),
-attention sinks (2309.17453), tree attention (2408.04093).
+Sources: Flash-Decoding (Dao et al. 2023), FlexAttention and its flex_decoding (PyTorch), PagedAttention
+(arXiv 2309.06180), attention sinks (2309.17453), tree attention (2408.04093).
 
-    python decode.py --prompt='def '                            # go on with the newest checkpoint of train.py
-    torchrun --nproc_per_node=2 decode.py --prompt='def '       # each process keeps half of the cache; the text is the same
-    python bench.py --filter decode                             # speed, beside flex_attention and FlashAttention
+    python train.py --generate='def '      # text from the newest checkpoint; on more GPUs with torchrun
+    python bench.py --filter decode        # speed, beside flex_attention and FlashAttention
     python test.py --filter decode
 """
 
-import argparse
-import codecs
 import inspect
+import itertools
 import math
-import os
-import sys
-import time
-from pathlib import Path
+from collections import namedtuple
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -47,29 +44,31 @@ import ring_attn
 from ring_attn import LOG2E, launch
 
 # -----------------------------------------------------------------------------
-# reference: plain torch. The CPU path, and the page to read first
+# reference: plain torch. The CPU path, and the best place to start reading
 
 
 def reference_decode(q, k, v, seen, sm_scale, score_mod=None, indices=(), aux=()):
-    """o (B, M, H, D) and lse (B, H, M), both float32 or wider, of queries q (B, M, H, D) and keys and values k, v (B, N, HKV, D).
+    """o (B, M, H, D) and lse (B, H, M), float32 or wider, of q (B, M, H, D) and k, v (B, N, HKV, D).
 
-    seen: which keys each query sees, broadcast to (B, H, M, N). indices: b, h, q_idx, kv_idx for score_mod, broadcast likewise.
+    seen: which keys each query sees, (B, H, M, N). indices: b, h, q_idx, kv_idx for score_mod, which
+    broadcast to the same shape.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
+    acc_dtype = torch.promote_types(q.dtype, torch.float32)
     G = q.shape[2] // k.shape[2]
-    q = rearrange(q.to(wide), "b m (h g) d -> b h g m d", g=G)
-    s = rearrange(einsum(q, k.to(wide), "b h g m d, b n h d -> b h g m n"), "b h g m n -> b (h g) m n") * sm_scale
+    q = rearrange(q.to(acc_dtype), "b m (h g) d -> b h g m d", g=G)
+    s = einsum(q, k.to(acc_dtype), "b h g m d, b n h d -> b h g m n").flatten(1, 2) * sm_scale  # (B, H, M, N)
     if score_mod is not None:
-        s = score_mod(s, *indices, *aux).to(wide)
+        s = score_mod(s, *indices, *aux).to(acc_dtype)
     s = s.masked_fill(~seen, -math.inf)
     lse = s.logsumexp(-1)  # (B, H, M)
-    p = (s - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()  # a row that sees no key: o = 0, not nan
-    v = v.to(wide).masked_fill(~seen.any(dim=(1, 2)).expand(len(v), -1)[:, :, None, None], 0.0)  # what nobody sees may be nan
-    return einsum(rearrange(p, "b (h g) m n -> b h g m n", g=G), v, "b h g m n, b n h d -> b m h g d").flatten(2, 3), lse
+    p = (s - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()  # a row that sees no key: 0, not nan
+    unseen = ~seen.any(2).unflatten(1, (-1, G)).any(2).transpose(1, 2)  # (B, N, HKV)
+    v = v.to(acc_dtype).masked_fill(unseen[..., None], 0.0)  # it may be nan, and 0 * nan is nan
+    return einsum(p.unflatten(1, (-1, G)), v, "b h g m n, b n h d -> b m h g d").flatten(2, 3), lse
 
 
 def reference_merge(o, lse, sink=None):
-    """Merge parts o (R, B, M, H, D), lse (R, B, H, M), and sink (H,) logits without a value, into o (B, M, H, D), lse (B, H, M)."""
+    """Merge o (R, B, M, H, D), lse (R, B, H, M), logits sink (H,) into o (B, M, H, D), lse (B, H, M)."""
     total = lse.logsumexp(0)
     if sink is not None:
         total = torch.logaddexp(total, sink.to(lse.dtype)[:, None])
@@ -78,66 +77,89 @@ def reference_merge(o, lse, sink=None):
 
 
 # -----------------------------------------------------------------------------
-# kernels. A key list is what some segments share: the tokens of a sequence, or the blocks that a row of a block mask names. A segment
-# is a tile of packed query rows that share a key/value head of a sequence. All segments of a list are cut into the same pieces. These
-# are numbered list by list, then piece by piece, heads fastest: programs that run side by side read whole rows of the cache
+# kernels
+#
+# A head set is the G query heads of a key/value head, or one head under a block mask that differs by head. A
+# row tile is up to BLOCK_M of the G * M rows of a head set in one sequence; a key tile is BLOCK_N keys. A
+# tile group is the key tiles that some row tiles share: those of a sequence, or of the blocks that a row of a
+# block mask names. All row tiles of a group have the same splits; a program computes one split of one row
+# tile. Programs are numbered group by group, then split by split, heads fastest, so that programs side by
+# side read whole rows of the cache.
+
+# The integers of a call. SETS_PER_KV: head sets of a key/value head. CAPACITY: tokens of a sequence that all
+# ranks together have room for. There are GROUPS_B (1 or B) * GROUPS_H (1 or H) tile groups. N_SPLITS: 0 to
+# choose by length. BLOCK_SIZE: this rank's keys in a block of the block mask
+Sizes = namedtuple(
+    "Sizes",
+    "SETS_PER_KV B H HEAD_SETS G M N CAPACITY RANK N_RANKS WINDOW N_SINK GROUPS_B GROUPS_H ROW_TILES "
+    "N_BLOCKS N_SM N_SPLITS N_PAGES PAGE_SIZE MAX_PAGES BLOCK_SIZE",
+)
+# the tables of a BlockMask: the blocks that its mask applies to, and those that all queries see
+BlockTables = namedtuple("BlockTables", "kv_num_blocks kv_indices full_kv_num_blocks full_kv_indices")
+
 
 @triton.jit
-def n_before(x, N, START, STRIDE):
-    """How many of the N local keys, at positions START + STRIDE * j, sit before position x."""
-    return tl.minimum((tl.maximum(x - START, 0) + STRIDE - 1) // STRIDE, N)
+def n_before(x, sizes):
+    """How many keys of this rank are before position x."""
+    return tl.minimum((tl.maximum(x - sizes.RANK, 0) + sizes.N_RANKS - 1) // sizes.N_RANKS, sizes.N)
 
 
 @triton.jit
-def span(L, M, N, START, STRIDE, WINDOW, N_SINK, BLOCK_N: tl.constexpr):
-    """How the local keys of a sequence of L tokens fall into tiles: the number with sink tokens, of unseen ones behind them, which are
-    skipped, and of tiles to look at."""
-    tiles = tl.cdiv(n_before(L, N, START, STRIDE), BLOCK_N)
-    sink = tl.minimum(tl.cdiv(n_before(N_SINK, N, START, STRIDE), BLOCK_N), tiles)
-    first = tl.maximum(n_before(L - M - WINDOW + 1, N, START, STRIDE) // BLOCK_N, sink)  # where the first query's window begins
+def tile_ranges(L, sizes, BLOCK_N: tl.constexpr):
+    """Key tiles of a sequence of L tokens: how many hold sink tokens, how many are skipped after these, and
+    how many there are to compute in all."""
+    tiles = tl.cdiv(n_before(L, sizes), BLOCK_N)
+    sink = tl.minimum(tl.cdiv(n_before(sizes.N_SINK, sizes), BLOCK_N), tiles)
+    first = tl.maximum(n_before(L - sizes.M - sizes.WINDOW + 1, sizes) // BLOCK_N, sink)
     return sink, first - sink, tiles - first + sink
 
 
 @triton.jit
-def n_named(NUM, exists, n_blocks):
-    """How many blocks a row of a mask names; a wrong number must not lead outside of its list."""
-    return tl.maximum(tl.minimum(tl.load(NUM, mask=exists, other=0), n_blocks), 0)
+def load_count(NUM, exists, sizes):
+    """How many blocks a row of a block mask names. Clipped, so that a wrong number does not lead outside."""
+    return tl.maximum(tl.minimum(tl.load(NUM, mask=exists, other=0), sizes.N_BLOCKS), 0)
 
 
 @triton.jit
-def list_pieces(SEQLENS, KV_NUM, FULL_NUM, n_lists, n_sub, M, N, LENGTH, START, STRIDE, WINDOW, N_SINK, n_blocks, TARGET, N_SPLITS,
-                TILES_PER_BLOCK: tl.constexpr, LISTS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Of every key list: its tiles, and the pieces that each of its n_sub segments is cut into: N_SPLITS, or their share of TARGET.
-    An empty list has one piece, which writes zeros; lists that do not exist have none. [LISTS] each."""
-    l = tl.arange(0, LISTS)
-    exists = l < n_lists
+def count_splits(SEQLENS, blocks, sizes, n_groups, row_tiles,
+                 TILES_PER_BLOCK: tl.constexpr, MAX_GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """Of each tile group: its key tiles, and the splits of each of its row tiles, [MAX_GROUPS]. These are
+    N_SPLITS, or the group's share of N_SM; an empty group has one, which writes zeros. 0 behind the last
+    group."""
+    group = tl.arange(0, MAX_GROUPS)
+    exists = group < n_groups
     if TILES_PER_BLOCK > 0:
-        tiles = n_named(KV_NUM + l, exists, n_blocks) * TILES_PER_BLOCK
-        if FULL_NUM is not None:
-            tiles += n_named(FULL_NUM + l, exists, n_blocks) * TILES_PER_BLOCK
+        tiles = load_count(blocks.kv_num_blocks + group, exists, sizes) * TILES_PER_BLOCK
+        if blocks.full_kv_num_blocks is not None:
+            tiles += load_count(blocks.full_kv_num_blocks + group, exists, sizes) * TILES_PER_BLOCK
     else:
-        L = tl.full([LISTS], 0, tl.int32) + LENGTH
+        L = tl.full([MAX_GROUPS], 0, tl.int32) + sizes.CAPACITY
         if SEQLENS is not None:
-            L = tl.minimum(tl.load(SEQLENS + l, mask=exists, other=0), LENGTH)
-        _, _, tiles = span(L, M, N, START, STRIDE, WINDOW, N_SINK, BLOCK_N)
+            L = tl.minimum(tl.load(SEQLENS + group, mask=exists, other=0), sizes.CAPACITY)
+        _, _, tiles = tile_ranges(L, sizes, BLOCK_N)
     tiles = tl.where(exists, tiles, 0)
-    share = (tiles.to(tl.int64) * TARGET // tl.maximum(tl.sum(tiles.to(tl.int64), 0) * n_sub, 1)).to(tl.int32)
-    pieces = tl.minimum(tl.where(N_SPLITS > 0, N_SPLITS, share), tiles)  # no branch here: behind one Triton 3.8 forgets that addresses are aligned
-    return tiles, tl.where(exists, tl.maximum(pieces, 1), 0)
+    share = tiles.to(tl.int64) * sizes.N_SM // tl.maximum(tl.sum(tiles.to(tl.int64), 0) * row_tiles, 1)
+    share = share.to(tl.int32)
+    # no branch on N_SPLITS: behind one Triton 3.8 forgets that addresses are aligned
+    splits = tl.minimum(tl.where(sizes.N_SPLITS > 0, sizes.N_SPLITS, share), tiles)
+    return tiles, tl.where(exists, tl.maximum(splits, 1), 0)
 
 
 @triton.jit
-def place(l, sub, B, HS, LB, LH, MT):
-    """(sequence, head segment, row tile) of segment `sub` of key list l."""
-    mt, rest = sub % MT, sub // MT
-    h = tl.where(LH == 1, rest % HS, l % LH)
-    b = tl.where(LB == 1, tl.where(LH == 1, rest // HS, rest), l // LH)
-    return b, h, mt
+def locate(group, i, sizes):
+    """(sequence, head set, row tile of the head set) of the i-th row tile of a tile group."""
+    row_tile, rest = i % sizes.ROW_TILES, i // sizes.ROW_TILES
+    h = tl.where(sizes.GROUPS_H == 1, rest % sizes.HEAD_SETS, group % sizes.GROUPS_H)
+    any_b = sizes.GROUPS_B == 1
+    b = tl.where(any_b, tl.where(sizes.GROUPS_H == 1, rest // sizes.HEAD_SETS, rest), group // sizes.GROUPS_H)
+    return b, h, row_tile
 
 
 @triton.jit
-def finish(acc, m_i, l_i, row, head, keep, O, LSE, SINK, stride_o, stride_l, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write o = acc / l_i [rows, BLOCK_D] and lse [rows] to rows `row` of O and LSE; m_i is in units of log 2. Zeros and -inf where l_i is 0."""
+def store_rows(acc, m_i, l_i, row, head, keep, O, LSE, SINK, stride_o, stride_l,
+               HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Write o = acc / l_i [rows, BLOCK_D] and lse [rows] to rows `row` of O and LSE: 0 and -inf where l_i is
+    0. m_i is in units of log 2."""
     if SINK is not None:
         sink = tl.load(SINK + head).to(tl.float32) * LOG2E
         m_new = tl.maximum(m_i, sink)
@@ -148,143 +170,168 @@ def finish(acc, m_i, l_i, row, head, keep, O, LSE, SINK, stride_o, stride_l, HEA
     l_i = tl.where(some, l_i, 1.0)
     offs_d = tl.arange(0, BLOCK_D)
     o = (acc / l_i[:, None]).to(O.dtype.element_ty)
-    tl.store(O + row.to(tl.int64)[:, None] * stride_o + offs_d[None, :], o, mask=keep[:, None] & (offs_d < HEAD_DIM)[None, :])
+    mask = keep[:, None] & (offs_d < HEAD_DIM)[None, :]
+    tl.store(O + row.to(tl.int64)[:, None] * stride_o + offs_d[None, :], o, mask=mask)
     if LSE is not None:
-        tl.store(LSE + row.to(tl.int64) * stride_l, tl.where(some, (m_i + tl.math.log2(l_i)) / LOG2E, -float("inf")), mask=keep)
+        LSE += row.to(tl.int64) * stride_l
+        tl.store(LSE, tl.where(some, (m_i + tl.math.log2(l_i)) / LOG2E, -float("inf")), mask=keep)
 
 
 @triton.jit
-def tile_start(t, l, n_full, sink, skipped, n_blocks, block_size, KV_IDX, FULL_IDX, TILES_PER_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The first key of tile t of a key list. Of a mask's row first come the full blocks, then the others that it names."""
+def first_key(t, group, n_full, sink, skipped, blocks, sizes,
+              TILES_PER_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """The first key of key tile t of a tile group. A block mask's full blocks come before its others."""
     if TILES_PER_BLOCK > 0:
-        at = t // TILES_PER_BLOCK
-        index = KV_IDX + l * n_blocks + at - n_full
-        if FULL_IDX is not None:
-            index = tl.where(at < n_full, FULL_IDX + l * n_blocks + at, index)
-        return tl.load(index) * block_size + t % TILES_PER_BLOCK * BLOCK_N
+        i = t // TILES_PER_BLOCK
+        index = blocks.kv_indices + group * sizes.N_BLOCKS + i - n_full
+        if blocks.full_kv_indices is not None:
+            index = tl.where(i < n_full, blocks.full_kv_indices + group * sizes.N_BLOCKS + i, index)
+        return tl.load(index) * sizes.BLOCK_SIZE + t % TILES_PER_BLOCK * BLOCK_N
     else:
         return (t + tl.where(t < sink, 0, skipped)) * BLOCK_N
 
 
 @triton.jit
-def look_up(PAGES, start, n, page_size, BLOCK_N: tl.constexpr):
-    """The pages of the keys from `start` on, [BLOCK_N]."""
+def load_pages(PAGES, start, n, sizes, BLOCK_N: tl.constexpr):
+    """The pages of the BLOCK_N keys from `start` on."""
     j = start + tl.arange(0, BLOCK_N)
-    return tl.load(PAGES + j // page_size, mask=(j >= 0) & (j < n), other=0)
+    return tl.load(PAGES + j // sizes.PAGE_SIZE, mask=(j >= 0) & (j < n), other=0)
 
 
 @triton.jit
-def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, KV_NUM, KV_IDX, FULL_NUM, FULL_IDX, SINK, AUX, sm_scale,
-                  KV_GROUP, B, H, HS, G, M, N, LENGTH, START, STRIDE, WINDOW, N_SINK, LB, LH, MT, n_blocks, TARGET, N_SPLITS,
-                  n_pages, page_size, max_pages, block_size,
-                  stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh, stride_vb, stride_vn, stride_vh, stride_o, stride_l,
-                  SCORE_MOD: tl.constexpr, MASK_MOD: tl.constexpr, CAUSAL: tl.constexpr, TILES_PER_BLOCK: tl.constexpr,
-                  LISTS: tl.constexpr, PDL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """One piece of one segment: its own o and lse if it is the only piece, else a partial result for merge_pieces_kernel."""
+def zero_unseen(v, seen):
+    """v [BLOCK_N, BLOCK_D], with zeros for the keys that no row of seen [BLOCK_M, BLOCK_N] sees."""
+    BITS: tl.constexpr = tl.int16 if v.dtype.primitive_bitwidth == 16 else tl.int32
+    bits = -tl.max(seen.to(tl.int32), 0)  # all or none of them; Triton 3.8 cannot compile a tl.where here
+    return (v.to(BITS, bitcast=True) & bits.to(BITS)[:, None]).to(v.dtype, bitcast=True)
+
+
+@triton.jit
+def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, sm_scale, sizes,
+                  stride_q, stride_k, stride_v, stride_o, stride_l,
+                  SCORE_MOD: tl.constexpr, MASK_MOD: tl.constexpr, CAUSAL: tl.constexpr,
+                  WINDOWED: tl.constexpr, TILES_PER_BLOCK: tl.constexpr, MAX_GROUPS: tl.constexpr,
+                  PDL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr):  # fmt: skip
+    """One split of one row tile: o and lse if it is the only split, else a part for merge_splits_kernel."""
     pid = tl.program_id(0)
-    n_lists = LB * LH
-    n_sub = B * HS * MT // n_lists
+    n_groups = sizes.GROUPS_B * sizes.GROUPS_H
+    row_tiles = sizes.B * sizes.HEAD_SETS * sizes.ROW_TILES // n_groups  # of each tile group
     if PDL:  # the launch did not wait for the kernels before it
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    all_tiles, all_pieces = list_pieces(SEQLENS, KV_NUM, FULL_NUM, n_lists, n_sub, M, N, LENGTH, START, STRIDE, WINDOW, N_SINK, n_blocks, TARGET,
-                                        N_SPLITS, TILES_PER_BLOCK, LISTS, BLOCK_N)  # fmt: skip
-    ends = tl.cumsum(all_pieces * n_sub, 0)
-    l = tl.sum((ends <= pid).to(tl.int32), 0)
-    if l >= n_lists:
+    all_tiles, all_splits = count_splits(
+        SEQLENS, blocks, sizes, n_groups, row_tiles, TILES_PER_BLOCK, MAX_GROUPS, BLOCK_N
+    )
+    ends = tl.cumsum(all_splits * row_tiles, 0)  # where the programs of each tile group end
+    group = tl.sum((ends <= pid).to(tl.int32), 0)
+    if group >= n_groups:
         return  # the grid has room for any lengths
-    this = tl.arange(0, LISTS) == l
-    tiles, pieces, end = tl.sum(tl.where(this, all_tiles, 0), 0), tl.sum(tl.where(this, all_pieces, 0), 0), tl.sum(tl.where(this, ends, 0), 0)
-    piece, sub = (pid - end + pieces * n_sub) // n_sub, (pid - end + pieces * n_sub) % n_sub
-    b, h, mt = place(l, sub, B, HS, LB, LH, MT)
+    this = tl.arange(0, MAX_GROUPS) == group
+    tiles, splits = tl.sum(tl.where(this, all_tiles, 0), 0), tl.sum(tl.where(this, all_splits, 0), 0)
+    i = pid - tl.sum(tl.where(this, ends, 0), 0) + splits * row_tiles
+    split, i = i // row_tiles, i % row_tiles
+    b, h, row_tile = locate(group, i, sizes)
 
-    L = LENGTH
+    L = sizes.CAPACITY
     if SEQLENS is not None:
-        L = tl.maximum(tl.minimum(tl.load(SEQLENS + b), LENGTH), 0)
-    n = n_before(L, N, START, STRIDE)
-    sink, skipped, _ = span(L, M, N, START, STRIDE, WINDOW, N_SINK, BLOCK_N)
+        L = tl.maximum(tl.minimum(tl.load(SEQLENS + b), sizes.CAPACITY), 0)
+    n = n_before(L, sizes)
+    sink, skipped, _ = tile_ranges(L, sizes, BLOCK_N)
+    windows = n_before(L - sizes.M - sizes.WINDOW + 1, sizes)  # the first key in the window of any query
     n_full = 0  # blocks
-    if FULL_NUM is not None:
-        n_full = n_named(FULL_NUM + l, True, n_blocks)
+    if blocks.full_kv_num_blocks is not None:
+        n_full = load_count(blocks.full_kv_num_blocks + group, True, sizes)
 
-    row = mt * BLOCK_M + tl.arange(0, BLOCK_M)
-    keep = row < G * M
-    m, head = row // G, h * G + row % G
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    keep = row < sizes.G * sizes.M
+    m, head = row // sizes.G, h * sizes.G + row % sizes.G
     offs_d, offs_n = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N)
     in_d = (offs_d < HEAD_DIM)[None, :]
-    q = Q + b.to(tl.int64) * stride_qb + m[:, None] * stride_qm + head[:, None] * stride_qh + offs_d[None, :]
-    q = tl.load(q, mask=keep[:, None] & in_d, other=0.0)  # [BLOCK_M, D]
-    q_pos = L - M + m
-    q_idx = tl.maximum(tl.minimum(q_pos, L - 1), 0)[:, None]  # for the mods, which may read at these indices: always one that exists
+    Q += b.to(tl.int64) * stride_q[0]
+    q = Q + m[:, None] * stride_q[1] + head[:, None] * stride_q[2] + offs_d[None, :]
+    q = tl.load(q, mask=keep[:, None] & in_d, other=0.0)  # [BLOCK_M, BLOCK_D]
+    q_pos = L - sizes.M + m
+    q_idx = tl.maximum(tl.minimum(q_pos, L - 1), 0)[:, None]  # mods may load at an index: it must exist
     q_end = q_pos + 1 if CAUSAL else L
     seq = 0 if PAGES is not None else b.to(tl.int64)
-    K += seq * stride_kb + (h // KV_GROUP).to(tl.int64) * stride_kh + offs_d[None, :]
-    V += seq * stride_vb + (h // KV_GROUP).to(tl.int64) * stride_vh + offs_d[None, :]
+    K += seq * stride_k[0] + (h // sizes.SETS_PER_KV).to(tl.int64) * stride_k[2] + offs_d[None, :]
+    V += seq * stride_v[0] + (h // sizes.SETS_PER_KV).to(tl.int64) * stride_v[2] + offs_d[None, :]
 
     m_i, l_i = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin, end = tiles * piece // pieces, tiles * (piece + 1) // pieces
+    begin, end = tiles * split // splits, tiles * (split + 1) // splits
     if PAGES is not None:
-        PAGES += b * max_pages
-        start = tile_start(begin, l, n_full, sink, skipped, n_blocks, block_size, KV_IDX, FULL_IDX, TILES_PER_BLOCK, BLOCK_N)
-        page = look_up(PAGES, start, n, page_size, BLOCK_N)
+        PAGES += b * sizes.MAX_PAGES
+        start = first_key(begin, group, n_full, sink, skipped, blocks, sizes, TILES_PER_BLOCK, BLOCK_N)
+        page = load_pages(PAGES, start, n, sizes, BLOCK_N)
     for t in tl.range(begin, end):
-        start = tile_start(t, l, n_full, sink, skipped, n_blocks, block_size, KV_IDX, FULL_IDX, TILES_PER_BLOCK, BLOCK_N)
+        start = first_key(t, group, n_full, sink, skipped, blocks, sizes, TILES_PER_BLOCK, BLOCK_N)
         j = start + offs_n
-        there = (j >= 0) & (j < n)
+        exists = (j >= 0) & (j < n)
         if TILES_PER_BLOCK > 0:
-            there = there & (j < (start // block_size + 1) * block_size)
+            exists = exists & (j < (start // sizes.BLOCK_SIZE + 1) * sizes.BLOCK_SIZE)
         if PAGES is None:
-            k_at, v_at = start.to(tl.int64) * stride_kn + offs_n * stride_kn, start.to(tl.int64) * stride_vn + offs_n * stride_vn
+            k_row = start.to(tl.int64) * stride_k[1] + offs_n * stride_k[1]
+            v_row = start.to(tl.int64) * stride_v[1] + offs_n * stride_v[1]
         else:
-            where = tl.maximum(tl.minimum(page, n_pages - 1), 0).to(tl.int64)  # a wrong page must not lead outside
-            k_at, v_at = where * stride_kb + j % page_size * stride_kn, where * stride_vb + j % page_size * stride_vn
-            # the next tile's page, now: the copies of its keys would else wait for it
-            start = tile_start(tl.minimum(t + 1, end - 1), l, n_full, sink, skipped, n_blocks, block_size, KV_IDX, FULL_IDX, TILES_PER_BLOCK, BLOCK_N)
-            page = look_up(PAGES, start, n, page_size, BLOCK_N)
-        k = tl.load(K + k_at[:, None], mask=there[:, None] & in_d, other=0.0)  # [BLOCK_N, D]
-        v = tl.load(V + v_at[:, None], mask=there[:, None] & in_d, other=0.0)  # [BLOCK_N, D]
+            page = tl.maximum(tl.minimum(page, sizes.N_PAGES - 1), 0).to(tl.int64)  # must not lead outside
+            k_row = page * stride_k[0] + j % sizes.PAGE_SIZE * stride_k[1]
+            v_row = page * stride_v[0] + j % sizes.PAGE_SIZE * stride_v[1]
+            # load the next tile's pages now: otherwise the copies of its keys would wait for them
+            next_t = tl.minimum(t + 1, end - 1)
+            start = first_key(next_t, group, n_full, sink, skipped, blocks, sizes, TILES_PER_BLOCK, BLOCK_N)
+            page = load_pages(PAGES, start, n, sizes, BLOCK_N)
+        if WINDOWED:  # what no query sees may be nan
+            exists = exists & ((j >= windows) | (j < n_before(sizes.N_SINK, sizes)))
+        k = tl.load(K + k_row[:, None], mask=exists[:, None] & in_d, other=0.0)  # [BLOCK_N, BLOCK_D]
+        v = tl.load(V + v_row[:, None], mask=exists[:, None] & in_d, other=0.0)  # [BLOCK_N, BLOCK_D]
         s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        kv_pos = START + STRIDE * j
+        kv_pos = sizes.RANK + sizes.N_RANKS * j
         kv_idx = tl.maximum(tl.minimum(kv_pos, L - 1), 0)[None, :]
         if SCORE_MOD is not None:
             s = SCORE_MOD(s * sm_scale, b, head[:, None], q_idx, kv_idx, *AUX) * LOG2E
         else:
             s *= sm_scale * LOG2E
-        seen = there[None, :] & (kv_pos[None, :] < (q_end[:, None] if CAUSAL else q_end))
-        seen = seen & ((kv_pos[None, :] > q_pos[:, None] - WINDOW) | (kv_pos < N_SINK)[None, :])
+        seen = exists[None, :] & (kv_pos[None, :] < (q_end[:, None] if CAUSAL else q_end))
+        seen = seen & ((kv_pos[None, :] > q_pos[:, None] - sizes.WINDOW) | (kv_pos < sizes.N_SINK)[None, :])
         if MASK_MOD is not None:
             allowed = MASK_MOD(b, head[:, None], q_idx, kv_idx, *AUX)
             if TILES_PER_BLOCK > 0:
                 allowed = allowed | (t < n_full * TILES_PER_BLOCK)
             seen = seen & allowed
+            v = zero_unseen(v, seen)  # it may be nan, and 0 * nan is nan
         s = tl.where(seen, s, -float("inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
-        shift = tl.where(m_new == -float("inf"), 0.0, m_new)  # a row that has seen no key yet: exp2(-inf - 0) = 0, not nan
+        shift = tl.where(m_new == -float("inf"), 0.0, m_new)  # no key seen yet: exp2(-inf - 0) is 0, not nan
         p = tl.math.exp2(s - shift[:, None])
         alpha = tl.math.exp2(m_i - shift)
         l_i = l_i * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # [BLOCK_M, D]
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # [BLOCK_M, BLOCK_D]
         m_i = m_new
 
-    if pieces == 1:
-        finish(acc, m_i, l_i, (b * M + m) * H + head, head, keep, O, LSE, SINK, stride_o, stride_l, HEAD_DIM, BLOCK_D)
+    if splits == 1:
+        row = (b * sizes.M + m) * sizes.H + head
+        store_rows(acc, m_i, l_i, row, head, keep, O, LSE, SINK, stride_o, stride_l, HEAD_DIM, BLOCK_D)
     else:
-        finish(acc, m_i, l_i, pid * BLOCK_M + tl.arange(0, BLOCK_M), head, keep, PARTS, PARTS + BLOCK_D, None, 2 * BLOCK_D, 2 * BLOCK_D, BLOCK_D, BLOCK_D)
+        row = pid * BLOCK_M + tl.arange(0, BLOCK_M)
+        store_rows(acc, m_i, l_i, row, head, keep, PARTS, PARTS + BLOCK_D, None,
+                   2 * BLOCK_D, 2 * BLOCK_D, BLOCK_D, BLOCK_D)  # fmt: skip
 
 
 @triton.jit
-def merge_row(PARTS, first, stride, n, row, head, O, LSE, SINK, behind, stride_part, stride_o, stride_l,
+def merge_row(PARTS, first, step, n, row, head, O, LSE, SINK, lse_offset, stride_part, stride_o, stride_l,
               HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """Merge the n rows first + i * stride of PARTS, of o with lse `behind` it, into row `row` of O and LSE."""
+    """Merge the n rows first + i * step of PARTS, of o and at lse_offset lse, into row `row` of O and LSE."""
     m_i, l_i = tl.full([1], -float("inf"), tl.float32), tl.zeros([1], tl.float32)
     acc = tl.zeros([1, BLOCK_D], tl.float32)
     offs_d = tl.arange(0, BLOCK_D)
     for start in tl.range(0, n, CHUNK):
         i = start + tl.arange(0, CHUNK)
-        at = PARTS + (first + i * stride).to(tl.int64) * stride_part
-        lse = tl.load(at + behind, mask=i < n, other=-float("inf")) * LOG2E  # [CHUNK]
-        o = tl.load(at[:, None] + offs_d[None, :], mask=(i < n)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+        part = PARTS + (first + i * step).to(tl.int64) * stride_part
+        lse = tl.load(part + lse_offset, mask=i < n, other=-float("inf")) * LOG2E  # [CHUNK]
+        mask = (i < n)[:, None] & (offs_d < HEAD_DIM)[None, :]
+        o = tl.load(part[:, None] + offs_d[None, :], mask=mask, other=0.0)  # [CHUNK, BLOCK_D]
         m_new = tl.maximum(m_i, tl.max(lse, 0))
         shift = tl.where(m_new == -float("inf"), 0.0, m_new)
         w = tl.math.exp2(lse - shift)
@@ -293,189 +340,228 @@ def merge_row(PARTS, first, stride, n, row, head, O, LSE, SINK, behind, stride_p
         acc = acc * alpha[:, None] + tl.sum(o * w[:, None], 0)[None, :]
         m_i = m_new
     one = tl.arange(0, 1)
-    finish(acc, m_i, l_i, row + one, head + one, one == 0, O, LSE, SINK, stride_o, stride_l, HEAD_DIM, BLOCK_D)
+    store_rows(acc, m_i, l_i, row + one, head + one, one == 0, O, LSE, SINK, stride_o, stride_l,
+               HEAD_DIM, BLOCK_D)  # fmt: skip
 
 
 @triton.jit
-def merge_pieces_kernel(PARTS, O, LSE, SEQLENS, KV_NUM, FULL_NUM, SINK,
-                        B, H, HS, G, M, N, LENGTH, START, STRIDE, WINDOW, N_SINK, LB, LH, MT, n_blocks, TARGET, N_SPLITS, stride_o, stride_l,
-                        TILES_PER_BLOCK: tl.constexpr, LISTS: tl.constexpr, PDL: tl.constexpr, HEAD_DIM: tl.constexpr,
-                        BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """One row of the result from the pieces of its segment, which decode_kernel left; nothing to do where there was one."""
-    rows = tl.minimum(G * M, BLOCK_M)
-    segment, r = tl.program_id(0) // rows, tl.program_id(0) % rows
-    n_lists = LB * LH
-    n_sub = B * HS * MT // n_lists
-    l, sub = segment // n_sub, segment % n_sub
-    _, all_pieces = list_pieces(SEQLENS, KV_NUM, FULL_NUM, n_lists, n_sub, M, N, LENGTH, START, STRIDE, WINDOW, N_SINK, n_blocks, TARGET,
-                                N_SPLITS, TILES_PER_BLOCK, LISTS, BLOCK_N)  # fmt: skip
-    lists = tl.arange(0, LISTS)
-    pieces = tl.sum(tl.where(lists == l, all_pieces, 0), 0)
-    first = tl.sum(tl.where(lists < l, all_pieces * n_sub, 0), 0) + sub
-    b, h, mt = place(l, sub, B, HS, LB, LH, MT)
-    row = mt * BLOCK_M + r
+def merge_splits_kernel(PARTS, O, LSE, SEQLENS, blocks, SINK, sizes, stride_o, stride_l,
+                        TILES_PER_BLOCK: tl.constexpr, MAX_GROUPS: tl.constexpr, PDL: tl.constexpr,
+                        HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+                        BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """One row of the result from the parts that decode_kernel left, if it left parts."""
+    rows = tl.minimum(sizes.G * sizes.M, BLOCK_M)
+    i, r = tl.program_id(0) // rows, tl.program_id(0) % rows
+    n_groups = sizes.GROUPS_B * sizes.GROUPS_H
+    row_tiles = sizes.B * sizes.HEAD_SETS * sizes.ROW_TILES // n_groups
+    group, i = i // row_tiles, i % row_tiles
+    _, all_splits = count_splits(
+        SEQLENS, blocks, sizes, n_groups, row_tiles, TILES_PER_BLOCK, MAX_GROUPS, BLOCK_N
+    )
+    groups = tl.arange(0, MAX_GROUPS)
+    splits = tl.sum(tl.where(groups == group, all_splits, 0), 0)
+    first = tl.sum(tl.where(groups < group, all_splits * row_tiles, 0), 0) + i  # program of the first split
+    b, h, row_tile = locate(group, i, sizes)
+    row = row_tile * BLOCK_M + r
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if (pieces > 1) & (row < G * M):
-        head = h * G + row % G
-        merge_row(PARTS, first * BLOCK_M + r, n_sub * BLOCK_M, pieces, (b * M + row // G) * H + head, head, O, LSE, SINK, BLOCK_D, 2 * BLOCK_D,
+    if (splits > 1) & (row < sizes.G * sizes.M):
+        head = h * sizes.G + row % sizes.G
+        first, step = first * BLOCK_M + r, row_tiles * BLOCK_M
+        row = (b * sizes.M + row // sizes.G) * sizes.H + head
+        merge_row(PARTS, first, step, splits, row, head, O, LSE, SINK, BLOCK_D, 2 * BLOCK_D,
                   stride_o, stride_l, HEAD_DIM, BLOCK_D, CHUNK)  # fmt: skip
 
 
 @triton.jit
-def merge_ranks_kernel(PARTS, O, LSE, SINK, n_ranks, rows, H, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):
-    """One row of the result from what each rank found: PARTS (n_ranks, rows, D + 1), o and behind it lse."""
+def merge_ranks_kernel(PARTS, O, LSE, SINK, n_ranks, rows, H,
+                       HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """One row of the result from what each rank found: PARTS (n_ranks, rows, D + 1), lse behind o."""
     row = tl.program_id(0)
-    merge_row(PARTS, row, rows, n_ranks, row, row % H, O, LSE, SINK, HEAD_DIM, HEAD_DIM + 1, HEAD_DIM, 1, HEAD_DIM, BLOCK_D, CHUNK)
+    merge_row(PARTS, row, rows, n_ranks, row, row % H, O, LSE, SINK,
+              HEAD_DIM, HEAD_DIM + 1, HEAD_DIM, 1, HEAD_DIM, BLOCK_D, CHUNK)  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
 # launchers
 
 
-class Problem(NamedTuple):
-    """What is asked for; one rank's part of it, if the cache is striped over ranks."""
+class Call(NamedTuple):
+    """The arguments of decode_attn; on a ring, those of one rank."""
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    lengths: torch.Tensor | None
-    page_table: torch.Tensor | None
-    block_mask: Any
-    score_mod: Callable | None
-    mask_mod: Callable | None
-    aux: tuple
-    sm_scale: float
-    causal: bool
-    window: int | None
-    n_sink: int
-    n_splits: int | None
     rank: int
     n_ranks: int
+    backend: str
+    sm_scale: float
+    causal: bool = True
+    window: int | None = None
+    n_splits: int | None = None
+    cache_seqlens: torch.Tensor | None = None
+    score_mod: Callable | None = None
+    mask_mod: Callable | None = None
+    aux: tuple = ()
+    block_mask: Any = None
+    sink: int | torch.Tensor | None = None
+    page_table: torch.Tensor | None = None
+
+    def n_sink(self):
+        return self.sink if isinstance(self.sink, int) else 0
+
+    def sink_logits(self):
+        return None if isinstance(self.sink, int) else self.sink
 
     def capacity(self):
-        """Tokens of a sequence that all ranks together have room for."""
+        """How many tokens of a sequence all ranks together have room for."""
         return self.k.shape[1] * (1 if self.page_table is None else self.page_table.shape[1]) * self.n_ranks
 
 
-class Plan(NamedTuple):
-    """How a kind of problem is cut and launched, whatever the lengths."""
+class LaunchConfig(NamedTuple):
+    """How the kernels are launched for a kind of call, whatever the lengths."""
 
-    number: int  # of the kind
-    segments: int  # (sequence, key/value head, row tile) triples
-    grid: int  # programs of decode_kernel: as many as there may be pieces
-    rows: int  # programs of merge_pieces_kernel, if there may be more pieces than segments
-    sizes: tuple  # decode_kernel's integers, in order, but for the strides of o and lse
-    shared: tuple  # those that merge_pieces_kernel takes too
-    constants: dict  # decode_kernel's
+    number: int  # no other has it
+    row_tiles: int
+    grid: int  # programs of decode_kernel: the most splits that all row tiles can have
+    merge_grid: int  # programs of merge_splits_kernel, which runs if grid > row_tiles
+    sizes: Sizes
+    constants: dict
     merge_constants: dict
     options: dict
     merge_options: dict
 
 
-NO_WINDOW = 2**30  # every position is below
+NO_WINDOW = 2**30  # above every position
+NUMBERS = itertools.count()
 
 
-def make_plan(p):
-    """The Plan of a Problem. Tile sizes are what one H100 liked best."""
-    (B, M, H, D), HKV, dtype, device = p.q.shape, p.k.shape[2], p.q.dtype, p.q.device
-    _, mask_shape = mask_tables(p.block_mask)
-    LB, LH, n_blocks, block_size = mask_shape or (B if p.lengths is not None else 1, 1, 0, p.n_ranks)
-    block_size //= p.n_ranks
-    HS, G = (H, 1) if LH > 1 else (HKV, H // HKV)  # under a mask that differs by head, heads cannot share what they read
+def make_config(call):
+    """The LaunchConfig of a Call. Tile sizes are those that were fastest on one H100."""
+    (B, M, H, D), HKV, dtype, device = call.q.shape, call.k.shape[2], call.q.dtype, call.q.device
+    paged, blocked, windowed = (x is not None for x in (call.page_table, call.block_mask, call.window))
+    GROUPS_B, GROUPS_H, N_BLOCKS, BLOCK_SIZE = B if call.cache_seqlens is not None else 1, 1, 0, 1
+    if blocked:
+        GROUPS_B, GROUPS_H, N_BLOCKS, BLOCK_SIZE = mask_shape(call.block_mask)
+        BLOCK_SIZE //= call.n_ranks
+    HEAD_SETS, G = (H, 1) if GROUPS_H > 1 else (HKV, H // HKV)
     BLOCK_D, narrow = max(16, triton.next_power_of_2(D)), dtype.itemsize == 2
-    BLOCK_M = 16 if G * M <= 16 else 64 if narrow and D <= 128 else 32  # wgmma takes 64 rows; at 256 columns they would spill
-    MT = triton.cdiv(G * M, BLOCK_M)
-    segments, rows = B * HS * MT, B * HS * MT * min(G * M, BLOCK_M)
-    properties = None if ring_attn.INTERPRET else torch.cuda.get_device_properties(device)
-    n_sm = properties.multi_processor_count if properties else 8
-    # large tiles: the memory likes few streams of them. Small ones, where pieces are short, are sooner under way
-    large = 4 * segments > n_sm and BLOCK_M == 16
+    BLOCK_M = 16 if G * M <= 16 else 64 if narrow and D <= 128 else 32  # wgmma takes 64
+    ROW_TILES = triton.cdiv(G * M, BLOCK_M)
+    row_tiles, merge_grid = B * HEAD_SETS * ROW_TILES, B * HEAD_SETS * ROW_TILES * min(G * M, BLOCK_M)
+    n_sm, shared_memory, pdl = 8, math.inf, False
+    if not ring_attn.INTERPRET:
+        properties = torch.cuda.get_device_properties(device)
+        n_sm = properties.multi_processor_count
+        shared_memory = properties.shared_memory_per_block_optin - 16384
+        pdl = ring_attn.capability(device)[0] >= 9  # programmatic dependent launch: gdc_wait
+    # memory likes few streams of large tiles; small tiles start sooner, where splits are short
+    large = 4 * row_tiles > n_sm and BLOCK_M == 16
     BLOCK_N = min(128, max(16, (16384 if large else 8192) // BLOCK_D)) if narrow else max(16, 4096 // BLOCK_D)
-    while mask_shape and BLOCK_N > 16 and block_size % BLOCK_N:
+    while blocked and BLOCK_N > 16 and BLOCK_SIZE % BLOCK_N:
         BLOCK_N //= 2
-    num_stages = 5 if p.page_table is not None and not large else 3  # looking pages up takes stages too
-    while properties and num_stages > 1 and 2 * (num_stages - 1) * BLOCK_N * BLOCK_D * dtype.itemsize > properties.shared_memory_per_block_optin - 16384:
+    num_stages = 5 if paged and not large else 3  # loading page numbers takes stages too
+    while num_stages > 1 and 2 * (num_stages - 1) * BLOCK_N * BLOCK_D * dtype.itemsize > shared_memory:
         num_stages -= 1
-    N = p.capacity() // p.n_ranks
-    if p.n_splits:
-        grid = segments * p.n_splits
-    elif LB * LH == 1 and not mask_shape and p.window is None:
-        grid = segments * max(1, min(triton.cdiv(N, BLOCK_N), n_sm // segments))  # what list_pieces will find
+    N = call.capacity() // call.n_ranks
+    if call.n_splits:
+        grid = row_tiles * call.n_splits
+    elif GROUPS_B == 1 and not blocked and not windowed:
+        grid = row_tiles * max(1, min(triton.cdiv(N, BLOCK_N), n_sm // row_tiles))  # as count_splits finds
     else:
-        grid = segments + n_sm
-    pdl = properties is not None and ring_attn.capability(device)[0] >= 9  # programmatic dependent launch: see gdc_wait in the kernels
-    shared = (B, H, HS, G, M, N, p.capacity(), p.rank, p.n_ranks, p.window or NO_WINDOW, p.n_sink, LB, LH, MT, n_blocks, n_sm, p.n_splits or 0)
-    n_pages, page_size, max_pages = (len(p.k), p.k.shape[1], p.page_table.shape[1]) if p.page_table is not None else (0, 1, 0)
-    sizes = (H // HKV // G, *shared, n_pages, page_size, max_pages, block_size, *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3])
-    constants = dict(TILES_PER_BLOCK=triton.cdiv(block_size, BLOCK_N) if mask_shape else 0, LISTS=triton.next_power_of_2(LB * LH), PDL=pdl,
-                     HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)  # fmt: skip
-    mods = dict(SCORE_MOD=p.score_mod, MASK_MOD=p.mask_mod, CAUSAL=bool(p.causal or p.window))
-    chunk, warps = (64, 4) if rows <= n_sm else (16, 2)  # few programs, which have the machine for themselves, or many small ones
-    options = dict(launch_pdl=True) if pdl else {}
-    return Plan(len(CHECKED), segments, grid, rows, sizes, shared, mods | constants, constants | dict(CHUNK=chunk),
-                dict(num_warps=4, num_stages=num_stages, **options), dict(num_warps=warps, **options))  # fmt: skip
+        grid = row_tiles + n_sm
+    pages = (*call.k.shape[:2], call.page_table.shape[1]) if paged else (0, 1, 0)
+    sizes = Sizes(
+        H // HKV // G, B, H, HEAD_SETS, G, M, N, call.capacity(), call.rank, call.n_ranks,
+        call.window or NO_WINDOW, call.n_sink(), GROUPS_B, GROUPS_H, ROW_TILES, N_BLOCKS, n_sm,
+        call.n_splits or 0, *pages, BLOCK_SIZE,
+    )  # fmt: skip
+    constants = dict(SCORE_MOD=call.score_mod, MASK_MOD=call.mask_mod)
+    constants |= dict(CAUSAL=bool(call.causal or windowed), WINDOWED=windowed)
+    shared = dict(TILES_PER_BLOCK=triton.cdiv(BLOCK_SIZE, BLOCK_N) if blocked else 0)
+    shared |= dict(MAX_GROUPS=triton.next_power_of_2(GROUPS_B * GROUPS_H), PDL=pdl)
+    shared |= dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
+    CHUNK, num_warps = (64, 4) if merge_grid <= n_sm else (16, 2)  # few large programs, or many small ones
+    options, merge_options = dict(num_warps=4, num_stages=num_stages), dict(num_warps=num_warps)
+    if pdl:
+        options["launch_pdl"] = merge_options["launch_pdl"] = True
+    constants, merge_constants = constants | shared, shared | dict(CHUNK=CHUNK)
+    return LaunchConfig(
+        next(NUMBERS), row_tiles, grid, merge_grid, sizes, constants, merge_constants, options, merge_options
+    )
+
+
+NO_TABLES = BlockTables(None, None, None, None)
 
 
 def mask_tables(block_mask):
-    """KV_NUM, KV_IDX, FULL_NUM, FULL_IDX of a block mask, and its (sequences, heads, blocks, block size); Nones for None."""
+    """The BlockTables of a block mask; Nones for None."""
     if block_mask is None:
-        return (None, None, None, None), None
-    tables = [getattr(block_mask, name) for name in BLOCK_MASK_TABLES]
-    size = block_mask.BLOCK_SIZE
-    shape = *tables[1].shape[:2], tables[1].shape[3], size if isinstance(size, int) else size[1]
-    return tuple(x if x is None else x.contiguous() for x in tables), shape
+        return NO_TABLES
+    tables = (getattr(block_mask, name, None) for name in BlockTables._fields)
+    return BlockTables(*(x if x is None else x.contiguous() for x in tables))
 
 
-BLOCK_MASK_TABLES = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+def mask_shape(block_mask):
+    """(sequences, heads, blocks, keys in a block) of a block mask."""
+    (n_seqs, n_heads, _, n_blocks), size = block_mask.kv_indices.shape, block_mask.BLOCK_SIZE
+    return n_seqs, n_heads, n_blocks, size if isinstance(size, int) else size[1]
 
 
-def triton_part(p, plan, o, lse, sink):
-    """Launch the kernels that write o (B, M, H, D) and lse (B, M, H), or None for no lse; both may have a stride between rows."""
-    tables, _ = mask_tables(p.block_mask)
-    cut = plan.grid > plan.segments
-    # of each piece and row o, lse and nothing, to a power of two: rows that begin in the middle of a cache line cost a microsecond or two
-    size = plan.grid * plan.constants["BLOCK_M"] * 2 * plan.constants["BLOCK_D"]
-    parts = torch.empty(size, dtype=torch.float32, device=p.q.device) if cut else o  # which then nobody writes to
+def write_part(call, config, sink, o, lse):
+    """Write the result of a Call to o (B, M, H, D) and lse (B, M, H) or None. sink: logits, or None."""
+    if config is None:
+        part_o, part_lse = torch_part(call, sink)
+        o.copy_(part_o)
+        return None if lse is None else lse.copy_(part_lse.transpose(1, 2))
+    tables, split = mask_tables(call.block_mask), config.grid > config.row_tiles
+    # per row o and lse, padded to a power of two: rows that start within a cache line cost 1 to 2 us
+    size = config.grid * config.constants["BLOCK_M"] * 2 * config.constants["BLOCK_D"]
+    parts = torch.empty(size, dtype=torch.float32, device=o.device) if split else o  # not written to
     strides = o.stride(2), 0 if lse is None else lse.stride(2)
-    pointers = (p.q, p.k, p.v, o, lse, parts, p.lengths, p.page_table, *tables, sink)
-    alignment = [x is not None and x.data_ptr() % 16 for x in (*pointers, *p.aux)]
-    depends = plan.number, o.dtype, lse is None, strides, tuple(alignment) if any(alignment) else None
-    with torch.cuda.device_of(p.q):  # kernels launch on the current device
-        launch(decode_kernel, p.q.device, depends, plan.grid, (*pointers, p.aux, p.sm_scale, *plan.sizes, *strides), plan.constants, **plan.options)
-        if cut:
-            args = (parts, o, lse, p.lengths, tables[0], tables[2], sink, *plan.shared, *strides)
-            launch(merge_pieces_kernel, p.q.device, depends, plan.rows, args, plan.merge_constants, **plan.merge_options)
+    pointers = call.q, call.k, call.v, o, lse, parts, call.cache_seqlens, call.page_table
+    alignment = [x is not None and x.data_ptr() % 16 for x in (*pointers, *tables, sink, *call.aux)]
+    depends = config.number, o.dtype, lse is None, strides, tuple(alignment) if any(alignment) else None
+    args = *pointers, tables, sink, call.aux, float(call.sm_scale), config.sizes
+    args += call.q.stride()[:3], call.k.stride()[:3], call.v.stride()[:3], *strides
+    with torch.cuda.device_of(call.q):  # kernels launch on the current device
+        launch(decode_kernel, o.device, depends, config.grid, args, config.constants, **config.options)
+        if split:
+            args = parts, o, lse, call.cache_seqlens, tables, sink, config.sizes, *strides
+            merging = config.merge_grid, args, config.merge_constants
+            launch(merge_splits_kernel, o.device, depends, *merging, **config.merge_options)
 
 
-def torch_part(p, sink):
+def torch_part(call, sink):
     """o (B, M, H, D) and lse (B, H, M), float32 or wider."""
-    (B, M, H, _), device = p.q.shape, p.q.device
-    k, v = p.k, p.v
-    if p.page_table is not None:
-        pages = p.page_table.long().clamp(0, len(k) - 1)
+    (B, M, H, _), device, k, v = call.q.shape, call.q.device, call.k, call.v
+    if call.page_table is not None:
+        pages = call.page_table.long().clamp(0, len(k) - 1)
         k, v = k[pages].flatten(1, 2), v[pages].flatten(1, 2)
-    lengths = torch.full((B,), p.capacity(), device=device) if p.lengths is None else p.lengths.long().clamp(0, p.capacity())
-    n = -(-max(int(lengths.max()) - p.rank, 0) // p.n_ranks)  # no sequence has more keys here
-    k, v = k[:, :n], v[:, :n]
-    L = lengths[:, None, None, None]
+    capacity, lengths = call.capacity(), call.cache_seqlens
+    L = torch.full((B,), capacity, device=device) if lengths is None else lengths.long().clamp(0, capacity)
+    n = -(-max(int(L.max()) - call.rank, 0) // call.n_ranks)  # no sequence has more keys here
+    L = L[:, None, None, None]
     q_pos = L - M + torch.arange(M, device=device)[:, None]  # (B, 1, M, 1)
-    kv_pos = p.rank + p.n_ranks * torch.arange(n, device=device)
+    kv_pos = call.rank + call.n_ranks * torch.arange(n, device=device)
     seen = kv_pos < L
-    if p.causal or p.window is not None:
+    if call.causal or call.window is not None:
         seen = seen & (kv_pos <= q_pos)
-    if p.window is not None:
-        seen = seen & ((kv_pos > q_pos - p.window) | (kv_pos < p.n_sink))
-    existing = lambda pos: pos.minimum(L - 1).clamp(min=0)  # mods may read at these indices
-    indices = torch.arange(B, device=device)[:, None, None, None], torch.arange(H, device=device)[:, None, None], existing(q_pos), existing(kv_pos)
-    allowed = p.mask_mod(*indices, *p.aux) if p.mask_mod is not None else torch.ones((), dtype=torch.bool, device=device)
-    (num, idx, full_num, full_idx), shape = mask_tables(p.block_mask)
-    if shape:
-        allowed = allowed & named_blocks(num, idx)[:, :, None, kv_pos // shape[3]]  # (B or 1, H or 1, 1, n)
-        if full_num is not None:
-            allowed = allowed | named_blocks(full_num, full_idx)[:, :, None, kv_pos // shape[3]]
-    o, lse = reference_decode(p.q, k, v, (seen & allowed).expand(B, -1, -1, -1), p.sm_scale, p.score_mod, indices, p.aux)
+    if call.window is not None:
+        seen = seen & ((kv_pos > q_pos - call.window) | (kv_pos < call.n_sink()))
+    b, h = torch.arange(B, device=device)[:, None, None, None], torch.arange(H, device=device)[:, None, None]
+    indices = b, h, *(pos.minimum(L - 1).clamp(min=0) for pos in (q_pos, kv_pos))  # mods may read there
+    allowed = torch.ones((), dtype=torch.bool, device=device)
+    if call.mask_mod is not None:
+        allowed = call.mask_mod(*indices, *call.aux)
+    if call.block_mask is not None:
+        tables, block = mask_tables(call.block_mask), kv_pos // mask_shape(call.block_mask)[3]
+        allowed = allowed & named_blocks(*tables[:2])[:, :, None, block]  # (B or 1, H or 1, 1, n)
+        if tables.full_kv_num_blocks is not None:
+            allowed = allowed | named_blocks(*tables[2:])[:, :, None, block]
+    seen, scale = (seen & allowed).expand(B, H, -1, -1), float(call.sm_scale)
+    o, lse = reference_decode(call.q, k[:, :n], v[:, :n], seen, scale, call.score_mod, indices, call.aux)
     return reference_merge(o[None], lse[None], sink)
 
 
@@ -500,326 +586,357 @@ def n_arguments(mod):
     return None if inspect.Parameter.VAR_POSITIONAL in kinds else len(kinds)
 
 
-def whole(x, least, most=math.inf):
+def is_int(x, least, most=math.inf):
     return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
 
 
-def check_decode(p, backend, sink):
-    """Raise ValueError, with the values and a way out, for anything that a call cannot do. Reads no tensor."""
-    q, k, v = p.q, p.k, p.v
-    for name, x in dict(q=q, k=k, v=v).items():
-        if not isinstance(x, torch.Tensor) or x.layout != torch.strided or x.ndim != 4 or 0 in x.shape:
-            raise ValueError(f"{name} must be a dense tensor with four dimensions, none of them 0, not {ring_attn.summary(x)}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device} and q {q.dtype} on {q.device}; cast and move them to one")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} requires a gradient, and decoding has none; call it under torch.no_grad(), or train with ring_attn")
-    (B, M, H, D), HKV = q.shape, k.shape[2]
-    table, on_device = p.page_table, lambda x, dtype: isinstance(x, torch.Tensor) and x.dtype == dtype and x.device == q.device
-    if k.shape != v.shape or k.shape[3] != D or (table is None and len(k) != B):
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise ValueError(f"shapes do not fit: {shapes}; need q (B, M, H, D), k and v (B, N, HKV, D), or (P, page_size, HKV, D) and a page_table")
-    if H % HKV:
-        raise ValueError(f"{H} query heads cannot share {HKV} key/value heads: H must be a multiple of HKV")
-    if backend not in ("torch", "triton"):
-        raise ValueError(f'{backend=} is unknown; choose "torch" or "triton", or None to choose by device')
-    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)[: 4 if backend == "torch" else 3]
-    if q.dtype not in dtypes:
-        raise ValueError(f'{q.dtype} is not supported by backend="{backend}"; cast to one of {", ".join(map(str, dtypes))}')
-    if backend == "triton":
-        ring_attn.check_portable(q)
-        for name, x in dict(k=k, v=v).items():
-            if table is not None and x.shape[1] * x.stride(1) > ring_attn.INT_MAX:
-                raise ValueError(f"{name} has pages of {x.shape[1]} tokens, {x.stride(1)} numbers apart; a page must stay below 2**31 numbers: use smaller pages")
-            if x.stride(3) != 1:
-                raise ValueError(f"{name} has strides {x.stride()}; the last must be 1: lay the cache out as (B, N, HKV, D) or as (B, HKV, N, D), transposed")
-    if not isinstance(p.sm_scale, (int, float)) or not 0 < p.sm_scale < math.inf:
-        raise ValueError(f"sm_scale={p.sm_scale!r} must be a finite number above 0; to flip its sign negate q")
-    if not isinstance(p.causal, int):  # bool is one
-        raise ValueError(f"causal={p.causal!r} must be True or False")
-    if p.window is not None and not whole(p.window, 1, NO_WINDOW - 1):
-        raise ValueError(f"window={p.window!r} must be a number of keys from 1 to {NO_WINDOW - 1}, or None for all")
-    if p.n_splits is not None and not whole(p.n_splits, 1, 4096):
-        raise ValueError(f"n_splits={p.n_splits!r} must be from 1 to 4096, or None to choose by length")
-    if sink is not None and not whole(sink, 0) and not (isinstance(sink, torch.Tensor) and sink.shape == (H,) and on_device(sink, sink.dtype) and sink.is_floating_point()):
-        kind = sink if isinstance(sink, (int, float)) else ring_attn.summary(sink)
-        raise ValueError(f"sink={kind} must be how many first keys every window keeps, or a float tensor ({H},) on {q.device}: a logit for each query head")
-    if whole(sink, 1) and p.window is None:
-        raise ValueError(f"{sink=} keeps keys that a window would drop, but window=None drops none; give a window")
-    if table is not None and not (on_device(table, torch.int32) and table.ndim == 2 and len(table) == B and table.shape[1] and table.is_contiguous()):
-        raise ValueError(f"page_table {ring_attn.summary(table)} must be a contiguous int32 tensor ({B}, max_pages) on {q.device}")
-    if p.capacity() >= NO_WINDOW:
-        raise ValueError(f"the cache has room for {p.capacity()} tokens; it must be fewer than {NO_WINDOW}")
-    if p.lengths is not None and not (on_device(p.lengths, torch.int32) and p.lengths.shape == (B,) and p.lengths.is_contiguous()):
-        raise ValueError(f"cache_seqlens {ring_attn.summary(p.lengths)} must be a contiguous int32 tensor ({B},) on {q.device}")
-    if not isinstance(p.aux, tuple) or not all(isinstance(x, torch.Tensor) and x.device == q.device for x in p.aux):
-        raise ValueError(f"aux must be a tuple of tensors on {q.device}, further arguments for the mods")
-    for name, mod, takes in (("score_mod", p.score_mod, "score, b, h, q_idx, kv_idx"), ("mask_mod", p.mask_mod, "b, h, q_idx, kv_idx")):
+def is_plain(x):
+    return isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_nested
+
+
+def is_ints(x, shape, device):
+    """Is x a contiguous int32 tensor of a shape? None: any size but 0."""
+    if not is_plain(x) or x.dtype != torch.int32 or x.device != device or x.ndim != len(shape):
+        return False
+    return x.is_contiguous() and all(a == b or b is None and a > 0 for a, b in zip(x.shape, shape))
+
+
+def check_gradients(**tensors):
+    """Raise ValueError if one of these requires a gradient, of which nothing here computes any."""
+    for name, x in tensors.items():
+        if isinstance(x, torch.Tensor) and x.requires_grad and torch.is_grad_enabled():
+            wrong = f"{name} requires a gradient, and decoding has none"
+            raise ValueError(f"{wrong}; call it under torch.no_grad(), or train with ring_attn")
+
+
+def check_decode(call):
+    """Raise ValueError, with the values and a way out, for what a call cannot do. Reads no tensor."""
+    q, k, v, sink, table, backend = call.q, call.k, call.v, call.sink, call.page_table, call.backend
+    ring_attn.check_common(q, k, v, call.sm_scale, call.causal, backend, ("torch", "triton"))
+    B, H, device, short = len(q), q.shape[2], q.device, ring_attn.summary
+    if table is None and len(k) != B:
+        need = "need q (B, M, H, D), k (B, N, HKV, D), or pages and a page_table"
+        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}; {need}")
+    for name, x in (("k", k), ("v", v)) if backend == "triton" else ():
+        if x.stride(3) != 1:
+            layouts = "(B, N, HKV, D), or as (B, HKV, N, D), transposed"
+            raise ValueError(f"{name} has strides {x.stride()}; the last must be 1: lay it out as {layouts}")
+        if table is not None and x.shape[1] * x.stride(1) > ring_attn.INT_MAX:
+            pages = f"pages of {x.shape[1]} tokens, {x.stride(1)} numbers apart"
+            raise ValueError(f"{name} has {pages}; a page must stay below 2**31 numbers: use smaller pages")
+    aux = call.aux
+    if not isinstance(aux, tuple) or not all(isinstance(x, torch.Tensor) and x.device == device for x in aux):
+        raise ValueError(f"aux must be a tuple of tensors on {device}, further arguments for the mods")
+    check_gradients(q=q, k=k, v=v, sink=sink, **{f"aux[{i}]": x for i, x in enumerate(aux)})
+    if call.window is not None and not is_int(call.window, 1, NO_WINDOW - 1):
+        raise ValueError(f"window={call.window!r} must be 1 to {NO_WINDOW - 1} keys, or None for all")
+    if call.n_splits is not None and not is_int(call.n_splits, 1, 4096):
+        raise ValueError(f"n_splits={call.n_splits!r} must be from 1 to 4096, or None to choose by length")
+    logits = is_plain(sink) and sink.shape == (H,) and sink.device == device and sink.is_floating_point()
+    if sink is not None and not is_int(sink, 0) and not logits:
+        given = sink if isinstance(sink, (int, float)) else short(sink)
+        logits = f"a float tensor ({H},) on {device}: a logit for each query head"
+        raise ValueError(f"sink={given} must be how many first keys every window keeps, or {logits}")
+    if is_int(sink, 1) and call.window is None:
+        raise ValueError(f"{sink=} keeps keys that a window would drop, but window=None; give a window")
+    if table is not None and not is_ints(table, (B, None), device):
+        need = f"a contiguous int32 tensor ({B}, max_pages) on {device}"
+        raise ValueError(f"page_table {short(table)} must be {need}")
+    if call.capacity() >= NO_WINDOW:
+        raise ValueError(f"the cache has room for {call.capacity()} tokens; the most are {NO_WINDOW - 1}")
+    if call.cache_seqlens is not None and not is_ints(call.cache_seqlens, (B,), device):
+        need = f"a contiguous int32 tensor ({B},) on {device}"
+        raise ValueError(f"cache_seqlens {short(call.cache_seqlens)} must be {need}")
+    for name, takes in dict(score_mod="score, b, h, q_idx, kv_idx", mask_mod="b, h, q_idx, kv_idx").items():
+        mod = getattr(call, name)
         if mod is None:
             continue
         jitted = hasattr(mod, "arg_names")
         if jitted != (backend == "triton") or not (jitted or callable(mod)):
-            kind = "a @triton.jit function" if backend == "triton" else "a plain function of torch tensors (@triton.jit ones need a GPU, or TRITON_INTERPRET=1)"
-            raise ValueError(f'{name}={mod!r} must be {kind} for backend="{backend}"')
-        arguments = takes.split(", ") + [f"aux[{i}]" for i in range(len(p.aux))]
-        if n_arguments(mod) not in (None, len(arguments)):
-            raise ValueError(f"{name} takes {n_arguments(mod)} arguments and is given {len(arguments)}: {', '.join(arguments)}")
-    if p.block_mask is not None:
-        check_block_mask(p)
+            need = "a @triton.jit function"
+            if backend == "torch":
+                need = f"a plain function of torch tensors ({need} needs a GPU, or TRITON_INTERPRET=1)"
+            raise ValueError(f'{name}={mod!r} must be {need} for backend="{backend}"')
+        takes = takes.split(", ") + [f"aux[{i}]" for i in range(len(aux))]
+        if n_arguments(mod) not in (None, len(takes)):
+            given = f"is given {len(takes)}: {', '.join(takes)}"
+            raise ValueError(f"{name} takes {n_arguments(mod)} arguments and {given}")
+    if call.block_mask is not None:
+        check_block_mask(call)
 
 
-def check_block_mask(p):
-    mask, (B, M, H, _) = p.block_mask, p.q.shape
-    if not all(hasattr(mask, name) for name in (*BLOCK_MASK_TABLES, "BLOCK_SIZE")):
-        raise ValueError(f"block_mask is a {type(mask).__name__}; it must be a BlockMask of flex_attention, or have its {', '.join(BLOCK_MASK_TABLES)} and BLOCK_SIZE")
-    tables = dict(zip(BLOCK_MASK_TABLES, (getattr(mask, name) for name in BLOCK_MASK_TABLES)))
-    if (tables["full_kv_num_blocks"] is None) != (tables["full_kv_indices"] is None):
-        raise ValueError("block_mask has only one of full_kv_num_blocks and full_kv_indices; give both or neither")
-    LB, LH, _, n_blocks = mask.kv_indices.shape if mask.kv_indices.ndim == 4 else (0, 0, 0, 0)
-    for name, x in tables.items():
-        if x is not None and (x.dtype != torch.int32 or x.device != p.q.device):
-            raise ValueError(f"block_mask.{name} is {x.dtype} on {x.device}; it must be int32 on {p.q.device}")
-        expected = (LB, LH, 1, n_blocks) if name.endswith("indices") else (LB, LH, 1)
+def check_block_mask(call):
+    mask, names, (B, M, H, _) = call.block_mask, BlockTables._fields, call.q.shape
+    if not all(hasattr(mask, name) for name in (*names, "BLOCK_SIZE")):
+        need = f"a BlockMask of flex_attention, or have its {', '.join(names)} and BLOCK_SIZE"
+        raise ValueError(f"block_mask is a {type(mask).__name__}; it must be {need}")
+    if (mask.full_kv_num_blocks is None) != (mask.full_kv_indices is None):
+        raise ValueError("block_mask has one of full_kv_num_blocks and full_kv_indices; give both or neither")
+    n_seqs, n_heads, n_blocks, size = mask_shape(mask) if mask.kv_indices.ndim == 4 else (0, 0, 0, 0)
+    for name, x in zip(names, (getattr(mask, name) for name in names)):
+        expected = (n_seqs, n_heads, 1, n_blocks) if name.endswith("indices") else (n_seqs, n_heads, 1)
+        if x is not None and (x.dtype != torch.int32 or x.device != call.q.device):
+            raise ValueError(f"block_mask.{name} is {x.dtype} on {x.device}; need int32 on {call.q.device}")
         if x is not None and tuple(x.shape) != expected:
-            raise ValueError(f"block_mask.{name} has shape {tuple(x.shape)}; the queries of a call share one row of blocks, (sequences, heads, 1, ...): take block_mask[:, :, [row]]")
-    q_size, size = (mask.BLOCK_SIZE,) * 2 if isinstance(mask.BLOCK_SIZE, int) else mask.BLOCK_SIZE
-    if LB not in (1, B) or LH not in (1, H):
-        raise ValueError(f"block_mask is for {LB} sequences and {LH} heads; here are {B} sequences and {H} query heads: each must be equal, or 1 for all")
+            need = "one row of blocks, (sequences, heads, 1, ...): take block_mask[:, :, [row]]"
+            raise ValueError(f"block_mask.{name} has shape {tuple(x.shape)}; all queries share {need}")
+    if n_seqs not in (1, B) or n_heads not in (1, H):
+        given = f"{n_seqs} sequences and {n_heads} heads; here are {B} sequences and {H} query heads"
+        raise ValueError(f"block_mask is for {given}: each must be equal, or 1 for all")
+    q_size = size if isinstance(mask.BLOCK_SIZE, int) else mask.BLOCK_SIZE[0]
     if M > q_size:
-        raise ValueError(f"{M} query tokens are more than a block of {q_size}, as block_mask.BLOCK_SIZE says; use larger blocks, or fewer tokens a call")
-    if size < 1 or size % p.n_ranks:
-        raise ValueError(f"block_mask has blocks of {size} keys, which {p.n_ranks} ranks cannot share evenly; use a multiple of {p.n_ranks}")
-    if n_blocks != -(-p.capacity() // size):
-        raise ValueError(f"block_mask has {n_blocks} blocks of {size} keys; a cache of {p.capacity()} tokens has {-(-p.capacity() // size)}")
-    if LB * LH > 16384:
-        raise ValueError(f"block_mask has {LB} x {LH} rows of blocks; at most 16384 fit a launch: split the batch")
-    own = getattr(mask, "mask_mod", None)
-    if p.mask_mod is None and own is not None and getattr(own, "__name__", "") != "noop_mask":
-        raise ValueError(f"block_mask was made from {own.__name__}, in torch and by index of the query; pass mask_mod=, the same by position in the sequence")
+        given = f"{M} query tokens are more than a block of {q_size} (block_mask.BLOCK_SIZE)"
+        raise ValueError(f"{given}; use larger blocks, or fewer tokens a call")
+    if size < 1 or size % call.n_ranks:
+        given = f"blocks of {size} keys, which {call.n_ranks} ranks cannot share evenly"
+        raise ValueError(f"block_mask has {given}; use a multiple of {call.n_ranks}")
+    if n_blocks != (need := -(-call.capacity() // size)):
+        need = f"a cache of {call.capacity()} tokens has {need}"
+        raise ValueError(f"block_mask has {n_blocks} blocks of {size} keys; {need}")
+    if n_seqs * n_heads > 16384:
+        raise ValueError(f"block_mask has {n_seqs} x {n_heads} rows; at most 16384 fit: split the batch")
+    own = getattr(getattr(mask, "mask_mod", None), "__name__", "noop_mask")
+    if call.mask_mod is None and own != "noop_mask":
+        need = "pass mask_mod=, the same by position in the sequence"
+        raise ValueError(f"block_mask was made from {own}, in torch and by index of the query; {need}")
 
 
-def check_values(p):
-    """Raise ValueError for lengths, pages and blocks that lead outside. Reads tensors: a synchronization, on a GPU."""
-    lengths = [p.capacity()] * len(p.q) if p.lengths is None else p.lengths.tolist()
-    for b, L in enumerate(lengths):
-        if not 0 <= L <= p.capacity():
-            raise ValueError(f"cache_seqlens[{b}]={L} must be in 0..{p.capacity()}, the tokens that the cache has room for")
-    for b, L in enumerate(lengths if p.page_table is not None else ()):
-        used = -(-max(L - p.rank, 0) // p.n_ranks)
-        for i, page in enumerate(p.page_table[b, : -(-used // p.k.shape[1])].tolist()):
-            if not 0 <= page < len(p.k):
-                raise ValueError(f"page_table[{b}, {i}]={page} must be in 0..{len(p.k) - 1}, the pages that there are")
-    (num, idx, full_num, full_idx), shape = mask_tables(p.block_mask)
-    for name, counts, blocks in (("kv", num, idx), ("full_kv", full_num, full_idx)):
-        if counts is not None:
-            listed = torch.arange(shape[2], device=counts.device) < counts[..., None]
-            if counts.min() < 0 or counts.max() > shape[2] or (listed & ((blocks < 0) | (blocks >= shape[2]))).any():
-                raise ValueError(f"block_mask.{name}_num_blocks must be in 0..{shape[2]}, and what it takes of {name}_indices in 0..{shape[2] - 1}")
+def check_values(call):
+    """Raise ValueError for lengths, pages and blocks that lead outside. Reads tensors: waits for the GPU."""
+    capacity, lengths = call.capacity(), call.cache_seqlens
+    for b, L in enumerate([capacity] * len(call.q) if lengths is None else lengths.tolist()):
+        if not 0 <= L <= capacity:
+            raise ValueError(f"cache_seqlens[{b}]={L} must be in 0..{capacity}, the room of the cache")
+        n = -(-max(L - call.rank, 0) // call.n_ranks)
+        used = call.page_table[b, : -(-n // call.k.shape[1])].tolist() if call.page_table is not None else ()
+        for i, page in enumerate(used):
+            if not 0 <= page < len(call.k):
+                raise ValueError(f"page_table[{b}, {i}]={page} must be in 0..{len(call.k) - 1}")
+    tables = mask_tables(call.block_mask)
+    for name, num, idx in (("kv", *tables[:2]), ("full_kv", *tables[2:])):
+        if num is not None:
+            n = idx.shape[-1]
+            listed = torch.arange(n, device=num.device) < num[..., None]
+            if num.min() < 0 or num.max() > n or (listed & ((idx < 0) | (idx >= n))).any():
+                need = f"in 0..{n}, and what it takes of {name}_indices in 0..{n - 1}"
+                raise ValueError(f"block_mask.{name}_num_blocks must be {need}")
 
 
 # -----------------------------------------------------------------------------
 # public functions
 
+CONFIGS = {}  # of each kind of call that was checked: its LaunchConfig, or None for the torch path
+MAX_CONFIGS = 1024
 
-all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
-CHECKED = {}  # what was checked, and found in order: the Plan that it got, or None for the torch path
 
-
-def kind(x):
-    """What the checks, the plan and the compiled kernels depend on, of an argument that may be a tensor."""
-    if isinstance(x, torch.Tensor) and x.layout == torch.strided:
+def kind_of(x):
+    """What the checks, the LaunchConfig and the compiled kernels depend on, of any argument. Hashable."""
+    if x is None:
+        return None
+    if is_plain(x):
         return x.shape, x.stride(), x.dtype, x.device, x.requires_grad
-    return None if x is None else repr(x)
+    if isinstance(x, tuple):
+        return tuple(map(kind_of, x))
+    if hasattr(x, "BLOCK_SIZE"):  # a block mask
+        tables = (getattr(x, name, None) for name in BlockTables._fields)
+        return repr(x.BLOCK_SIZE), getattr(x, "mask_mod", None), *map(kind_of, tables)
+    if callable(x):
+        return getattr(x, "cache_key", x)  # Triton's hash of the source: copies of a mod are of one kind
+    return repr(x)
 
 
-def problem_of(q, k, v, rank, n_ranks, *, cache_seqlens=None, sm_scale=None, causal=True, score_mod=None, mask_mod=None, aux=(), block_mask=None,
-               window=None, sink=None, page_table=None, n_splits=None, backend=None):  # fmt: skip
-    """The Problem, the logits among `sink`, the backend, and a key to CHECKED."""
+def make_call(q, k, v, rank, n_ranks, backend=None, sm_scale=None, *args, **options):
+    """A Call, whose other fields are args and options, and its kind."""
+    plain = is_plain(q) and q.ndim == 4
     if sm_scale is None:
-        sm_scale = max(q.shape[-1], 1) ** -0.5 if isinstance(q, torch.Tensor) and q.ndim else 1.0
+        sm_scale = max(q.shape[3], 1) ** -0.5 if plain else 1.0
     if backend is None:
         backend = "triton" if ring_attn.INTERPRET or isinstance(q, torch.Tensor) and q.is_cuda else "torch"
-    if isinstance(q, torch.Tensor) and q.layout == torch.strided and q.ndim == 4 and q.stride(3) != 1:
+    if plain and q.stride(3) != 1:
         q = q.contiguous()  # a few rows
-    n_sink, logits = (sink or 0, None) if sink is None or isinstance(sink, int) else (0, sink)
-    p = Problem(q, k, v, cache_seqlens, page_table, block_mask, score_mod, mask_mod, aux, sm_scale, causal, window, n_sink, n_splits, rank, n_ranks)
-    masks = None
-    if block_mask is not None:
-        named = lambda name: getattr(block_mask, name, None)
-        masks = repr(named("BLOCK_SIZE")), named("mask_mod"), *(kind(named(name)) for name in BLOCK_MASK_TABLES)
-    tensors = map(kind, (q, k, v, cache_seqlens, page_table, logits, *(aux if isinstance(aux, tuple) else [aux])))
-    options = repr((sm_scale, causal, window, n_sink, n_splits, rank, n_ranks, backend))  # whatever they are, this can be looked up
-    key = (*tensors, type(aux), masks, score_mod, mask_mod, type(sink), options, torch.is_grad_enabled())
-    return p, logits, backend, key
+    call = Call(q, k, v, rank, n_ranks, backend, sm_scale, *args, **options)
+    numbers = repr(call[3:10])  # rank to n_splits; 1, 1.0 and True differ
+    return call, (numbers, *map(kind_of, call[:3]), *map(kind_of, call[10:]), torch.is_grad_enabled())
 
 
-def check_once(p, sink, backend, key):
-    check_decode(p, backend, sink)
-    CHECKED[key] = make_plan(p) if backend == "triton" else None
+def config_of(call, kind):
+    """The LaunchConfig of a call, or None for the torch path. The first call of a kind is checked."""
+    if kind not in CONFIGS:
+        check_decode(call)
+        CONFIGS[kind] = make_config(call) if call.backend == "triton" else None
+        if len(CONFIGS) > MAX_CONFIGS:
+            del CONFIGS[next(iter(CONFIGS))]  # the oldest
+    return CONFIGS[kind]
 
 
-def run_whole(p, key, sink, return_lse):
-    """o (B, M, H, D) in the dtype of q, and lse (B, H, M) if asked for."""
-    plan, (B, M, H, _) = CHECKED[key], p.q.shape
-    if plan is None:
-        o, lse = torch_part(p, sink)
-        return o.to(p.q.dtype), lse
-    o = torch.empty(p.q.shape, dtype=p.q.dtype, device=p.q.device)
-    lse = torch.empty(B, M, H, dtype=torch.float32, device=p.q.device) if return_lse else None
-    triton_part(p, plan, o, lse, sink)
-    return o, lse.transpose(1, 2) if return_lse else None
-
-
-def packed_part(p, key):
-    """(B, M, H, D + 1), float32 or wider: o and behind it lse."""
-    plan, (*lead, D) = CHECKED[key], p.q.shape
-    packed = torch.empty(*lead, D + 1, dtype=torch.promote_types(p.q.dtype, torch.float32), device=p.q.device)
-    o, lse = packed[..., :D], packed[..., D]
-    if plan is None:
-        part_o, part_lse = torch_part(p, None)
-        o.copy_(part_o), lse.copy_(part_lse.transpose(1, 2))
-    else:
-        triton_part(p, plan, o, lse, None)
+def packed_part(call, config):
+    """What a rank finds in its part of the cache, (B, M, H, D + 1), float32 or wider: o and behind it lse."""
+    *lead, D = call.q.shape
+    acc_dtype = torch.promote_types(call.q.dtype, torch.float32)
+    packed = torch.empty(*lead, D + 1, dtype=acc_dtype, device=call.q.device)
+    write_part(call, config, None, packed[..., :D], packed[..., D])
     return packed
 
 
 def merge_parts(parts, sink=None, dtype=torch.float32):
-    """o (B, M, H, D) in dtype and lse (B, H, M) from what each rank found: parts (R, B, M, H, D + 1), float32 or wider, o and behind
-    it lse. sink: None, or a logit for each query head, (H,)."""
+    """o (B, M, H, D) in dtype and lse (B, H, M) from what decode_part found on each of R ranks, stacked:
+    parts (R, B, M, H, D + 1). sink: None, or a logit for each query head, (H,)."""
+    check_gradients(parts=parts, sink=sink)
     R, B, M, H, D = *parts.shape[:4], parts.shape[4] - 1
     if not (parts.is_cuda or ring_attn.INTERPRET) or parts.dtype != torch.float32:
         o, lse = reference_merge(parts[..., :D], parts[..., D].transpose(2, 3), sink)
         return o.to(dtype), lse
-    o, lse = torch.empty(B, M, H, D, dtype=dtype, device=parts.device), torch.empty(B, M, H, device=parts.device)
-    constants = dict(HEAD_DIM=D, BLOCK_D=max(16, triton.next_power_of_2(D)), CHUNK=min(64, triton.next_power_of_2(R)))
+    o = torch.empty(B, M, H, D, dtype=dtype, device=parts.device)
+    lse = torch.empty(B, M, H, dtype=torch.float32, device=parts.device)
+    constants = dict(HEAD_DIM=D, BLOCK_D=max(16, triton.next_power_of_2(D)))
+    constants |= dict(CHUNK=min(64, triton.next_power_of_2(R)))
     depends = parts.shape, dtype, *(x is None or (x.dtype, x.data_ptr() % 16) for x in (parts, sink))
+    args = parts, o, lse, sink, R, B * M * H, H
     with torch.cuda.device_of(parts):
-        launch(merge_ranks_kernel, parts.device, depends, B * M * H, (parts, o, lse, sink, R, B * M * H, H), constants, num_warps=4)
+        launch(merge_ranks_kernel, parts.device, depends, B * M * H, args, constants, num_warps=4)
     return o, lse.transpose(1, 2)
 
 
-def decode_attn(q, k, v, *, cache_seqlens=None, sm_scale=None, causal=True, score_mod=None, mask_mod=None, aux=(), block_mask=None, window=None,
-                sink=None, page_table=None, n_splits=None, return_lse=False, backend=None, debug=False):  # fmt: skip
+def decode_attn(
+    q, k, v, *, cache_seqlens=None, sm_scale=None, causal=True, score_mod=None, mask_mod=None, aux=(),
+    block_mask=None, window=None, sink=None, page_table=None, n_splits=None, return_lse=False, backend=None,
+    debug=False,
+):  # fmt: skip
     """Attention of the last M tokens of each sequence to its cached keys and values. Not differentiable.
 
-    q: (B, M, H, D), the queries of the last M of the L tokens of each sequence, whose keys are in the cache already. Query m
-       sits at position L - M + m. bfloat16, float16 or float32 (float64 in the torch path), D up to 256.
-    k, v: (B, N, HKV, D), room for N tokens, the first L in use; H a multiple of HKV. Any strides but the last, which is 1: a
-       transposed view of (B, HKV, N, D) is as good. Or pages (P, page_size, HKV, D), with page_table (B, max_pages) int32.
-    cache_seqlens: L of each sequence, (B,) int32, 0 to N; None means N. Read on the device: a CUDA graph may be replayed after
-       they, the cache and the tables have changed.
-    sm_scale: above 0; None means D ** -0.5. causal: query m sees keys up to its own position; if False, all L.
-    score_mod(score, b, h, q_idx, kv_idx, *aux), mask_mod(b, h, q_idx, kv_idx, *aux): as in flex_attention, h the query head, but
-       q_idx is the position L - M + m, so that a function of positions serves training and decoding. Functions decorated with
-       @triton.jit (for CPU tensors, without the interpreter: plain functions of torch tensors). aux: tensors for them, which a
-       @triton.jit function reads with tl.load(aux + index). mask_mod comes on top of causal and window.
-    block_mask: a BlockMask of flex_attention, or what has its tables, with one row of blocks for all queries of the call; the
-       blocks that it calls full are seen without asking mask_mod, the others that it names as far as mask_mod goes.
-    window: query i sees keys j with i - window < j <= i only. sink: an int, the first keys that every window keeps
-       (arXiv 2309.17453), or a tensor (H,) of logits that join the softmax's denominator without a value.
-    n_splits: pieces to cut every sequence into; None chooses by length, on the device.
+    q: (B, M, H, D), the queries of the last M of the L tokens of each sequence, whose keys are in the cache
+       already. Query m is at position L - M + m. bfloat16, float16 or float32 (float64 in the torch path).
+    k, v: (B, N, HKV, D), room for N tokens, the first L in use; H a multiple of HKV, D up to 256. Any strides
+       but the last, which is 1: (B, HKV, N, D), transposed, is as good. Or pages (P, page_size, HKV, D), with
+       page_table (B, max_pages) int32. Keys and values that no query of the call may see may be nan.
+    cache_seqlens: L of each sequence, (B,) int32, 0 to N; None means N. Read on the device: a CUDA graph may
+       be replayed after lengths, cache and tables have changed.
+    sm_scale: above 0; None means D ** -0.5. causal: query m sees keys up to its own position, else all L.
+    score_mod(score, b, h, q_idx, kv_idx, *aux), mask_mod(b, h, q_idx, kv_idx, *aux): as in flex_attention, h
+       the query head, but q_idx is the position L - M + m, so that a function of positions serves training
+       and decoding. @triton.jit functions (for CPU tensors, without the interpreter: plain functions of torch
+       tensors). aux: tensors for them, which a @triton.jit function reads with tl.load(aux + index). What a
+       query sees is what mask_mod, causal and window all allow.
+    block_mask: a BlockMask of flex_attention, or what has its tables, with one row of blocks for all queries
+       of the call. All of its full blocks is seen, of its others what mask_mod allows.
+    window: query i sees keys j with i - window < j <= i only. sink: an int, the first keys that every window
+       keeps (arXiv 2309.17453), or a tensor (H,) of logits, which join the softmax's denominator only.
+    n_splits: splits of every sequence; None chooses by length, on the device.
     return_lse: also return lse (B, H, M) float32, the natural log of the softmax's denominator.
     backend: "torch", or "triton" (any GPU, and CPU tensors under TRITON_INTERPRET=1); None chooses by device.
-    debug: also check the values of cache_seqlens, page_table and block_mask, which a GPU must be waited for to read.
-    Returns o (B, M, H, D) in the dtype of q. A query that sees no key gets o = 0 and lse = -inf. The same inputs give the same bits.
+    debug: also check the values of cache_seqlens, page_table and block_mask, which waits for the GPU.
+    Returns o (B, M, H, D) in the dtype of q; o = 0 and lse = -inf for a query that sees no key. The same
+    inputs give the same bits.
 
-    Raises ValueError for anything that does not fit. Values on a GPU are checked under debug=True only; otherwise lengths are
-    clipped to 0..N, blocks outside of the cache are skipped and page numbers clipped to 0..P-1: results are then wrong, but no
-    memory outside of the cache is read.
+    Raises ValueError for anything that does not fit. Values on a GPU are checked under debug=True only.
+    Otherwise lengths are clipped to 0..N and page numbers to 0..P-1, and blocks outside of the cache are
+    skipped: results are then wrong, but no memory outside of the cache is read.
     """
-    p, logits, backend, key = problem_of(
-        q, k, v, 0, 1, cache_seqlens=cache_seqlens, sm_scale=sm_scale, causal=causal, score_mod=score_mod, mask_mod=mask_mod, aux=aux,
-        block_mask=block_mask, window=window, sink=sink, page_table=page_table, n_splits=n_splits, backend=backend,
+    call, kind = make_call(
+        q, k, v, 0, 1, backend, sm_scale, causal, window, n_splits, cache_seqlens, score_mod, mask_mod, aux,
+        block_mask, sink, page_table,
     )  # fmt: skip
-    if key not in CHECKED:
-        check_once(p, sink, backend, key)
+    config = config_of(call, kind)
     if debug or not q.is_cuda:
-        check_values(p)
-    o, lse = run_whole(p, key, logits, return_lse)
-    return (o, lse) if return_lse else o
+        check_values(call)
+    o, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), None
+    if return_lse:
+        acc_dtype = torch.promote_types(q.dtype, torch.float32)
+        lse = torch.empty(q.shape[:3], dtype=acc_dtype, device=q.device)
+    write_part(call, config, call.sink_logits(), o, lse)
+    return (o, lse.transpose(1, 2)) if return_lse else o
 
 
 def decode_part(q, k, v, rank, n_ranks, **options):
-    """What one rank contributes to sharded_decode_attn: (B, M, H, D + 1) float32 (or wider), o and behind it lse, for merge_parts.
-    options: those of decode_attn but for return_lse and debug; a sink of logits belongs to merge_parts. For transports of your own."""
-    p, logits, backend, key = problem_of(q, k, v, rank, n_ranks, **options)
-    if logits is not None:
+    """What one rank contributes to sharded_decode_attn, for transports of your own: (B, M, H, D + 1) float32
+    or wider, o and behind it lse, for merge_parts. options: those of decode_attn but return_lse and debug; a
+    sink of logits belongs to merge_parts."""
+    call, kind = make_call(q, k, v, rank, n_ranks, **options)
+    if call.sink_logits() is not None:
         raise ValueError("the logits of sink count once: give them to merge_parts")
-    if key not in CHECKED:
-        check_once(p, p.n_sink, backend, key)
-    return packed_part(p, key)
+    return packed_part(call, config_of(call, kind))
 
 
 def sharded_decode_attn(q, k, v, *, group=None, sink=None, return_lse=False, debug=False, **options):
-    """decode_attn over a cache that is striped over the ranks of `group`: token p of a sequence is on rank p % R, at place p // R, as a
-    ring prefill under the striped schedule leaves it. One all-gather of M * H * (D + 1) float32 numbers per sequence and rank.
+    """decode_attn over a cache that is striped over the R ranks of `group`: token p of a sequence is on rank
+    p % R, at index p // R, as a ring prefill under the striped schedule leaves it. One all-gather of
+    M * H * (D + 1) float32 numbers per sequence and rank.
 
-    Arguments as for decode_attn; q and cache_seqlens are the same on every rank and speak of whole sequences, k and v (B, N, HKV, D)
-    are the rank's stripe, so that a sequence may have up to R * N tokens; pages are the rank's own. A block_mask speaks of whole
-    sequences; its block size must be a multiple of R. group: a process group, None for the default one or for this process alone.
-    Returns o (B, M, H, D), and lse, the same on every rank.
+    Arguments as for decode_attn. q and cache_seqlens are the same on every rank and describe whole sequences;
+    k and v (B, N, HKV, D) are the rank's stripe, so that a sequence may have up to R * N tokens; pages are
+    the rank's own. A block_mask describes whole sequences; its block size must be a multiple of R. group: a
+    process group; None for the default one, or for this process alone. Returns o (B, M, H, D), and lse, the
+    same on every rank.
 
-    Raises ValueError on every rank if any rank's arguments do not fit or the ranks' shapes and options differ, checked once per new
-    combination. Values are checked under debug=True only.
+    Raises ValueError on every rank if any rank's arguments do not fit, or if the ranks' shapes and options
+    differ, checked once per new combination. Values are checked under debug=True only.
     """
     ring = ring_attn.resolve_ring(group)
     if isinstance(ring, ring_attn.VirtualRing):
         raise ValueError("a VirtualRing holds whole sequences; use decode_attn")
-    p, logits, backend, key = problem_of(q, k, v, ring.rank, ring.n_ranks, sink=sink, **options)
-    if key not in ring.agreed:
-        named = lambda x: ring_attn.summary(x) if isinstance(x, torch.Tensor) else getattr(x, "__name__", repr(x))
-        given = dict(q=q, k=k, v=v, sink=sink) | options | dict(backend=backend, page_table=p.page_table is not None)
-        check = lambda: check_once(p, sink, backend, key)
-        ring_attn.agree_once(ring, key, {name: named(x) for name, x in given.items() if name not in ("aux", "block_mask")}, None, check)
+    if ring.n_ranks == 1:
+        return decode_attn(q, k, v, sink=sink, return_lse=return_lse, debug=debug, **options)
+    call, kind = make_call(q, k, v, ring.rank, ring.n_ranks, sink=sink, **options)
+    if kind not in ring.agreed:
+        given = call._asdict() | dict(rank=0, aux=(), block_mask=None, page_table=call.page_table is not None)
+        for name, x in given.items():  # what the ranks must have alike
+            is_tensor = isinstance(x, torch.Tensor)
+            given[name] = ring_attn.summary(x) if is_tensor else getattr(x, "__name__", repr(x))
+        ring_attn.agree_once(ring, kind, given, None, lambda: config_of(call, kind))
     if debug:
         problem = None
         try:
-            check_values(p)
+            check_values(call)
         except ValueError as error:
             problem = str(error)
         ring.agree({}, problem)
-    if ring.n_ranks == 1:
-        o, lse = run_whole(p, key, logits, return_lse)
-    else:
-        packed = packed_part(p, key)
-        parts = packed.new_empty(ring.n_ranks * len(packed), *packed.shape[1:])  # gloo wants them joined along a dimension of theirs
-        all_gather_single(parts, packed, group=ring.group)
-        o, lse = merge_parts(parts.unflatten(0, (ring.n_ranks, -1)), logits, q.dtype)
+    part = packed_part(call, config_of(call, kind))
+    parts = part.new_empty(ring.n_ranks * len(part), *part.shape[1:])  # gloo joins them along a dimension
+    all_gather(parts, part, group=ring.group)
+    o, lse = merge_parts(parts.unflatten(0, (ring.n_ranks, -1)), call.sink_logits(), q.dtype)
     return (o, lse) if return_lse else o
 
 
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.14
+
 # -----------------------------------------------------------------------------
-# a cache for models
+# a cache for models, and CUDA graphs
 
 
 class KVCache:
-    """Keys and values of every layer of a model, for B sequences of up to n_tokens tokens; on a ring, this rank's stripe of them.
+    """Keys and values of every layer of a model, for B sequences of up to n_tokens tokens.
 
-    k, v: lists of n_layers tensors (B, N, n_kv_heads, D) each, N = n_tokens / n_ranks, rounded up. All sequences have the same length.
-    length: how many tokens are in, as an int; lengths: the same as a tensor (B,) int32 on the device, which kernels read.
-    group: the process group whose ranks share the tokens, token p on rank p % n_ranks; None for a cache that is all here.
+    k, v: lists of n_layers tensors (B, N, n_kv_heads, D), N = n_tokens / n_ranks, rounded up. All sequences
+    have the same length. length: tokens in the cache, an int; lengths: the same as a tensor (B,) int32 on the
+    device, which kernels read. group: the process group that shares the tokens, token p on rank p % n_ranks;
+    None: all are here.
     """
 
-    def __init__(self, n_layers, B, n_tokens, n_kv_heads, dim_per_head, dtype=torch.bfloat16, device="cpu", group=None):
+    def __init__(
+        self, n_layers, B, n_tokens, n_kv_heads, dim_per_head, dtype=torch.bfloat16, device="cpu", group=None
+    ):
         if min(n_layers, B, n_tokens, n_kv_heads, dim_per_head) < 1:
-            raise ValueError(f"{n_layers=}, {B=}, {n_tokens=}, {n_kv_heads=} and {dim_per_head=} must be 1 or more")
+            given = f"{n_layers=}, {B=}, {n_tokens=}, {n_kv_heads=} and {dim_per_head=}"
+            raise ValueError(f"{given} must be 1 or more")
         self.ring = ring_attn.ALONE if group is None else ring_attn.resolve_ring(group)
         self.n_tokens, self.length = n_tokens, 0
         N = -(-n_tokens // self.ring.n_ranks)
-        # one token more than are kept: tokens of other ranks are written there
-        whole = torch.empty(2, n_layers, B, N + 1, n_kv_heads, dim_per_head, dtype=dtype, device=device)
-        self.whole_k, self.whole_v = (list(x) for x in whole)
-        self.k, self.v = ([x[:, :N] for x in xs] for xs in (self.whole_k, self.whole_v))
+        # room for one token more: `write` puts the tokens of other ranks there
+        kv = torch.empty(2, n_layers, B, N + 1, n_kv_heads, dim_per_head, dtype=dtype, device=device)
+        self.padded_k, self.padded_v = (list(x) for x in kv)
+        self.k, self.v = ([x[:, :N] for x in xs] for xs in (self.padded_k, self.padded_v))
         self.lengths = torch.zeros(B, dtype=torch.int32, device=device)
         self.rows = torch.arange(B, device=device)[:, None]
 
     def check_room(self, n):
         """Raise ValueError unless n more tokens fit."""
         if self.length + n > self.n_tokens:
-            raise ValueError(f"the cache is full: {self.length} tokens are in, {n} more do not fit into its {self.n_tokens}; make it with a larger n_tokens")
+            full = f"the cache is full: {self.length} tokens are in"
+            full += f", {n} more do not fit into its {self.n_tokens}"
+            raise ValueError(f"{full}; make it with a larger n_tokens")
 
     def extend(self, n):
-        """Make the cache n tokens longer; what they hold is then for `write` and `fill` to say. ValueError if they do not fit."""
+        """Make the cache n tokens longer, for `write` or `fill` to fill. ValueError if they do not fit."""
         self.check_room(n)
         self.length += n
         self.lengths += n
@@ -829,158 +946,53 @@ class KVCache:
         return self.lengths.long()[:, None] - n + torch.arange(n, device=self.lengths.device)
 
     def write(self, layer, k, v):
-        """Put k, v (B, n, HKV, D), the same on every rank, where the last n tokens are."""
+        """Write k, v (B, n, HKV, D), the same on every rank, to the last n tokens."""
         pos, R = self.positions(k.shape[1]), self.ring.n_ranks
-        place = torch.where(pos % R == self.ring.rank, pos // R, self.k[layer].shape[1])
-        self.whole_k[layer][self.rows, place] = k.to(self.k[layer].dtype)
-        self.whole_v[layer][self.rows, place] = v.to(self.v[layer].dtype)
+        index = torch.where(pos % R == self.ring.rank, pos // R, self.k[layer].shape[1])
+        self.padded_k[layer][self.rows, index] = k.to(self.k[layer].dtype)
+        self.padded_v[layer][self.rows, index] = v.to(self.v[layer].dtype)
 
     def fill(self, layer, k, v):
-        """Put the rank's own part k, v (B, T, HKV, D) of all tokens, which may be a few more than the cache's length: padding."""
+        """Write the rank's part k, v (B, T, HKV, D) of all tokens, and of padding that may follow."""
         T = min(k.shape[1], self.k[layer].shape[1])
         self.k[layer][:, :T], self.v[layer][:, :T] = k[:, :T], v[:, :T]
 
     def attend(self, layer, q, sm_scale):
         """Attention of q (B, M, H, D), the last M tokens, to everything in the cache: (B, M, H, D)."""
-        args = q.to(self.k[layer].dtype), self.k[layer], self.v[layer]
-        if self.ring.n_ranks == 1:
-            return decode_attn(*args, cache_seqlens=self.lengths, sm_scale=sm_scale).to(q.dtype)
-        return sharded_decode_attn(*args, group=self.ring.group, cache_seqlens=self.lengths, sm_scale=sm_scale).to(q.dtype)
+        k, v = self.k[layer], self.v[layer]
+        options = dict(cache_seqlens=self.lengths, sm_scale=sm_scale)
+        if self.ring.n_ranks > 1:
+            return sharded_decode_attn(q.to(k.dtype), k, v, group=self.ring, **options).to(q.dtype)
+        return decode_attn(q.to(k.dtype), k, v, **options).to(q.dtype)
 
 
-def captured(step, tokens, cache):
-    """step(tokens, cache), which must have run before, as a CUDA graph: a function of the same arguments that replays it. What it
-    returns is overwritten by its next call."""
-    graph, tokens, length = torch.cuda.CUDAGraph(), tokens.clone(), cache.length
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog may look at events meanwhile
-        result = step(tokens, cache)
+def capture(f, warm_up=True):
+    """f() as a CUDA graph: (a function that replays it, what f returned, which every replay overwrites).
+    warm_up: call f once before, as a first call makes things that must not be made during capture."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    if warm_up:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            f()
+        torch.cuda.current_stream().wait_stream(stream)
+    # thread_local: NCCL's watchdog may query events meanwhile
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        result = f()
+    return graph.replay, result
+
+
+def capture_step(step, tokens, cache):
+    """step(tokens, cache), which must have run before, as a CUDA graph: a function of new tokens of the same
+    shape and the same cache. Its next call overwrites what it returns."""
+    tokens, length = tokens.clone(), cache.length
+    replay, result = capture(lambda: step(tokens, cache), warm_up=False)
     cache.length = length  # so far nothing has run
 
-    def replay(new, cache):
+    def replay_step(new, cache):
         cache.check_room(new.shape[1])
         cache.length += new.shape[1]
         tokens.copy_(new)
-        graph.replay()
+        replay()
         return result
 
-    return replay
-
-
-# -----------------------------------------------------------------------------
-# the command line
-
-
-def parse(argv=None):
-    p = argparse.ArgumentParser(description="Continue a prompt with a model that train.py made; on several ranks each keeps its part of the cache.")
-    p.add_argument("--ckpt", default=None, metavar="FILE", help="checkpoint, or the run folder with it (default: the newest under runs/)")
-    p.add_argument("--prompt", default="def ", metavar="TEXT", help="what to continue (default: 'def ')")
-    p.add_argument("--prompt_file", default=None, metavar="FILE", help="read the prompt from here instead; - for standard input")
-    p.add_argument("--max_tokens", type=int, default=200, help="tokens, here bytes, to generate (default: 200)")
-    p.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: 0.8)")
-    p.add_argument("--top_k", type=int, default=None, help="sample among this many likeliest tokens (default: all)")
-    p.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
-    p.add_argument("--cache_tokens", type=int, default=None, help="room of the cache (default: what prompt and max_tokens need)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help="of weights and cache (default: bfloat16 on a GPU, else float32)")
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: the GPU, if there is one")
-    args = p.parse_args(argv)
-    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
-    return args
-
-
-def load_model(args, rank, n_ranks):
-    """The model of a checkpoint, (file, Transformer); ValueError if there is none, or it is none of train.py's."""
-    from model import AttentionType, Config, Transformer  # which imports this file
-    from train import checkpoints
-
-    file = Path(args.ckpt) if args.ckpt else max(Path("runs").glob("*/ckpt-*.pt"), key=lambda f: f.stat().st_mtime, default=None)
-    if file is None:
-        raise ValueError("no checkpoint under runs/; train one with train.py, or name one with --ckpt")
-    if file.is_dir():
-        file = next(iter(checkpoints(file)), file)
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        weights, config = state["model"], Config(256, *(state["args"][name] for name in ("n_layers", "dim", "dim_per_head", "n_kv_heads", "seq_len", "dropout")))
-    except Exception as error:
-        raise ValueError(f"--ckpt={file} is not a checkpoint of train.py: {type(error).__name__} {str(error)[:100]}") from error
-    model = Transformer(config, rank, n_ranks, AttentionType.STRIPED if n_ranks > 1 else AttentionType.FLASH)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(f"--ckpt={file} holds weights of another shape than its flags say: {' '.join(str(error).split())[:300]}") from error
-    return file, model.to(getattr(torch, args.dtype)).eval()
-
-
-def read_prompt(args):
-    if args.prompt_file is None:
-        return args.prompt.encode()
-    return sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
-
-
-def generate(args):
-    """What the command line asks for, on every rank; rank 0 prints. Ends the process if interrupted. Raises ValueError on every rank."""
-    from train import setup
-
-    setup(args)
-    ring = ring_attn.resolve_ring(None)
-    device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0))) if args.device == "cuda" else torch.device("cpu")
-    problem = None
-    try:
-        prompt = read_prompt(args)
-        if args.prompt_file == "-" and ring.n_ranks > 1:
-            raise ValueError("--prompt_file=-: only one of several processes has the standard input; give a file")
-        if not prompt or args.max_tokens < 1 or args.temperature < 0 or (args.top_k is not None and args.top_k < 1):
-            raise ValueError(f"the prompt has {len(prompt)} bytes, --max_tokens={args.max_tokens}, --temperature={args.temperature}, --top_k={args.top_k}: "
-                             "need 1 or more, 1 or more, 0 or more, 1 or more")  # fmt: skip
-        room = args.cache_tokens if args.cache_tokens is not None else len(prompt) + args.max_tokens
-        if room < len(prompt) + args.max_tokens:
-            raise ValueError(f"the prompt has {len(prompt)} bytes and --max_tokens={args.max_tokens}; they do not fit into --cache_tokens={room}")
-        file, model = load_model(args, ring.rank, ring.n_ranks)
-    except (ValueError, OSError) as error:
-        problem = str(error)
-    ring.agree(dict(args=repr(vars(args))), problem)
-    say = (lambda text, **options: print(text, flush=True, **options)) if ring.rank == 0 else lambda text, **options: None
-    model, config = model.to(device), model.config
-    if room > config.seq_len:
-        say(f"note: up to {room} tokens; the model was trained on {config.seq_len}", file=sys.stderr)
-    with torch.no_grad():
-        cache = model.new_cache(1, room)
-    tokens = torch.tensor([list(prompt)], device=device)
-    sampler = torch.Generator(device).manual_seed(args.seed)
-    text = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    say(prompt.decode(errors="replace"), end="")
-    clocks, start, interrupted = [], time.perf_counter(), False
-    try:
-        for new in model.stream(tokens, args.max_tokens, args.temperature, args.top_k, sampler, cache, graph=device.type == "cuda"):
-            say(text.decode(bytes(new[0].tolist())), end="")  # waits for the GPU
-            clocks.append(time.perf_counter())
-    except KeyboardInterrupt:
-        interrupted = True
-        say("\n(interrupted)", end="", file=sys.stderr)
-    say(text.decode(b"", final=True))
-    if clocks:
-        first = clocks[0] - start
-        report = f"{file} | {ring.n_ranks} x {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'}, {args.dtype} | "
-        report += f"prefill {len(prompt)} tokens in {1e3 * first:.1f} ms, {len(prompt) / first:,.0f} tokens/s"
-        report += " (the first kernels are compiled meanwhile)" * (device.type == "cuda")
-        rest = clocks[min(2, len(clocks) - 1) :]  # the first two steps compile and capture
-        if len(rest) > 1:
-            dt = (rest[-1] - rest[0]) / (len(rest) - 1)
-            per_token = sum(2 * x[0, :1].numel() * x.element_size() for x in cache.k)
-            length = len(prompt) + len(clocks) - len(rest) / 2  # on average
-            report += f" | decode {1e3 * dt:.2f} ms per token, {1 / dt:,.0f} tokens/s, KV {length * per_token / dt / 1e9:.3g} GB/s"
-        say(report, file=sys.stderr)
-    if interrupted:
-        os._exit(130)  # the ranks may stand at different collectives, and would wait for each other
-
-
-def main():
-    from train import run_script  # which imports model.py, and that this file
-
-    args = parse()
-    run_script("decode.py", lambda: generate(args), "more processes, or fewer tokens")
-
-
-if __name__ == "__main__":
-    from decode import main  # once more, under its own name: model.py imports it too
-
-    main()
+    return replay_step

@@ -1,15 +1,15 @@
-"""A small causal transformer whose attention runs on one GPU or on a ring of them, and the choice between the two.
+"""A small causal transformer whose attention runs on one GPU or on a ring of them.
 
-Pre-norm blocks (RMSNorm), rotary position embedding at global positions, grouped-query attention, GELU MLP, tied
-embeddings. Everything but attention works on tokens one by one, so each rank simply runs the model on its own shard:
+Pre-norm blocks (RMSNorm), rotary position embedding at global positions, grouped-query attention, GELU MLP,
+tied embeddings. Only attention mixes tokens, so each rank runs the model on its own shard:
 
     attn = Attention(dim, dim_per_head, seq_len, rank, n_ranks, dropout, causal, AttentionType.ZIGZAG)
     y = attn.unshard(attn(attn.shard(x)))     # x, y (B, S, dim) on every rank; S = seq_len = n_ranks * T
 
-    model = Transformer(Config())             # and text from it, through a cache of keys and values, sharded or not
-    tokens = model.generate(prompt, 100)      # (B, S) -> (B, S + 100)
+    model = Transformer(Config())
+    tokens = model.generate(prompt, 100)      # (B, S) -> (B, S + 100), through a cache of keys and values
 
-Shapes: B batch, T tokens of the shard at hand, H query heads, HKV key/value heads, D dim_per_head.
+Shapes: B batch, T tokens on this rank, H query heads, HKV key/value heads, D dim_per_head.
 Sources: RoPE (arXiv 2104.09864), RMSNorm (1910.07467), GQA (2305.13245), tied embeddings (1608.05859).
 """
 
@@ -25,50 +25,51 @@ from einops import rearrange
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import ring_attn
-from decode import KVCache, captured
+from decode import KVCache, capture_step
 
 
 class AttentionType(Enum):
     SDPA = "sdpa"  # torch's own, on the whole sequence
     FLASH = "flash"  # our kernels, on the whole sequence
-    RING = "contiguous"  # the others are ring schedules: the value is a key of ring_attn.SCHEDULES
-    STRIPED = "striped"
-    STEP = "step"
-    ZIGZAG = "zigzag"
+    _ignore_ = "schedule"
+    for schedule in ring_attn.SCHEDULES:  # RING = "contiguous", STRIPED = "striped", ZIGZAG, STEP
+        vars()[ring_attn.public_name(schedule).upper()] = schedule
 
     @property
     def is_ring(self):
-        return self not in (AttentionType.SDPA, AttentionType.FLASH)
+        return self.value in ring_attn.SCHEDULES
 
 
-LOGITS = 2**22  # numbers of the output layer that exist at once while a loss is computed
-RING_FUNCS = {t: ring_attn.named_schedule(f"{t.value}_attn", t.value) for t in AttentionType if t.is_ring}
+LOGITS = 2**22  # logits that exist at once while a loss is computed
+IGNORED = -100  # a target that has no loss, as in torch's cross_entropy
 
 
 def rotary_table(positions, dim_per_head, theta):
-    """cos and sin of the rotary angles at these positions (1 or B, T): (1 or B, T, 1, D // 2) float32 each."""
-    freqs = theta ** -(torch.arange(0, dim_per_head, 2, device=positions.device, dtype=torch.float64) / dim_per_head)
-    angles = positions[..., None, None] * freqs  # float64: position 1e6 times frequency 1 has no digits left in float32
+    """cos and sin of the rotary angles at positions (1 or B, T): (1 or B, T, 1, D // 2) float32 each."""
+    exponents = torch.arange(0, dim_per_head, 2, device=positions.device, dtype=torch.float64) / dim_per_head
+    angles = positions[..., None, None] * theta**-exponents  # float32 has too few digits for position 1e6
     return angles.cos().float(), angles.sin().float()
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding of x (B, T, heads, D): the pairs (x[i], x[i + D // 2]) turn by their angles."""
+    """Rotary embedding of x (B, T, heads, D): the pairs (x[i], x[i + D // 2]) turn by their angles."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
-    """Multi-head attention over a sequence of seq_len tokens, whole (SDPA, FLASH) or sharded over n_ranks ranks.
+    """Multi-head attention over seq_len tokens: whole sequences (SDPA, FLASH), or a shard on each rank.
 
-    dim: width of x; dim_per_head divides it. n_kv_heads: key/value heads (default: as many as query heads).
-    rope_theta: base of the rotary embedding; None for none. group: process group or Ring (default: all processes).
-    dropout: applied to the projected output. Weights do not depend on the type: attn_type may be changed at any time.
-    Raises ValueError for values that do not fit each other.
+    dim: width of x, a multiple of dim_per_head. n_kv_heads: key/value heads (default: one per query head).
+    rope_theta: base of the rotary embedding; None for none. dropout: of the projected output.
+    group: process group or Ring (default: all processes); copies share it, a pickle leaves it out.
+    transport: as for ring_attn.ring_attn. attn_type may be changed at any time: weights do not depend on it.
+    Raises ValueError for values that do not fit together.
     """
 
-    def __init__(self, dim, dim_per_head, seq_len, rank, n_ranks, dropout, causal, attn_type=AttentionType.FLASH, *,
-                 n_kv_heads=None, rope_theta=None, group=None):  # fmt: skip
+    def __init__(self, dim, dim_per_head, seq_len, rank, n_ranks, dropout, causal,
+                 attn_type=AttentionType.FLASH, *, n_kv_heads=None, rope_theta=None, group=None,
+                 transport=None):  # fmt: skip
         super().__init__()
         if not isinstance(attn_type, AttentionType):
             raise ValueError(f"{attn_type=} must be an AttentionType: {', '.join(map(str, AttentionType))}")
@@ -79,51 +80,56 @@ class Attention(nn.Module):
         if not 0 <= dropout < 1:
             raise ValueError(f"{dropout=} must be in [0, 1)")
         if rope_theta is not None and dim_per_head % 2:
-            raise ValueError(f"{dim_per_head=} must be even for rotary embeddings; choose another, or rope_theta=None")
+            raise ValueError(f"{dim_per_head=} must be even for rotary embeddings, or rope_theta=None")
         if attn_type.is_ring:
             if seq_len % n_ranks:
-                raise ValueError(f"{seq_len=} must be a multiple of {n_ranks=}; pad it, or change the number of ranks")
+                raise ValueError(f"{seq_len=} must be a multiple of {n_ranks=}; pad it, or use other ranks")
             ring_attn.check_schedule(attn_type.value, n_ranks, seq_len // n_ranks)
         self.n_heads = dim // dim_per_head
         self.n_kv_heads = self.n_heads if n_kv_heads is None else n_kv_heads
         if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads={self.n_heads} (dim={dim} // dim_per_head={dim_per_head}) must be a multiple of n_kv_heads={n_kv_heads}")
+            made = f"n_heads={self.n_heads} (dim={dim} // dim_per_head={dim_per_head})"
+            raise ValueError(f"{made} must be a multiple of n_kv_heads={n_kv_heads}")
         self.dim, self.dim_per_head, self.seq_len = dim, dim_per_head, seq_len
-        self.rank, self.n_ranks, self.group = rank, n_ranks, group
+        self.rank, self.n_ranks, self.transport = rank, n_ranks, transport
+        self.group = group and ring_attn.resolve_ring(group)  # without a group, before init_process_group too
         self.causal, self.attn_type, self.rope_theta = causal, attn_type, rope_theta
         self.qkv_proj = nn.Linear(dim, (self.n_heads + 2 * self.n_kv_heads) * dim_per_head, bias=False)
         self.o_proj = nn.Linear(dim, dim, bias=False)
         self.o_drop = nn.Dropout(dropout)
 
     def shard(self, x):
-        """This rank's tokens of x (B, S, ...); x itself under SDPA and FLASH, which work on the whole."""
-        return ring_attn.shard(x, self.attn_type.value, self.rank, self.n_ranks) if self.attn_type.is_ring else x
+        """This rank's tokens of x (B, S, ...); x itself under SDPA and FLASH."""
+        kind = self.attn_type
+        return ring_attn.shard(x, kind.value, self.rank, self.n_ranks) if kind.is_ring else x
 
     def unshard(self, x):
         """The whole (B, S, ...) from every rank's shard, on every rank; x itself under SDPA and FLASH."""
-        return ring_attn.unshard(x, self.attn_type.value, self.group) if self.attn_type.is_ring and self.n_ranks > 1 else x
+        kind = self.attn_type
+        return ring_attn.unshard(x, kind.value, self.group) if kind.is_ring and self.n_ranks > 1 else x
 
     def positions(self, B, T, device):
-        """Global positions of the T tokens at hand, (1 or B, T)."""
+        """Global positions of this rank's T tokens, (1 or B, T)."""
         if not self.attn_type.is_ring:
             return torch.arange(T, device=device)[None]
         return ring_attn.positions(self.attn_type.value, self.rank, self.n_ranks, T, B, device)
 
-    def rotary(self, B, T, device):
-        return rotary_table(self.positions(B, T, device), self.dim_per_head, self.rope_theta)
+    def rotary(self, positions):
+        return self.rope_theta and rotary_table(positions, self.dim_per_head, self.rope_theta)
 
     def forward(self, x, rotary=None, cache=None, layer=0, prefill=False):
-        """x (B, T, dim) -> (B, T, dim). rotary: the table of `rotary`, if the caller has it already.
+        """x (B, T, dim) -> (B, T, dim). rotary: the rotary_table of x's positions, if the caller has it.
 
-        cache: a KVCache, whose last T tokens these are; its keys and values of `layer` take the place of those of x, to which
-        they are added. prefill: all the tokens of the cache are in x, or, on a ring, in the shards of the ranks.
+        cache: a KVCache whose last T tokens are those of x. It takes their keys and values for `layer`, and
+        the queries see all that it holds. prefill: it holds nothing else (on a ring: than all ranks' x).
         """
         B, T, _ = x.shape
         heads = rearrange(self.qkv_proj(x), "b t (h d) -> b t h d", d=self.dim_per_head)
-        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)  # (B, T, H, D), (B, T, HKV, D) twice
+        q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)  # (B, T, H or HKV, D)
         if self.rope_theta is not None:
-            cos, sin = rotary or self.rotary(B, T, x.device)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            if rotary is None:
+                rotary = self.rotary(self.positions(B, T, x.device))
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         sm_scale = self.dim_per_head**-0.5
         if prefill:
             cache.fill(layer, k, v)
@@ -133,12 +139,14 @@ class Attention(nn.Module):
             o = cache.attend(layer, q, sm_scale)
         elif self.attn_type is AttentionType.SDPA:
             qt, kt, vt = (y.transpose(1, 2) for y in (q, k, v))
-            o = F.scaled_dot_product_attention(qt, kt, vt, is_causal=self.causal, scale=sm_scale, enable_gqa=self.n_heads != self.n_kv_heads).transpose(1, 2)
+            options = dict(is_causal=self.causal, scale=sm_scale, enable_gqa=self.n_heads != self.n_kv_heads)
+            o = F.scaled_dot_product_attention(qt, kt, vt, **options).transpose(1, 2)
         elif self.attn_type is AttentionType.FLASH:
             o = ring_attn.flash_attn_func(q, k, v, None, self.causal, sm_scale)
         else:
-            prev_rank, next_rank = (self.rank - 1) % self.n_ranks, (self.rank + 1) % self.n_ranks
-            o = RING_FUNCS[self.attn_type](q, k, v, self.n_ranks, self.rank, prev_rank, next_rank, None, self.causal, sm_scale, group=self.group)
+            R, r, func = self.n_ranks, self.rank, ring_attn.ATTN_FUNCS[self.attn_type.value]
+            args = R, r, (r - 1) % R, (r + 1) % R, None, self.causal, sm_scale
+            o = func(q, k, v, *args, group=self.group, transport=self.transport)
         return self.o_drop(self.o_proj(rearrange(o, "b t h d -> b t (h d)")))
 
 
@@ -153,25 +161,25 @@ class Config:
     n_kv_heads: int = 2
     seq_len: int = 512  # tokens of the whole sequence, over all ranks
     dropout: float = 0.0
-    rope_theta: float = 500_000.0
+    rope_theta: float | None = 500_000.0  # None: no position embedding
 
 
 class Block(nn.Module):
-    def __init__(self, c, rank, n_ranks, attn_type, group):
+    def __init__(self, c, *args, **options):  # args, options: of Attention
         super().__init__()
         self.attn_norm, self.mlp_norm = nn.RMSNorm(c.dim), nn.RMSNorm(c.dim)
-        self.attn = Attention(c.dim, c.dim_per_head, c.seq_len, rank, n_ranks, c.dropout, True, attn_type,
-                              n_kv_heads=c.n_kv_heads, rope_theta=c.rope_theta, group=group)  # fmt: skip
-        self.mlp = nn.Sequential(
-            nn.Linear(c.dim, 4 * c.dim, bias=False), nn.GELU(), nn.Linear(4 * c.dim, c.dim, bias=False), nn.Dropout(c.dropout)
-        )
+        options |= dict(n_kv_heads=c.n_kv_heads, rope_theta=c.rope_theta)
+        self.attn = Attention(c.dim, c.dim_per_head, c.seq_len, *args, **options)
+        up, down = nn.Linear(c.dim, 4 * c.dim, bias=False), nn.Linear(4 * c.dim, c.dim, bias=False)
+        self.mlp = nn.Sequential(up, nn.GELU(), down, nn.Dropout(c.dropout))
         self.checkpoint = False
 
     def forward(self, x, *args):  # (B, T, dim); args of Attention.forward
         if self.checkpoint and torch.is_grad_enabled():
-            # of all that is inside, the backward finds x and attention's o and lse; it computes the rest again, but moves no key a second time
-            kept = functools.partial(create_selective_checkpoint_contexts, [torch.ops.ring_attn.forward.default])
-            return checkpoint(self.body, x, *args, use_reentrant=False, context_fn=kept)
+            # keeps x and attention's o and lse: the backward computes the rest again, but moves no key twice
+            kept = [torch.ops.ring_attn.forward.default]
+            context = functools.partial(create_selective_checkpoint_contexts, kept)
+            return checkpoint(self.body, x, *args, use_reentrant=False, context_fn=context)
         return self.body(x, *args)
 
     def body(self, x, *args):
@@ -182,53 +190,63 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Causal language model. On a ring every rank holds all weights and runs its own tokens.
 
-    config: a Config; rank, n_ranks, attn_type, group: as for Attention.
+    config: a Config; rank, n_ranks, attn_type, group, transport: as for Attention.
     """
 
-    def __init__(self, config, rank=0, n_ranks=1, attn_type=AttentionType.FLASH, group=None):
+    def __init__(self, config, rank=0, n_ranks=1, attn_type=AttentionType.FLASH, group=None, transport=None):
         super().__init__()
-        if config.n_layers < 1 or config.vocab_size < 1:
-            raise ValueError(f"n_layers={config.n_layers} and vocab_size={config.vocab_size} must be 1 or more")
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)  # also the output projection
-        self.blocks = nn.ModuleList(Block(config, rank, n_ranks, attn_type, group) for _ in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.dim)
+        c = self.config = config
+        if c.n_layers < 1 or c.vocab_size < 1:
+            raise ValueError(f"n_layers={c.n_layers} and vocab_size={c.vocab_size} must be 1 or more")
+        self.embedding = nn.Embedding(c.vocab_size, c.dim)  # also the output projection
+        args = c, rank, n_ranks, c.dropout, True, attn_type
+        self.blocks = nn.ModuleList(Block(*args, group=group, transport=transport) for _ in range(c.n_layers))
+        self.norm = nn.RMSNorm(c.dim)
         for name, p in self.named_parameters():
             if p.ndim == 2:  # what is added to the residual stream starts smaller, as in GPT-2
-                out = name.endswith(("o_proj.weight", "mlp.2.weight"))
-                nn.init.normal_(p, std=0.02 / (2 * config.n_layers) ** 0.5 if out else 0.02)
+                residual = name.endswith(("o_proj.weight", "mlp.2.weight"))
+                nn.init.normal_(p, std=0.02 / (2 * c.n_layers) ** 0.5 if residual else 0.02)
 
     def hidden(self, tokens, cache=None, prefill=False):
-        """tokens (B, T) -> what the output projection takes, (B, T, dim). cache, prefill: as for Attention."""
-        x = self.embedding(tokens)  # (B, T, dim)
-        attn = self.blocks[0].attn
-        pos = attn.positions(*tokens.shape, tokens.device) if cache is None or prefill else cache.positions(tokens.shape[1])
-        rotary = rotary_table(pos, attn.dim_per_head, attn.rope_theta)
+        """tokens (B, T) -> input of the output projection (B, T, dim). cache, prefill: as for Attention."""
+        x, attn = self.embedding(tokens), self.blocks[0].attn  # (B, T, dim)
+        decoding = cache is not None and not prefill
+        pos = cache.positions(tokens.shape[1]) if decoding else attn.positions(*tokens.shape, tokens.device)
+        rotary = attn.rotary(pos)
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary, cache, layer, prefill)
         return self.norm(x)
 
-    def forward(self, tokens, targets=None, each=False):
-        """tokens (B, T) int64, this rank's -> logits (B, T, vocab_size); with targets (B, T), the mean loss in nats instead,
-        or, if `each`, every token's (B, T). Losses are computed in pieces: no more than LOGITS logits exist at once."""
+    def forward(self, tokens, targets=None, reduction="mean"):
+        """tokens (B, T) int64 of this rank -> logits (B, T, vocab_size); with targets (B, T), a loss in nats.
+
+        reduction: "mean" over the targets that are not -100, "sum", or "none": (B, T), 0 at a target of -100.
+        While a loss is computed, at most LOGITS logits exist. Raises ValueError for other reductions.
+        """
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f'{reduction=} must be "mean", "sum" or "none"')
         x = self.hidden(tokens)
         if targets is None:
             return F.linear(x, self.embedding.weight)
         rows = max(1, LOGITS // self.config.vocab_size)
-        pieces = list(zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows)))
-        if len(pieces) == 1 or not torch.is_grad_enabled():
-            losses = [self.token_losses(*piece) for piece in pieces]
-        else:  # the backward computes the logits of a piece again
-            losses = [checkpoint(self.token_losses, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+        chunks = list(zip(x.flatten(0, 1).split(rows), targets.flatten().split(rows)))
+        if len(chunks) == 1 or not torch.is_grad_enabled():
+            losses = [self.token_losses(*chunk) for chunk in chunks]
+        else:  # the backward computes the logits of a chunk again
+            options = dict(use_reentrant=False, preserve_rng_state=False)
+            losses = [checkpoint(self.token_losses, *chunk, **options) for chunk in chunks]
         losses = torch.cat(losses)
-        return losses.view_as(targets) if each else losses.mean()
+        if reduction == "none":
+            return losses.view_as(targets)
+        return losses.sum() if reduction == "sum" else losses.sum() / (targets != IGNORED).sum()
 
     def token_losses(self, x, targets):  # (N, dim), (N,) -> (N,) float32
-        return F.cross_entropy(F.linear(x, self.embedding.weight).float(), targets, reduction="none")
+        logits = F.linear(x, self.embedding.weight).float()
+        return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
 
     def flops_per_token(self, seq_len):
-        """Training FLOPs per token: 6 per weight used in a product, and causal attention, forward + 2.5x for the backward."""
-        weights = sum(p.numel() for p in self.parameters() if p.ndim == 2)  # the embedding counts once, as output projection
+        """Training FLOPs per token: 6 per weight, and causal attention, whose backward is 2.5 forwards."""
+        weights = sum(p.numel() for p in self.parameters() if p.ndim == 2)  # embedding: as output projection
         return 6 * weights + 3.5 * self.config.n_layers * 2 * seq_len * self.config.dim
 
     def new_cache(self, B, n_tokens):
@@ -236,46 +254,53 @@ class Transformer(nn.Module):
         attn, weight = self.blocks[0].attn, self.embedding.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        group = None
-        if attn.n_ranks > 1:
-            group = dist.group.WORLD if attn.group is None else attn.group
-        return KVCache(len(self.blocks), B, n_tokens, attn.n_kv_heads, attn.dim_per_head, dtype, weight.device, group)
+        shape = len(self.blocks), B, n_tokens, attn.n_kv_heads, attn.dim_per_head
+        ring = ring_attn.resolve_ring(attn.group) if attn.n_ranks > 1 else None
+        return KVCache(*shape, dtype, weight.device, ring)
 
+    @torch.no_grad()
     def prefill(self, tokens, cache):
-        """Put tokens (B, S), the same on every rank, into the empty cache: logits (B, vocab_size) for what follows them.
+        """Put tokens (B, S), the same on every rank, into the empty cache: logits (B, vocab_size) after them.
 
-        On a ring each rank runs its own 1/n of them, and the model's type must be STRIPED, which leaves every key where the
-        cache keeps it. Raises ValueError if it is not, if the cache holds something, and if the tokens do not fit.
+        On a ring each rank runs 1/n of them, and the model's type must be STRIPED, as the cache is. Without
+        gradients. Raises ValueError for another type, a cache that holds something, and too many tokens.
         """
-        (B, S), attn = tokens.shape, self.blocks[0].attn
-        R = attn.n_ranks
-        if R > 1 and attn.attn_type is not AttentionType.STRIPED:
-            raise ValueError(f"attn_type={attn.attn_type} leaves the cache where decoding does not look on {R} ranks; make the model with AttentionType.STRIPED")
+        S, attn = tokens.shape[1], self.blocks[0].attn
+        R, kind = attn.n_ranks, attn.attn_type
+        if R > 1 and kind is not AttentionType.STRIPED:
+            fix = "make the model with AttentionType.STRIPED"
+            raise ValueError(f"attn_type={kind} does not fit the cache, which is striped on {R} ranks; {fix}")
         if cache.length or S == 0:
-            raise ValueError(f"the cache holds {cache.length} tokens and the prompt {S}; prefill wants an empty cache and a prompt of 1 or more")
+            have = f"the cache holds {cache.length} tokens and the prompt {S}"
+            raise ValueError(f"{have}; prefill wants an empty cache and a prompt of 1 or more")
         cache.extend(S)
-        x = self.hidden(attn.shard(F.pad(tokens, (0, -S % R))), cache, True)  # what pads is behind every real token, and not counted
+        padded = F.pad(tokens, (0, -S % R))  # at the end, where no token sees it
+        x = self.hidden(attn.shard(padded), cache, True)
         last = x[:, (S - 1) // R].contiguous()  # (B, dim), on the rank that has the last token
         if R > 1:
-            group = cache.ring.group
-            dist.broadcast(last, dist.get_global_rank(group, (S - 1) % R), group=group)
+            self.broadcast(last, (S - 1) % R, cache)
         return F.linear(last, self.embedding.weight)
 
+    @torch.no_grad()
     def step(self, tokens, cache):
-        """Put tokens (B, M), the same on every rank, behind those in the cache: logits (B, M, vocab_size) for what follows each."""
+        """Put tokens (B, M), the same on every rank, behind those in the cache: the logits (B, M, vocab_size)
+        after each. Without gradients."""
         cache.extend(tokens.shape[1])
         return F.linear(self.hidden(tokens, cache), self.embedding.weight)
 
     @torch.no_grad()
     def stream(self, tokens, n_tokens, temperature=0.8, top_k=None, generator=None, cache=None, graph=False):
-        """Continue tokens (B, S), the same on every rank, by n_tokens sampled ones: yields (B, 1) at a time.
+        """Continue tokens (B, S), the same on every rank, by n_tokens sampled ones: yields each, (B, 1).
 
-        temperature 0 takes the likeliest token. generator: of this device, seeded alike on every rank. cache: an empty one to use.
-        graph: from the second token on replay a CUDA graph. Raises ValueError before the first token if something does not fit.
+        temperature: 0 takes the likeliest token. top_k: sample among so many. generator: on this device, with
+        the same seed on every rank. cache: an empty one. graph: replay a CUDA graph from the third token on.
+        Raises ValueError before the first token if something does not fit.
         """
-        if temperature < 0 or tokens.shape[1] == 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"{temperature=} must be 0 or more, {top_k=} 1 or more or None, and the prompt, {tokens.shape[1]} tokens, not empty")
-        need = tokens.shape[1] + max(n_tokens, 1) - 1  # the last token is not followed by anything
+        S = tokens.shape[1]
+        if temperature < 0 or S == 0 or (top_k is not None and top_k < 1):
+            need = f"{temperature=} must be 0 or more, {top_k=} 1 or more or None"
+            raise ValueError(f"{need}, and the prompt, {S} tokens, not empty")
+        need = S + max(n_tokens, 1) - 1  # the last token does not go into the cache
         cache = self.new_cache(len(tokens), need) if cache is None else cache
         cache.check_room(need)
         step = self.step
@@ -285,17 +310,22 @@ class Transformer(nn.Module):
             else:
                 logits = step(new, cache)[:, -1]
                 if i == 1 and graph and n_tokens > 2:
-                    step = captured(step, new, cache)
+                    step = capture_step(step, new, cache)
             new = self.sample(logits.float(), temperature, top_k, generator)
-            if cache.ring.n_ranks > 1:  # the ranks found the same logits; should rounding ever differ, they still go on alike
-                dist.broadcast(new, dist.get_global_rank(cache.ring.group, 0), group=cache.ring.group)
+            if cache.ring.n_ranks > 1:  # the ranks agree even where the rounding of their logits differs
+                self.broadcast(new, 0, cache)
             yield new
+
+    def broadcast(self, x, rank, cache):
+        group = cache.ring.group
+        dist.broadcast(x, dist.get_global_rank(group, rank), group=group)
 
     def sample(self, logits, temperature, top_k, generator):  # (B, vocab_size) -> (B, 1)
         if temperature == 0:
             return logits.argmax(-1, keepdim=True)
         if top_k is not None:
-            logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+            least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
         return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
 
     def generate(self, tokens, n_tokens, *args, **options):

@@ -1,37 +1,46 @@
 """Ring attention: exact attention over sequences longer than one GPU holds.
 
-Every rank keeps the queries, keys and values of its own T tokens. Keys and values come from all round the ring, one
-rank's per hop, and each hop folds them into a running softmax (per query row, over the keys j seen so far):
+Every rank (process) holds the queries, keys and values of its own T tokens, its shard. Keys and values travel
+round the ring of ranks, one shard per hop, and each hop folds them into a running softmax, per query row:
 
     lse = log sum_j exp(s_j)            s_j = sm_scale * q . k_j
     o   = sum_j exp(s_j - lse) v_j
     hop: lse' = log(exp(lse) + sum_new exp(s_j)),  o' = exp(lse - lse') o + sum_new exp(s_j - lse') v_j
 
-so that (o, lse) in float32 is all the state a hop hands to the next one. The backward needs only the final lse and
+So (o, lse) in float32 is all that one hop hands to the next. The backward needs only the final lse and
 delta = rowsum(do * o): p = exp(s - lse), dv = p^T do, ds = p * (do v^T - delta), dq = ds k, dk = ds^T q.
 
-Shapes: B batch, T tokens on this rank, S = n_ranks * T, H query heads, HKV key/value heads, G = H // HKV, D head dim.
-q, o, do (B, T, H, D); k, v (B, T, HKV, D); lse, delta (B, H, T) float32, natural log, -inf where a row sees no key.
+Shapes: B batch, T tokens on this rank, S = n_ranks * T, H query heads, HKV key/value heads, G = H // HKV, D
+head dim. q, o, do (B, T, H, D); k, v (B, T, HKV, D); lse, delta (B, H, T) float32, natural log, -inf where a
+row sees no key.
 
-A schedule is data: which global positions a rank holds. Kernels see positions and never a schedule's name: the keys
-at or before a query are a prefix of the local keys, so skipped, unmasked and masked tiles are loop bounds.
-Parallelism: forward and dq by (query tile, head, batch); dk, dv by (key tile, kv head, batch), looping over the G query
-heads of the group: no atomics, the same bits every time. Each is there twice: in portable Triton, and for Hopper in Gluon.
+The file has four parts. Part I is the algorithm, and runs on a CPU: you may stop there.
+    I    reference, schedules, plan, hop loops, the p2p transport, rings, public functions
+    II   portable Triton kernels and their launchers
+    III  fast paths: Hopper kernels in Gluon, symmetric memory, the watchdog
+    IV   the operator, autograd, checks
 
-Not here: attention bias, windows, dropout on the probabilities, queries and keys of different lengths.
+Parallelism: forward and dq by (query tile, head, batch); dk, dv by (key tile, key/value head, batch), looping
+over the G query heads of the group. There are no atomics: the same inputs give the same bits.
 
-Sources: Ring Attention (arXiv 2310.01889), Striped Attention (2311.09431), FlashAttention-2 and -3 (2307.08691, 2407.08608),
-step attention and the argument names (github mgmalek/ring-attention), zigzag (zhuzilin/ring-flash-attention issue 2).
+Not supported: attention bias, windows, dropout on the probabilities, queries and keys of different lengths.
 
+Sources: Ring Attention (arXiv 2310.01889), Striped Attention (2311.09431), FlashAttention-2 and -3
+(2307.08691, 2407.08608), step attention and the argument names (github mgmalek/ring-attention), zigzag
+(zhuzilin/ring-flash-attention issue 2).
+
+    python ring_attn.py                         # the schedules as text
     python test.py                              # tests: kernels, schedules, virtual rings of 1 to 8
     torchrun --nproc_per_node=4 test.py         # the same, and real processes
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
 import itertools
 import math
+import numbers
 import os
 import random
 import socket
@@ -39,8 +48,10 @@ import sys
 import threading
 import time
 import warnings
+import weakref
+from collections import namedtuple
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -49,30 +60,40 @@ import triton.language as tl
 from einops import einsum, rearrange
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+from triton.language import constexpr
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# -----------------------------------------------------------------------------
-# reference: one hop in plain torch. The CPU path, and the page to read first
-
-LOG2E = tl.constexpr(math.log2(math.e))
+LOG2E = constexpr(math.log2(math.e))
 INT_MAX = 2**31 - 1
+PAD = "pad it, or change the number of ranks"
+ROW_PAD = constexpr(128)  # a multiple of every tile's rows. Rows move, and lse and delta are padded, in these
+
+# =============================================================================
+# Part I: the algorithm
+# -----------------------------------------------------------------------------
+# reference: attention of some queries to some keys, in plain torch
+
+
+def reference_scores(q, k, q_pos, k_pos, sm_scale):
+    """sm_scale * q k^T (B, HKV, G, M, N), -inf where not seen; q (B, HKV, G, M, D), k (B, HKV, N, D)."""
+    s = einsum(q, k, "b h g m d, b h n d -> b h g m n") * sm_scale
+    return s if q_pos is None else s.masked_fill(k_pos > q_pos[:, None], -math.inf)
 
 
 def reference_fwd(q, k, v, o, lse, q_pos, k_pos, sm_scale):
     """Fold keys and values into the softmax state (o, lse) of the queries and return the new state.
 
     q, o (B, M, H, D), lse (B, H, M), k, v (B, N, HKV, D). q_pos (M,), k_pos (N,): query i sees key j where
-    k_pos[j] <= q_pos[i]; both None: every key. Computes in the dtype of o: float32, or float64 for float64 inputs.
+    k_pos[j] <= q_pos[i]; both None: every key. Computes in the dtype of o, float32 or float64.
     """
     G = q.shape[2] // k.shape[2]
     q, o = (rearrange(x.to(o.dtype), "b m (h g) d -> b h g m d", g=G) for x in (q, o))
     k, v = (rearrange(x.to(o.dtype), "b n h d -> b h n d") for x in (k, v))
     lse = rearrange(lse, "b (h g) m -> b h g m", g=G)
-    s = einsum(q, k, "b h g m d, b h n d -> b h g m n") * sm_scale
-    if q_pos is not None:
-        s = s.masked_fill(k_pos > q_pos[:, None], -math.inf)
+    s = reference_scores(q, k, q_pos, k_pos, sm_scale)
     new_lse = torch.logaddexp(lse, s.logsumexp(-1))  # (B, HKV, G, M)
     safe = new_lse.masked_fill(new_lse == -math.inf, 0.0)  # a row that sees no key: o = 0, not nan
     o = o * (lse - safe).exp()[..., None]
@@ -86,23 +107,22 @@ def reference_bwd(q, k, v, do, lse, delta, q_pos, k_pos, sm_scale):
     q, do = (rearrange(x.to(lse.dtype), "b m (h g) d -> b h g m d", g=G) for x in (q, do))
     k, v = (rearrange(x.to(lse.dtype), "b n h d -> b h n d") for x in (k, v))
     lse, delta = (rearrange(x, "b (h g) m -> b h g m 1", g=G) for x in (lse, delta))
-    s = einsum(q, k, "b h g m d, b h n d -> b h g m n") * sm_scale
-    if q_pos is not None:
-        s = s.masked_fill(k_pos > q_pos[:, None], -math.inf)
+    s = reference_scores(q, k, q_pos, k_pos, sm_scale)
     p = (s - lse.masked_fill(lse == -math.inf, math.inf)).exp()
     ds = p * (einsum(do, v, "b h g m d, b h n d -> b h g m n") - delta) * sm_scale
     dq = einsum(ds, k, "b h g m n, b h n d -> b h g m d")
     dk = einsum(ds, q, "b h g m n, b h g m d -> b h n d")
     dv = einsum(p, do, "b h g m n, b h g m d -> b h n d")
-    return rearrange(dq, "b h g m d -> b m (h g) d"), rearrange(dk, "b h n d -> b n h d"), rearrange(dv, "b h n d -> b n h d")
+    dk, dv = (rearrange(x, "b h n d -> b n h d") for x in (dk, dv))
+    return rearrange(dq, "b h g m d -> b m (h g) d"), dk, dv
 
 
 # -----------------------------------------------------------------------------
-# schedules: which global positions a rank holds
+# schedules: which global positions a rank holds. No kernel, transport or hop loop knows a schedule's name
 
 
 class Layout(NamedTuple):
-    """Local token i sits at global position start + stride * i + jump * (i >= T // 2). Positions increase with i."""
+    """Local token i is at position start + stride * i + jump * (i >= T // 2). Positions increase with i."""
 
     start: int
     stride: int
@@ -110,12 +130,13 @@ class Layout(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    batch_groups: int  # the batch is cut into this many equal parts, each with a layout of its own
+    batch_groups: int  # the batch is cut into this many equal groups, each with a layout of its own
     T_multiple: int  # T must be a multiple of this (on more than one rank)
     layouts: Callable  # (rank, n_ranks, T) -> one Layout per batch group
 
 
-# A new schedule is one more row. Each position 0..S-1 must be held by exactly one rank, and increase with i on each.
+# To add a schedule, add a row: name, batch_groups, T_multiple, layouts of rank r of R with T tokens. Each
+# position 0..S-1 must be on exactly one rank, and positions increase with i on each.
 SCHEDULES = {
     "contiguous": Schedule(1, 1, lambda r, R, T: (Layout(r * T, 1, 0),)),
     "striped": Schedule(1, 1, lambda r, R, T: (Layout(r, R, 0),)),
@@ -124,28 +145,8 @@ SCHEDULES = {
 }
 
 
-def check_schedule(schedule, n_ranks, T, B=None):
-    """Raise ValueError unless shards of (B, T) tokens on n_ranks ranks can follow this schedule."""
-    if not isinstance(schedule, str) or schedule not in SCHEDULES:
-        raise ValueError(f"{schedule=} is unknown; choose one of {', '.join(SCHEDULES)}")
-    if n_ranks < 1 or T < 1:
-        raise ValueError(f"{n_ranks=} and the tokens per rank, {T}, must be 1 or more")
-    if n_ranks == 1:
-        return  # all schedules are the same on a ring of one
-    need = SCHEDULES[schedule]
-    if T % need.T_multiple:
-        raise ValueError(
-            f"seq_len={n_ranks * T} must be a multiple of {need.T_multiple}*n_ranks={need.T_multiple * n_ranks} for {schedule}; "
-            f'pad it, or use schedule="striped"'
-        )
-    if B is not None and B % need.batch_groups:
-        raise ValueError(f'batch size {B=} must be a multiple of {need.batch_groups} for {schedule}; pad the batch, or use schedule="zigzag"')
-    if n_ranks * T > INT_MAX:
-        raise ValueError(f"seq_len={n_ranks * T} must stay below 2**31; positions are 32 bit in the kernels")
-
-
 def batch_slices(B, n_groups):
-    """The batch rows of each group, which share a layout, as slices of the batch dimension."""
+    """The rows of each batch group, as slices of the batch dimension."""
     return [slice(g * B // n_groups, (g + 1) * B // n_groups) for g in range(n_groups)]
 
 
@@ -160,18 +161,15 @@ def layout_positions(layout, T, device=None):  # (T,) int64
 
 
 def positions(schedule, rank, n_ranks, T, B=1, device=None):
-    """Global positions of a rank's T tokens: (1, T) int64, or (B, T) under a schedule that splits the batch (step, which
-    needs B to be told).
-
-    Raises ValueError for an unknown schedule, a rank outside the ring, or T or B that the schedule cannot cut.
+    """Global positions of a rank's T tokens: (1, T) int64, or (B, T) under a schedule that splits the batch,
+    such as step, which needs B. Raises ValueError where the schedule, rank, T or B do not fit.
     """
     check_schedule(schedule, n_ranks, T, B)
     if not 0 <= rank < n_ranks:
         raise ValueError(f"{rank=} must be in 0..{n_ranks - 1}")
     layouts = rank_layouts(schedule, rank, n_ranks, T)
-    if len(layouts) == 1:
-        return layout_positions(layouts[0], T, device)[None]
-    return torch.cat([layout_positions(at, T, device).expand(s.stop - s.start, T) for at, s in zip(layouts, batch_slices(B, len(layouts)))])
+    rows = [layout_positions(layout, T, device) for layout in layouts]
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows).repeat_interleave(B // len(rows), 0)
 
 
 def shard(x, schedule, rank, n_ranks):
@@ -181,7 +179,7 @@ def shard(x, schedule, rank, n_ranks):
     """
     B, S = x.shape[:2]
     if n_ranks < 1 or S % n_ranks:
-        raise ValueError(f"seq_len={S} must be a multiple of {n_ranks=}; pad it, or change the number of ranks")
+        raise ValueError(f"seq_len={S} must be a multiple of {n_ranks=}; {PAD}")
     pos = positions(schedule, rank, n_ranks, S // n_ranks, B, x.device)  # (1 or B, T)
     return x[:, pos[0]] if len(pos) == 1 else x[torch.arange(B, device=x.device)[:, None], pos]
 
@@ -190,13 +188,19 @@ def merge(shards, schedule):
     """The inverse of `shard`: the shards of ranks 0..n_ranks-1, (B, T, ...) each, -> (B, S, ...)."""
     n_ranks, (B, T) = len(shards), shards[0].shape[:2]
     x = shards[0].new_empty(B, n_ranks * T, *shards[0].shape[2:])
-    for rank, part in enumerate(shards):
-        x[torch.arange(B, device=x.device)[:, None], positions(schedule, rank, n_ranks, T, B, x.device)] = part
+    rows = torch.arange(B, device=x.device)[:, None]
+    for rank, x_rank in enumerate(shards):
+        x[rows, positions(schedule, rank, n_ranks, T, B, x.device)] = x_rank
     return x
 
 
+# -----------------------------------------------------------------------------
+# plan: what each rank does at each hop. Positions increase with the local index, so the keys that a query
+# sees under a causal mask are the first ones of a shard: how many is all that there is to know
+
+
 class HopRow(NamedTuple):
-    """One batch group at one hop: nine integers that the kernels read by index."""
+    """What kernels read about one batch group at one hop: nine integers; part II names the columns."""
 
     q_start: int  # 0..2: Layout of the queries
     q_stride: int
@@ -204,135 +208,700 @@ class HopRow(NamedTuple):
     k_start: int  # 3..5: Layout of the keys
     k_stride: int
     k_jump: int
-    next_start: int  # 6: the first key position of all later hops; queries before it are complete after this one
-    carry: int  # 7: rows of (o, lse), or of dq, that hold the result of earlier hops: 0 or T
-    carry_grad: int  # 8: rows of dk, dv, from the first on, that hold what other ranks collected
+    next_start: int  # the first key position of all later hops: queries before it are complete after this one
+    carry: int  # rows of (o, lse), or of dq, that hold the result of earlier hops: 0 or T
+    carry_grad: int  # rows of dk, dv, from the first on, that hold what other ranks added
 
 
 class Hop(NamedTuple):
-    """What one rank does at one hop; made by `plan`. Keys seen by a rank's queries are the first ones of a shard, as positions
-    increase: how many, for each batch group, is all there is to say of what has to move."""
+    """What one rank does at one hop; made by `plan`. Tuples have one entry per batch group."""
 
-    source: int  # whose keys and values are at hand
-    table: tuple  # one HopRow per batch group
-    seen: tuple  # rows of k, v that queries of this rank see, in whole tiles; all 0: there is nothing to compute
-    # between neighbours, the same on every rank, so that sends and receives match:
+    source: int  # the rank whose keys and values are at hand
+    rows: tuple  # HopRows
+    seen: tuple  # rows of k, v that queries of this rank see, in whole tiles; all 0: nothing to compute
+    # between neighbours; the sender's and the receiver's numbers are equal:
     send: tuple  # rows of k, v that the next rank, or one after it, needs
     recv: tuple  # rows of k, v that arrive for the next hop
-    send_grad: tuple  # rows of dk, dv that leave with something in them (backward)
+    send_grad: tuple  # rows of dk, dv that leave and are not 0 (backward)
     recv_grad: tuple
+    table: Any = None  # `rows` on the device, int32: see Ring.on_device
 
     @property
     def visible(self):
         return any(self.seen)
 
 
+def n_visible(q_layout, k_layout, T):
+    """How many of the T keys of k_layout the last of T queries of q_layout sees under a causal mask, rounded
+    up to whole tiles: kernels read these, and multiply what no query sees by 0, which must not be nan."""
+    last = q_layout.start + q_layout.stride * (T - 1) + q_layout.jump * (T - 1 >= T // 2)
+    first_half = (last - k_layout.start) // k_layout.stride + 1
+    second_half = (last - k_layout.start - k_layout.jump - k_layout.stride * (T // 2)) // k_layout.stride + 1
+    n = min(max(first_half, 0), T // 2) + min(max(second_half, 0), T - T // 2)
+    return min(-(-n // ROW_PAD.value) * ROW_PAD.value, T)
+
+
 @functools.lru_cache(maxsize=4096)
 def plan(schedule, rank, n_ranks, T, causal, direction):
     """The hops of one rank: a tuple of n_ranks Hops. Hop 0 works on the rank's own keys.
 
-    direction 1 (forward): keys move to the next rank, hop j has those of rank - j. direction -1 (backward): keys and
-    the gradients collected for them move to the previous rank, hop j has those of rank + j; the gradients of the own
-    keys come home after hop n_ranks - 1 and are finished last.
+    direction 1 (forward): keys move to the next rank, hop j has those of rank - j. direction -1 (backward):
+    keys and the gradients added up for them move to the previous rank, hop j has those of rank + j; the
+    gradients of the own keys come home after hop n_ranks - 1 and are finished last.
     """
     R = n_ranks
     layouts = [rank_layouts(schedule, r, R, T) for r in range(R)]
     groups = range(len(layouts[0]))
-    first = lambda at: at.start + at.jump * (T // 2 == 0)
-    seen = lambda q_rank, k_rank, g: n_visible(layouts[q_rank][g], layouts[k_rank][g], T) if causal else T
-    stop = lambda source, j: (source + direction * j) % R  # where the keys of `source` are at hop j
-    needed = lambda source, j, g: max(seen(stop(source, i), source, g) for i in range(j, R))  # at stop j or beyond
-    collected = lambda source, j, g: max((seen(stop(source, i), source, g) for i in range(1, j + 1)), default=0)  # dk, dv after stop j
-
     sources = [(rank - direction * j) % R for j in range(R)]
+
+    def seen(q_rank, k_rank, g):
+        return n_visible(layouts[q_rank][g], layouts[k_rank][g], T) if causal else T
+
+    def seen_at(source, stops):  # the most rows seen by a rank that holds source's keys at one of these hops
+        ranks = [(source + direction * j) % R for j in stops]
+        return tuple(max((seen(r, source, g) for r in ranks), default=0) for g in groups)
+
+    def first_key(source, g):
+        layout = layouts[source][g]  # if T is 1, its only token is in the second half
+        return layout.start + layout.jump * (T // 2 == 0) if causal else -1
+
     hops = []
     for j, source in enumerate(sources):
-        table = []
-        for g in groups:
-            later = [first(layouts[s][g]) if causal else -1 for s in sources[j + 1 :]]
-            carry_grad = collected(source, j - 1, g) if j else collected(rank, R - 1, g)  # the own keys are finished last
-            table.append(HopRow(*layouts[rank][g], *layouts[source][g], min(later, default=INT_MAX), T if j else 0, carry_grad))
         arriving = (rank - direction * (j + 1)) % R
-        final = j == R - 1
+        carry_grad = seen_at(source, range(1, j if j else R))  # the own keys are finished last
+        rows = []
+        for g in groups:
+            next_start = min((first_key(s, g) for s in sources[j + 1 :]), default=INT_MAX)
+            carry = T if j else 0
+            rows.append(HopRow(*layouts[rank][g], *layouts[source][g], next_start, carry, carry_grad[g]))
         hops.append(
             Hop(
                 source=source,
-                table=tuple(table),
+                rows=tuple(rows),
                 seen=tuple(seen(rank, source, g) for g in groups),
-                send=tuple(0 if final else needed(source, j + 1, g) for g in groups),
-                recv=tuple(0 if final else needed(arriving, j + 1, g) for g in groups),
-                send_grad=tuple(collected(source, j, g) for g in groups),
-                recv_grad=tuple(collected(arriving, j, g) if j else 0 for g in groups),
+                send=seen_at(source, range(j + 1, R)),
+                recv=seen_at(arriving, range(j + 1, R)),
+                send_grad=seen_at(source, range(1, j + 1)),
+                recv_grad=seen_at(arriving, range(1, j + 1)),
             )
         )
     return tuple(hops)
 
 
-def n_visible(q_at, k_at, T):
-    """How many of the T keys of layout k_at the last of T queries of layout q_at sees under a causal mask, rounded up to whole tiles: a
-    kernel that reads a tile multiplies what no query sees by 0, and may not find nan there."""
-    last = q_at.start + q_at.stride * (T - 1) + q_at.jump * (T - 1 >= T // 2)
-    first_half = (last - k_at.start) // k_at.stride + 1
-    second_half = (last - k_at.start - k_at.jump - k_at.stride * (T // 2)) // k_at.stride + 1
-    n = min(max(first_half, 0), T // 2) + min(max(second_half, 0), T - T // 2)
-    return min(-(-n // ROW_PAD.value) * ROW_PAD.value, T)
-
-
 def keys_moved(schedule, n_ranks, T, B=1, causal=True, transport="symmetric"):
-    """How many rows (tokens of one sequence) of keys and values each rank receives in a forward, in whole tiles of 128: a list by rank.
+    """How many rows (tokens of one sequence) of keys and values each rank receives in a forward: a list
+    by rank, in whole tiles of 128.
 
-    transport "symmetric": only what its queries see. "p2p": what it or a rank after it sees.
-    Full attention, and striped under any mask, move (n_ranks - 1) * T * B. Under a causal mask "symmetric" moves half of that under contiguous and
-    step on average, three quarters under zigzag. Raises ValueError for an unknown transport, and as `positions` does.
+    transport "symmetric": only what its queries see. "p2p": what it or a rank after it sees. Full attention,
+    and striped under any mask, move (n_ranks - 1) * T * B. Under a causal mask "symmetric" moves half of that
+    under contiguous and step on average, three quarters under zigzag. Raises ValueError as `positions` does.
     """
     check_schedule(schedule, n_ranks, T, B)
     check_transport(transport)
-    rows = lambda hops: [hop.seen for hop in hops[1:]] if transport == "symmetric" else [hop.recv for hop in hops]
-    per_group = lambda counts: sum(n * B // len(counts) for n in counts)
-    return [sum(map(per_group, rows(plan(schedule, rank, n_ranks, T, causal, 1)))) for rank in range(n_ranks)]
-
-
-@functools.lru_cache(maxsize=1024)
-def hop_table(table, device):
-    return torch.tensor(table, dtype=torch.int32, device=device)
+    moved = []
+    for rank in range(n_ranks):
+        hops = plan(schedule, rank, n_ranks, T, causal, 1)
+        rows = [hop.seen for hop in hops[1:]] if transport == "symmetric" else [hop.recv for hop in hops]
+        moved.append(sum(n * B // len(counts) for counts in rows for n in counts))
+    return moved
 
 
 # -----------------------------------------------------------------------------
-# kernels. HOP points to a table of HopRows: +0 layout of the queries, +3 layout of the keys, +6 next_start, +7 carry, +8 carry_grad
+# hop loops. Generators: each `yield` is where a virtual ring lets its other ranks catch up
 
-HOP_COLUMNS = tl.constexpr(len(HopRow._fields))
-ROW_PAD = tl.constexpr(128)  # a multiple of every tile's rows: per-row constants of the backward are padded to it, and so are the rows that move
+
+class Backend(NamedTuple):
+    """The kernels of one hop; read torch_fwd, torch_preprocess, torch_dq and torch_dkv. They keep acc, dk_acc
+    and dv_acc, float32, from hop to hop, and write o, dq, dk and dv, which may be the same tensors."""
+
+    forward: Callable
+    preprocess: Callable
+    dq: Callable
+    dkv: Callable
+
+
+def forward_hops(ring, q, k, v, schedule, causal, sm_scale, backend, transport):
+    """o (B, T, H, D) like q, and lse (B, H, T)."""
+    B, T, H, D = q.shape
+    acc_dtype = torch.promote_types(q.dtype, torch.float32)
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(B, H, T, dtype=acc_dtype, device=q.device)
+    acc = accumulator(o, acc_dtype, ring.n_ranks, backend)
+    link = ring.link(transport, schedule, k, v, causal, 1)
+    for j, hop in enumerate(ring.on_device(link.hops, q.device)):
+        k_hop, v_hop = link.keys(j)
+        if hop.visible:
+            BACKENDS[backend].forward(q, k_hop, v_hop, o, acc, lse, hop, causal, sm_scale)
+        yield
+    link.finish()
+    return o, lse
+
+
+def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, backend, transport):
+    """dq, dk, dv. The own keys come first for dq and last for dk, dv. So the first keys arrive under dq of
+    the own ones, and gradients travel under dq of the same hop and are home after n_ranks - 1 hops."""
+    kernels = BACKENDS[backend]
+    acc_dtype = torch.promote_types(q.dtype, torch.float32)
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq_acc = accumulator(dq, acc_dtype, ring.n_ranks, backend)
+    lse_delta = kernels.preprocess(o, do, lse, dlse)
+    link = ring.link(transport, schedule, k, v, causal, -1, acc_dtype)
+    hops = ring.on_device(link.hops, q.device)
+    for j, hop in enumerate(hops):
+        k_hop, v_hop = link.keys(j)
+        if j > 0:  # add to what earlier ranks have for these keys, and send it on
+            grads = link.grads(j)
+            if hop.visible:
+                kernels.dkv(q, k_hop, v_hop, do, lse_delta, *grads, *grads, hop, causal, sm_scale)
+            link.pass_on(j)
+        if hop.visible:
+            kernels.dq(q, k_hop, v_hop, do, lse_delta, dq, dq_acc, hop, causal, sm_scale)
+        yield
+    alone = ring.n_ranks == 1
+    home = [accumulator(x, acc_dtype, 1, backend) for x in (dk, dv)] if alone else link.grads(ring.n_ranks)
+    kernels.dkv(q, k, v, do, lse_delta, dk, dv, *home, hops[0], causal, sm_scale)
+    link.finish()
+    return dq, dk, dv
+
+
+def accumulator(x, acc_dtype, n_hops, backend):
+    """Where hops keep x in acc_dtype until it is complete: x itself if it has that dtype."""
+    if x.dtype == acc_dtype:
+        return x
+    if n_hops == 1 and backend != "torch":
+        return unused_argument(acc_dtype, x.device)
+    return torch.empty(x.shape, dtype=acc_dtype, device=x.device)
+
+
+@functools.lru_cache(maxsize=None)
+def unused_argument(dtype, device):
+    return torch.empty(0, dtype=dtype, device=device)
+
+
+# -----------------------------------------------------------------------------
+# one hop in plain torch: the backend "torch". The kernels of parts II and III take the same arguments
+
+
+def torch_blocks(hop, B, T, causal, device, block=512):
+    """Blocks of queries and the keys that they see: (batch slice, query slice, key slice, q_pos, k_pos)."""
+    for row, b in zip(hop.rows, batch_slices(B, len(hop.rows))):
+        q_pos, k_pos = (layout_positions(Layout(*layout), T, device) for layout in (row[:3], row[3:6]))
+        for start in range(0, T, block):
+            m = slice(start, min(start + block, T))
+            n = int((k_pos <= q_pos[m][-1]).sum()) if causal else T
+            if n:
+                yield b, m, slice(n), q_pos[m] if causal else None, k_pos[:n]
+
+
+def torch_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
+    if not hop.rows[0].carry:
+        acc.zero_()
+        lse.fill_(-math.inf)
+    for b, m, n, q_pos, k_pos in torch_blocks(hop, *q.shape[:2], causal, q.device):
+        state = acc[b, m], lse[b, :, m]
+        acc[b, m], lse[b, :, m] = reference_fwd(q[b, m], k[b, n], v[b, n], *state, q_pos, k_pos, sm_scale)
+    o.copy_(acc)
+
+
+def torch_preprocess(o, do, lse, dlse):
+    """lse and delta = rowsum(do * o) - dlse: a gradient of lse enters ds = p * (dp - delta) like that."""
+    delta = einsum(o.to(lse.dtype), do.to(lse.dtype), "b t h d, b t h d -> b h t")
+    return lse, delta if dlse is None else delta - dlse
+
+
+def torch_dq(q, k, v, do, lse_delta, dq, acc, hop, causal, sm_scale):
+    if not hop.rows[0].carry:
+        acc.zero_()
+    for b, m, n, *seen in torch_blocks(hop, *q.shape[:2], causal, q.device):
+        rows = [x[b, :, m] for x in lse_delta]
+        acc[b, m] += reference_bwd(q[b, m], k[b, n], v[b, n], do[b, m], *rows, *seen, sm_scale)[0]
+    dq.copy_(acc)
+
+
+def torch_dkv(q, k, v, do, lse_delta, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
+    for row, b in zip(hop.rows, batch_slices(len(q), len(hop.rows))):
+        for x in (dk_acc, dv_acc):
+            x[b, row.carry_grad :].zero_()  # nobody has added anything there
+    for b, m, n, *seen in torch_blocks(hop, *q.shape[:2], causal, q.device):
+        rows = [x[b, :, m] for x in lse_delta]
+        _, dk_hop, dv_hop = reference_bwd(q[b, m], k[b, n], v[b, n], do[b, m], *rows, *seen, sm_scale)
+        dk_acc[b, n] += dk_hop
+        dv_acc[b, n] += dv_hop
+    dk.copy_(dk_acc)
+    dv.copy_(dv_acc)
+
+
+# -----------------------------------------------------------------------------
+# the p2p transport. A transport is a class; a hop loop makes an object of it, its `link`, with four methods:
+#   keys(j)      k, v of hop j, arrived; those of hop j + 1 are on their way when it returns
+#   grads(j)     where dk, dv of hop j are added to those of earlier ranks; at the end those of the own keys
+#   pass_on(j)   the gradients of hop j are complete: on to the next rank
+#   finish()     no other rank uses this rank's memory any more
+
+
+class P2P:
+    """Neighbours pass shards of keys on by send and receive (NCCL or gloo, any number of hosts). A rank holds
+    at most two shards of other ranks, and two of gradients."""
+
+    def __init__(self, ring, schedule, k, v, causal, direction, acc_dtype=None):
+        """direction as in `plan`. acc_dtype: the dtype of gradients on the way, if there will be any."""
+        self.ring, self.kv, self.direction = ring, (k, v), direction
+        self.hops = plan(schedule, ring.rank, ring.n_ranks, k.shape[1], causal, direction)
+        n_buffers = min(2, len(self.hops) - 1)
+        self.kv_staging = [[torch.empty_like(x) for x in (k, v)] for _ in range(n_buffers)]
+        n_buffers = 2 if n_buffers and acc_dtype else 0
+        self.grad_staging = [[torch.empty_like(x, dtype=acc_dtype) for x in (k, v)] for _ in range(n_buffers)]
+
+    def keys(self, j):
+        hop = self.hops[j]
+        if j > 0:
+            self.wait_keys()
+            self.kv = self.kv_staging[(j - 1) % 2]
+        if j < len(self.hops) - 1:  # posted before the kernel of this hop, which it overlaps
+            send, recv = first_rows(self.kv, hop.send), first_rows(self.kv_staging[j % 2], hop.recv)
+            self.wait_keys = self.ring.exchange(send, recv, self.direction, ("keys", j + 1))
+        return self.kv
+
+    def grads(self, j):
+        if j > 1:
+            self.wait_grads()
+        return self.grad_staging[j % 2]
+
+    def pass_on(self, j):
+        send = first_rows(self.grad_staging[j % 2], self.hops[j].send_grad)
+        recv = first_rows(self.grad_staging[(j + 1) % 2], self.hops[j].recv_grad)
+        self.wait_grads = self.ring.exchange(send, recv, self.direction, ("gradients", j + 1))
+
+    def finish(self):
+        pass
+
+
+def first_rows(tensors, rows):
+    """Contiguous views of the first rows[g] rows of each sequence of batch group g; tensors (B, T, ...)."""
+    B, T = tensors[0].shape[:2]
+    if all(n == T for n in rows):
+        return list(tensors)
+    views = []
+    for x, (group, n) in itertools.product(tensors, list(zip(batch_slices(B, len(rows)), rows))):
+        if n:
+            views += [x[group]] if n == T else [x[b, :n] for b in range(group.start, group.stop)]
+    return views
+
+
+# -----------------------------------------------------------------------------
+# rings: who the ranks are. All of them virtual, in one process, or one process each
+
+
+class VirtualRing:
+    """A ring of n_ranks on one device, in one process: the same hop loops, in lockstep.
+
+    Pass it as `group`; q, k, v then hold all S tokens, and so does o. For tests and for reading. Two of the
+    same size are the same ring to operators, which know it by the number -n_ranks.
+    """
+
+    def __init__(self, n_ranks):
+        if n_ranks < 1:
+            raise ValueError(f"{n_ranks=} must be 1 or more")
+        self.n_ranks, self.number = n_ranks, -n_ranks
+        self.rank, self.prev_rank, self.next_rank = 0, n_ranks - 1, 1 % n_ranks
+        self.agreed, self.tables = {}, {}
+
+    def on_device(self, hops, device):
+        """hops with their tables on the device. The ring keeps them, since CUDA graphs go on reading them."""
+        found = self.tables.get((hops, device))
+        if found is None:
+            found = self.tables[hops, device] = on_device(hops, device)
+        return found
+
+    def agree(self, signature, problem):
+        if problem:
+            raise ValueError(problem)
+
+    def prepare(self, k, backward, transport):
+        pass
+
+    def run(self, hops, tensors, schedule, *args):
+        mail, loops, results = {}, {}, [None] * self.n_ranks
+        for rank in range(self.n_ranks):
+            cut = [x if x is None else shard_heads(x, schedule, rank, self.n_ranks) for x in tensors]
+            loops[rank] = hops(VirtualRank(self, rank, mail), *cut, schedule, *args)
+        while loops:
+            for rank, loop in list(loops.items()):
+                try:
+                    next(loop)
+                except StopIteration as end:
+                    results[rank] = end.value
+                    del loops[rank]
+        return tuple(merge_heads(shards, schedule) for shards in zip(*results))
+
+
+class VirtualRank:
+    """One rank of a VirtualRing, in one hop loop. Its shards move as in p2p, through `mail`."""
+
+    def __init__(self, ring, rank, mail):
+        self.rank, self.n_ranks, self.on_device = rank, ring.n_ranks, ring.on_device
+        self.mail, self.n_posted = mail, 0
+
+    def link(self, transport, *args):
+        return P2P(self, *args)
+
+    def exchange(self, send, recv, direction, what):
+        number, source = self.n_posted, (self.rank - direction) % self.n_ranks
+        self.mail[self.rank, number] = send  # the neighbour's exchange of the same number takes it
+        self.n_posted += 1
+        return lambda: [x.copy_(y) for x, y in zip(recv, self.mail.pop((source, number)), strict=True)]
+
+
+def shard_heads(x, *args):
+    """`shard` of (B, S, H, D), or of (B, H, S)."""
+    return shard(x, *args) if x.ndim == 4 else shard(x.transpose(1, 2), *args).transpose(1, 2).contiguous()
+
+
+def merge_heads(shards, schedule):
+    """`merge` of (B, T, H, D), or of (B, H, T)."""
+    if shards[0].ndim == 4:
+        return merge(shards, schedule)
+    return merge([x.transpose(1, 2) for x in shards], schedule).transpose(1, 2).contiguous()
+
+
+RINGS = weakref.WeakValueDictionary()  # by number: operators take these numbers, as they cannot take objects
+RING_OF = weakref.WeakKeyDictionary()  # the Ring of each process group
+NUMBERS = itertools.count()
+
+
+class Ring:
+    """The processes of `group` in rank order, or this process alone. `resolve_ring` makes one per group.
+
+    transport: "p2p" or "symmetric", chosen by the first call on more than one rank; why: the reason.
+    """
+
+    def __init__(self, group=None):
+        self.group_ref, self.rank, self.n_ranks = None, 0, 1
+        if group is not None:
+            self.group_ref = weakref.ref(group)  # only whoever made a group keeps it alive
+            self.rank, self.n_ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.prev_rank, self.next_rank = (self.rank - 1) % self.n_ranks, (self.rank + 1) % self.n_ranks
+        self.transport, self.why = None, "nothing has moved yet"
+        self.settled = None  # the type of device that the transport was chosen for
+        self.agreed = {}  # what every rank has confirmed, oldest first
+        self.tables = {}  # see on_device
+        self.memory, self.retired = None, []  # SymmetricMemory, and those that CUDA graphs may still use
+        self.waiter = None  # of the watchdog
+        self.number = next(NUMBERS)
+        RINGS[self.number] = self
+
+    @property
+    def group(self):
+        group = self.group_ref and self.group_ref()
+        if self.group_ref and group is None:
+            raise RuntimeError("the process group of this ring was destroyed; pass a new one")
+        return group
+
+    def __deepcopy__(self, memo):
+        return self  # copies of a model share its ring
+
+    def __reduce__(self):
+        return resolve_ring, (None,)  # a pickle leaves the group out: the default one takes its place
+
+    def link(self, transport, schedule, k, *args):
+        """The transport of one hop loop."""
+        symmetric = self.memory is not None and k.is_cuda and transport != "p2p"
+        return TRANSPORTS["symmetric" if symmetric else "p2p"](self, schedule, k, *args)
+
+    on_device = VirtualRing.on_device
+
+    def exchange(self, send, recv, direction, what):
+        """Post: `send` goes to the next rank (direction 1) or the previous one (-1), `recv` fills from the
+        other side. Returns a function that waits (on CUDA: makes the current stream wait) and keeps the
+        tensors alive until then.
+        what: (name, hop) of the tensors to receive, for messages."""
+        to, source = (self.next_rank, self.prev_rank)[::direction]
+        group, reason, began = self.group, (*what, source), time.monotonic()
+        ops = [dist.P2POp(dist.isend, x, dist.get_global_rank(group, to), group) for x in send]
+        ops += [dist.P2POp(dist.irecv, x, dist.get_global_rank(group, source), group) for x in recv]
+
+        def naming_ranks(f, *args):
+            try:
+                return f(*args)
+            except RuntimeError as error:  # gloo's, which names an address at most
+                lost = lost_message(self, reason, time.monotonic() - began)
+                raise RuntimeError(lost + missing_text(group, error)) from error
+
+        works = naming_ranks(dist.batch_isend_irecv, ops) if ops else []
+
+        def wait(tensors=(send, recv)):
+            with self.waiter.waits_for(reason) if self.waiter and works else contextlib.nullcontext():
+                for work in works:
+                    naming_ranks(work.wait)
+
+        return wait
+
+    def run(self, hops, tensors, *args):
+        """Run a hop loop (a generator) to its end and return its result."""
+        loop = hops(self, *tensors, *args)
+        while True:
+            try:
+                next(loop)
+            except StopIteration as end:
+                return end.value
+
+    # agreement between the ranks
+
+    def gather(self, x):
+        """x of every rank, by rank. x can be pickled."""
+        if self.n_ranks == 1:
+            return [x]
+        group, everyone, began = self.group, [None] * self.n_ranks, time.monotonic()
+        bound = group.bound_device_id  # NCCL takes no other, whatever device is the current one
+        try:
+            with torch.cuda.device(bound) if bound else contextlib.nullcontext():
+                dist.all_gather_object(everyone, x, group=group)
+        except RuntimeError as error:
+            waited = f"waited {time.monotonic() - began:.0f} s for the others{missing_text(group, error)}"
+            raise RuntimeError(f"rank {self.rank} of {self.n_ranks} {waited}") from error
+        return everyone
+
+    def agree(self, signature, problem):
+        """Raise ValueError on every rank if any has a problem (text), or if their signatures (dicts)
+        differ."""
+        answers = self.gather((signature, problem))  # also makes NCCL's communicator, with every rank present
+        problems = {rank: p for rank, (_, p) in enumerate(answers) if p}
+        if len(problems) == self.n_ranks and len(set(problems.values())) == 1:
+            raise ValueError(problems[0])
+        if problems:
+            raise ValueError("; ".join(f"rank {rank}: {p}" for rank, p in problems.items()))
+        first = answers[0][0]
+        for rank, (other, _) in enumerate(answers):
+            differ = [name for name in {**first, **other} if other.get(name) != first.get(name)]
+            if differ:
+                mine, theirs = (", ".join(f"{name}={s.get(name)}" for name in differ) for s in (first, other))
+                differ = f"rank 0 has {mine}; rank {rank} has {theirs}"
+                raise ValueError(f"ranks disagree: {differ}; pass the same on every rank")
+
+    def settle(self, device, transport=None):
+        """On all ranks together: choose the transport, if that has not been done. Raises ValueError if
+        `transport` is "symmetric" and cannot be had."""
+        if self.n_ranks > 1 and self.settled != device.type:
+            self.transport, self.why = choose_transport(self.gather(transport_facts(device)))
+            if device.type == "cuda" and self.waiter is None and cuda_driver():
+                self.waiter = Waiter(self)
+            self.settled = device.type
+        if transport == "symmetric" and self.transport == "p2p":
+            way_out = 'use transport="p2p", or None to choose'
+            raise ValueError(f'transport="symmetric" cannot be had: {self.why}; {way_out}')
+
+    def prepare(self, k, backward, transport):
+        """On all ranks together, once per shape: choose the transport, and have memory for it."""
+        with torch.cuda.device_of(k):  # whose events and memory are made, whatever device is the current one
+            self.settle(k.device, transport)
+            if self.transport == "symmetric" and k.is_cuda and transport != "p2p":
+                reserve(self, k, backward)
+                self.settle(k.device, transport)
+
+
+virtual_ring = functools.cache(VirtualRing)
+ALONE = Ring()  # a ring of one, whatever the process group
+
+
+def ring_numbered(number):
+    """The ring that operators know by this number."""
+    return virtual_ring(-number) if number < 0 else RINGS[number]
+
+
+def resolve_ring(group):
+    """The ring of what users pass as `group`: None (the default process group, or this process alone if there
+    is none), a ProcessGroup, which has one Ring, a VirtualRing or a Ring. Raises ValueError for anything
+    else."""
+    return group if isinstance(group, (VirtualRing, Ring)) else process_ring(group)
+
+
+@torch.compiler.assume_constant_result  # called when a graph is made, which keeps the ring's number
+def process_ring(group):
+    if group is None and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    if group is None:
+        return ALONE
+    if not isinstance(group, dist.ProcessGroup):
+        wanted = "None, a ProcessGroup this process belongs to, a VirtualRing or a Ring"
+        raise ValueError(f"group must be {wanted}, not {group!r}")
+    if group not in RING_OF:
+        RING_OF[group] = Ring(group)
+    return RING_OF[group]
+
+
+# -----------------------------------------------------------------------------
+# public functions
+
+
+def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None, return_lse=False, *,
+              backend=None, transport=None):  # fmt: skip
+    """softmax(sm_scale * q k^T) v over a sequence that is sharded over the ranks of `group`. Differentiable
+    (once).
+
+    q: (B, T, H, D), k, v: (B, T, HKV, D): this rank's tokens under `schedule`, see `shard`; T, B the same on
+       every rank. bfloat16, float16 or float32 (float64 in the torch path). H a multiple of HKV; D up to 256.
+       Any strides. Under torch.autocast they are cast as scaled_dot_product_attention casts them.
+    schedule: a key of SCHEDULES. Under causal=False all of them give the same result.
+    group: a process group; None for the default one, or for a ring of one if there is none; VirtualRing(n);
+       or a Ring, as resolve_ring makes.
+    sm_scale: above 0; None means D ** -0.5.
+    return_lse: also return lse (B, H, T) float32 (float64 for float64 inputs), the natural log of the
+       softmax's denominator; gradients flow through it.
+    backend: "torch", "triton" (any GPU, and CPU tensors under TRITON_INTERPRET=1) or "gluon" (Hopper); None
+       chooses the fastest one.
+    transport: "p2p" (send and receive between neighbours: NCCL, gloo) or "symmetric" (CUDA, one host: copies
+       from where the keys are); None: symmetric memory where all GPUs can read each other.
+       resolve_ring(group).transport says which one None means, .why says why.
+    Returns o, (B, T, H, D), in the dtype of q.
+
+    Calls of one ring share staging memory and flags. Eager calls may be on any stream, as each waits for the
+    one before; a CUDA graph cannot: replay it on the stream of the eager calls, or order the streams
+    yourself.
+
+    Raises ValueError on every rank if any rank's inputs do not fit or the ranks' inputs differ. That is
+    checked once per new combination of shapes and options. A rank that changes them alone, after the others
+    have agreed on theirs, is only found by the process group's timeout. Raises RuntimeError where a second
+    derivative is asked for.
+    """
+    return attend(q, k, v, schedule, resolve_ring(group), causal, sm_scale, return_lse, backend, transport)
+
+
+def flash_attn_func(q, k, v, bias=None, causal=True, sm_scale=None):
+    """ring_attn on a ring of one, whatever the process group: (B, T, H, D). bias must be None."""
+    return attend(q, k, v, "contiguous", ALONE, causal, sm_scale, problem=bias_problem(bias))
+
+
+def public_name(schedule):
+    """A schedule in public names (ring_attn_func, AttentionType.RING): its key, but "ring" for contiguous."""
+    return "ring" if schedule == "contiguous" else schedule
+
+
+def bias_problem(bias):
+    return None if bias is None else "bias is not supported yet; pass None"
+
+
+def spelled_out(schedule):
+    """The function NAME_attn_func of a schedule: ring_attn with the ring spelled out."""
+
+    def func(q, k, v, n_ranks, rank, prev_rank, next_rank, bias=None, causal=True, sm_scale=None, *,
+             group=None, transport=None):  # fmt: skip
+        ring = ALONE if n_ranks == 1 and group is None else resolve_ring(group)
+        given, problem = (n_ranks, rank, prev_rank, next_rank), bias_problem(bias)
+        actual = ring.n_ranks, ring.rank, ring.prev_rank, ring.next_rank
+        if given != actual:
+            names = "n_ranks, rank, prev_rank, next_rank"
+            problem = f"{names} are {given}; in this process group they are {actual}"
+        return attend(q, k, v, schedule, ring, causal, sm_scale, transport=transport, problem=problem)
+
+    func.__name__ = func.__qualname__ = f"{public_name(schedule)}_attn_func"
+    func.__doc__ = f"""ring_attn(q, k, v, schedule="{schedule}") with the ring spelled out.
+
+    q: (B, T, H, D), k, v: (B, T, HKV, D), this rank's tokens, see `shard`. Ranks are those within `group`
+    (default: all processes); n_ranks = 1 without a group is a local call, whatever the process group.
+    bias must be None. Returns o (B, T, H, D).
+    Raises ValueError as ring_attn does, and where the ranks are not the group's.
+    """
+    return func
+
+
+ATTN_FUNCS = {schedule: spelled_out(schedule) for schedule in SCHEDULES}
+globals().update({f.__name__: f for f in ATTN_FUNCS.values()})  # ring_attn_func, striped_attn_func, ...
+
+
+@torch.compiler.disable  # a graph break, where a model calls it under torch.compile
+def unshard(x, schedule, group=None):
+    """The inverse of `shard`: every rank's (B, T, ...) -> the whole (B, S, ...), on every rank. Memory O(S).
+
+    Differentiable (once), for a loss that every rank computes alike from the whole: the gradient is this
+    rank's part. Raises ValueError on every rank if the schedule cannot divide x, or the ranks' shapes differ.
+    """
+    ring = resolve_ring(group)
+    signature = dict(x=summary(x), schedule=repr(schedule))
+    agree_once(ring, tuple(signature.values()), signature, None, lambda: check_unshard(x, schedule, ring))
+    return x if ring.n_ranks == 1 else Unshard.apply(x.contiguous(), schedule, ring)
+
+
+def work(schedule, n_ranks, T=256):
+    """By rank and hop of a causal forward: (whose keys, the share of the scores that is computed)."""
+    table = [[] for _ in range(n_ranks)]
+    for rank in range(n_ranks):
+        for hop in plan(schedule, rank, n_ranks, T, True, 1):
+            shares = []
+            for row in hop.rows:
+                q_pos, k_pos = (layout_positions(Layout(*layout), T) for layout in (row[:3], row[3:6]))
+                shares.append((k_pos <= q_pos[:, None]).double().mean().item())
+            table[rank].append((hop.source, sum(shares) / len(shares)))
+    return table
+
+
+def draw(n_ranks=4, T=256):
+    """One table per schedule: whose keys a rank has at each hop, and the share of scores it computes."""
+    lines = []
+    for schedule, (B, *_) in SCHEDULES.items():
+        hops = "".join(f"hop {j}   " for j in range(n_ranks))
+        lines.append(f"{schedule:12}{hops}work   shards received")
+        received = keys_moved(schedule, n_ranks, T, B)
+        for rank, row in enumerate(work(schedule, n_ranks, T)):
+            cells = (f"k{source} " + "█" * round(4 * share) if share else "·" for source, share in row)
+            cells = "".join(f"{cell:8}" for cell in cells) + f"{sum(share for _, share in row):<7.1f}"
+            lines.append(f"  rank {rank}    {cells}{received[rank] / T / B:g}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+# =============================================================================
+# Part II: portable Triton kernels, for every GPU, and for CPU tensors in Triton's interpreter
+
+COLUMNS = "q_start", "k_start", "next_start", "carry", "carry_grad"
+Q_LAYOUT, K_LAYOUT, NEXT_START, CARRY, CARRY_GRAD = (constexpr(HopRow._fields.index(x)) for x in COLUMNS)
+HOP_COLUMNS = constexpr(len(HopRow._fields))  # HOP points to a table of HopRows, one per batch group
 
 
 @triton.jit
-def position(at, i, T):
-    """Global position of local token i; `at` points to a Layout."""
-    return tl.load(at) + tl.load(at + 1) * i + tl.where(i >= T // 2, tl.load(at + 2), 0)
+def position(layout, i, T):
+    """Global position of local token i; `layout` points to a Layout."""
+    return tl.load(layout) + tl.load(layout + 1) * i + tl.where(i >= T // 2, tl.load(layout + 2), 0)
 
 
 @triton.jit
-def n_le(at, x, T):
-    """How many of the T local tokens sit at or before position x. Clipped before `//`, which truncates toward zero."""
-    start, stride, jump, half = tl.load(at), tl.load(at + 1), tl.load(at + 2), T // 2
+def n_le(layout, x, T):
+    """How many of the T local tokens are at or before x. Clipped before `//`, which rounds toward zero."""
+    start, stride, jump, half = tl.load(layout), tl.load(layout + 1), tl.load(layout + 2), T // 2
     first = tl.maximum(x - start + stride, 0)
     second = tl.maximum(x - start - jump - stride * half + stride, 0)
-    if stride > 1:  # most schedules have 1, and divisions take their time
+    if stride > 1:  # most schedules have 1, and divisions are slow
         first, second = first // stride, second // stride
     return tl.minimum(first, half) + tl.minimum(second, T - half)
 
 
 @triton.jit
-def load_tile(X, b, h, row, T, stride_b, stride_t, stride_h, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr):
-    """Tokens row : row + BLOCK of one head, [BLOCK, BLOCK_D]; zeros past T and past HEAD_DIM.
+def keys_seen(hop, i, T, CAUSAL: constexpr):
+    """How many of the T keys query i sees, at the hop of a HopRow: the first ones."""
+    return n_le(hop + K_LAYOUT, position(hop + Q_LAYOUT, i, T), T) if CAUSAL else T + 0 * i
 
-    With TMA, X describes the matrix (tokens of all batches, all heads); the launcher made sure that no tile overhangs.
+
+@triton.jit
+def first_query(hop, j, T, CAUSAL: constexpr):
+    """The first of T queries to see key j; all later ones do, too."""
+    return n_le(hop + Q_LAYOUT, position(hop + K_LAYOUT, j, T) - 1, T) if CAUSAL else 0 * j
+
+
+@triton.jit
+def load_tile(X, stride, b, h, row, T, BLOCK: constexpr, BLOCK_D: constexpr, HEAD_DIM: constexpr,
+              TMA: constexpr):  # fmt: skip
+    """Tokens row : row + BLOCK of one head, [BLOCK, BLOCK_D]; zeros past T and HEAD_DIM. stride: of batch,
+    token, head.
+
+    With TMA, X describes the matrix (tokens of all batches, all heads), and no tile overhangs.
     """
+    stride_b, stride_t, stride_h = stride
     if TMA:
         return X.load([b * (stride_b // stride_t) + row, h * stride_h])
     else:
         offs_d = tl.arange(0, BLOCK_D)
         offs_t = row + tl.arange(0, BLOCK)
-        x = X + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h + offs_t.to(tl.int64)[:, None] * stride_t + offs_d[None, :]
+        x = X + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
+        x = x + offs_t.to(tl.int64)[:, None] * stride_t + offs_d[None, :]
         mask = (offs_t < T)[:, None]
         if BLOCK_D != HEAD_DIM:
             mask = mask & (offs_d < HEAD_DIM)[None, :]
@@ -340,92 +909,87 @@ def load_tile(X, b, h, row, T, stride_b, stride_t, stride_h, BLOCK: tl.constexpr
 
 
 @triton.jit
-def state_tile(b, h, row, T, H, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr):
+def state_tile(b, h, row, T, H, BLOCK: constexpr, BLOCK_D: constexpr, HEAD_DIM: constexpr):
     """Offsets and mask of a tile of a contiguous (B, T, H, D) tensor, [BLOCK, BLOCK_D]."""
     offs_t, offs_d = row + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
     offs = ((b.to(tl.int64) * T + offs_t) * H + h) * HEAD_DIM
     return offs[:, None] + offs_d[None, :], (offs_t < T)[:, None] & (offs_d < HEAD_DIM)[None, :]
 
 
-@triton.jit
-def fwd_tiles(acc, l_i, m_i, q, K, V, b, h, lo, hi, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
-    for start_n in tl.range(lo, hi, BLOCK_N):
-        k = load_tile(K, b, h, start_n, T, stride_kb, stride_kt, stride_kh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
-        s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        if MASK:
-            s = tl.where((start_n + tl.arange(0, BLOCK_N))[None, :] < row_end[:, None], s, -float("inf"))
-        m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
-        shift = m_new
-        if MASK:  # a row that has seen no key yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf) = nan
-            shift = tl.where(m_new == -float("inf"), 0.0, m_new)
-        p = tl.math.exp2(s * qk_scale - shift[:, None])
-        alpha = tl.math.exp2(m_i - shift)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        v = load_tile(V, b, h, start_n, T, stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # [BLOCK_M, D]
-        m_i = m_new
-    return acc, l_i, m_i
+# batch, head, first query, all queries; all of them see the keys before full_end, query i those before
+# row_end[i], none those from end on; rows of the state that are filled; whether no later hop has keys for
+# these queries
+QueryTile = namedtuple("QueryTile", "b h start_m offs_m full_end end row_end carry final")
 
 
 @triton.jit
-def query_tile(HOP, H, T, GROUP_B, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """This program's tile of queries and the keys it sees: all rows those before n_full, row i those before row_end[i], none from n_end on."""
+def query_tile(HOP, H, T, GROUP_B, CAUSAL: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr):
+    """This program's tile of queries."""
     n_tiles = tl.cdiv(T, BLOCK_M)
-    start_m = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BLOCK_M  # under a causal mask the longest tiles go first
+    start_m = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BLOCK_M  # the longest first, under a causal mask
     bh = tl.program_id(0) // n_tiles
     b, h = bh // H, bh % H
     offs_m = start_m + tl.arange(0, BLOCK_M)
     hop = HOP + (b // GROUP_B) * HOP_COLUMNS
-    if CAUSAL:
-        n_full = n_le(hop + 3, position(hop, start_m, T), T)
-        n_end = n_le(hop + 3, position(hop, tl.minimum(start_m + BLOCK_M, T) - 1, T), T)
-        row_end = n_le(hop + 3, position(hop, offs_m, T), T)
-    else:
-        n_full, n_end = T, T
-        row_end = tl.zeros([BLOCK_M], tl.int32) + T
-    final = position(hop, tl.minimum(start_m + BLOCK_M, T) - 1, T) < tl.load(hop + 6)  # no later hop has keys for these queries
-    carried = tl.load(hop + 7)  # rows of the state that earlier hops have filled: none, or all
-    return b, h, start_m, offs_m, n_full // BLOCK_N * BLOCK_N, n_end, row_end, carried, final
+    last_m = tl.minimum(start_m + BLOCK_M, T) - 1
+    full_end = keys_seen(hop, start_m, T, CAUSAL) // BLOCK_N * BLOCK_N
+    end, row_end = keys_seen(hop, last_m, T, CAUSAL), keys_seen(hop, offs_m, T, CAUSAL)
+    final = position(hop + Q_LAYOUT, last_m, T) < tl.load(hop + NEXT_START)
+    carry = tl.load(hop + CARRY)
+    return QueryTile(b, h, start_m, offs_m, full_end, end, row_end, carry, final)
 
 
 @triton.jit(do_not_specialize=["H", "G", "T", "GROUP_B"])
-def fwd_kernel(Q, K, V, O, ACC, LSE, HOP, sm_scale, H, G, T, GROUP_B,
-               stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-               CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """One hop of the forward for one tile of queries. State in ACC (B, T, H, D) and LSE (B, H, T), float32; the last
-    hop that a tile takes part in writes O in its own dtype instead of ACC."""
-    b, h, start_m, offs_m, n_full, n_end, row_end, carried, final = query_tile(HOP, H, T, GROUP_B, CAUSAL, BLOCK_M, BLOCK_N)
-    if (n_end == 0) & (carried > 0):
+def fwd_kernel(Q, K, V, O, ACC, LSE, HOP, sm_scale, H, G, T, GROUP_B, stride_q, stride_k, stride_v,
+               CAUSAL: constexpr, TMA: constexpr, HEAD_DIM: constexpr, BLOCK_D: constexpr,
+               BLOCK_M: constexpr, BLOCK_N: constexpr):  # fmt: skip
+    """One hop of the forward for one tile of queries. State in ACC (B, T, H, D) and LSE (B, H, T), float32;
+    the last hop that a tile takes part in writes O in its own dtype instead of ACC."""
+    tile = query_tile(HOP, H, T, GROUP_B, CAUSAL, BLOCK_M, BLOCK_N)
+    b, h, start_m, offs_m, carry = tile.b, tile.h, tile.start_m, tile.offs_m, tile.carry
+    if (tile.end == 0) & (carry > 0):
         return  # nothing to add: the state stays, or O is complete already
 
-    q = load_tile(Q, b, h, start_m, T, stride_qb, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
+    q = load_tile(Q, stride_q, b, h, start_m, T, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
     offs, mask = state_tile(b, h, start_m, T, H, BLOCK_M, BLOCK_D, HEAD_DIM)
     lse = LSE + (b * H + h).to(tl.int64) * T + offs_m
-    acc = tl.load(ACC + offs, mask=mask & (offs_m < carried)[:, None], other=0.0)
-    m_i = tl.load(lse, mask=offs_m < carried, other=-float("inf")) * LOG2E
-    l_i = tl.full([BLOCK_M], 1.0, tl.float32)  # without a carry m_i is -inf and the first key rescales this 1 to 0
+    acc = tl.load(ACC + offs, mask=mask & (offs_m < carry)[:, None], other=0.0)
+    m_i = tl.load(lse, mask=offs_m < carry, other=-float("inf")) * LOG2E
+    l_i = tl.full([BLOCK_M], 1.0, tl.float32)  # without a carry the first key rescales this to 0
     hk = h // G
     qk_scale = sm_scale * LOG2E
-    acc, l_i, m_i = fwd_tiles(acc, l_i, m_i, q, K, V, b, hk, 0, n_full, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh,
-                              stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA, MASK=False)  # fmt: skip
-    if CAUSAL or not TMA:  # with TMA no tile overhangs
-        acc, l_i, m_i = fwd_tiles(acc, l_i, m_i, q, K, V, b, hk, n_full, n_end, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh,
-                                  stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA, MASK=True)  # fmt: skip
+    for MASK in tl.static_range(0, 2 if CAUSAL or not TMA else 1):  # bare tiles first. TMA: none overhangs
+        begin, end = (tile.full_end, tile.end) if MASK else (0, tile.full_end)
+        for start_n in tl.range(begin, end, BLOCK_N):
+            k = load_tile(K, stride_k, b, hk, start_n, T, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
+            s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            if MASK:
+                offs_n = start_n + tl.arange(0, BLOCK_N)
+                s = tl.where(offs_n[None, :] < tile.row_end[:, None], s, -float("inf"))
+            m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
+            shift = m_new
+            if MASK:  # a row that has seen no key yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf) = nan
+                shift = tl.where(m_new == -float("inf"), 0.0, m_new)
+            p = tl.math.exp2(s * qk_scale - shift[:, None])
+            alpha = tl.math.exp2(m_i - shift)
+            l_i = l_i * alpha + tl.sum(p, 1)
+            v = load_tile(V, stride_v, b, hk, start_n, T, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # [BLOCK_M, D]
+            m_i = m_new
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # a row that never saw a key: o = 0, lse = -inf
     acc = acc / l_i[:, None]
     tl.store(lse, (m_i + tl.math.log2(l_i)) / LOG2E, mask=offs_m < T)
-    if final:
+    if tile.final:
         tl.store(O + offs, acc.to(O.dtype.element_ty), mask=mask)
     else:
         tl.store(ACC + offs, acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["B", "H", "T"])
-def bwd_preprocess_kernel(O, DO, LSE, DLSE, ROWS, B, H, T, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
-    """What the backward needs per row, (2, B, H, T padded) float32: lse in base 2, +inf where a row is padding or saw no key, so that
-    p is 0; and delta = rowsum(do * o) - dlse, as a gradient of lse enters ds = p * (dp - delta) the same way."""
+def bwd_preprocess_kernel(O, DO, LSE, DLSE, LSE_DELTA, B, H, T, HEAD_DIM: constexpr, BLOCK_D: constexpr,
+                          BLOCK_M: constexpr):  # fmt: skip
+    """What the backward needs per row, (2, B, H, T padded) float32. First lse in base 2, +inf where a row is
+    padding or saw no key, so that p is 0. Then delta = rowsum(do * o) - dlse, as in torch_preprocess."""
     T_pad = tl.cdiv(T, ROW_PAD) * ROW_PAD
     n_tiles = T_pad // BLOCK_M
     bh = tl.program_id(0) // n_tiles
@@ -441,79 +1005,55 @@ def bwd_preprocess_kernel(O, DO, LSE, DLSE, ROWS, B, H, T, HEAD_DIM: tl.constexp
     lse = tl.load(LSE + row, mask=offs_m < T, other=float("inf"))
     lse = tl.where(lse == -float("inf"), float("inf"), lse)
     row = bh.to(tl.int64) * T_pad + offs_m
-    tl.store(ROWS + row, lse * LOG2E)
-    tl.store(ROWS + B.to(tl.int64) * H * T_pad + row, delta)
-
-
-@triton.jit
-def dq_tiles(dq, q, do, lse, delta, K, V, b, h, lo, hi, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-             BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
-    for start_n in tl.range(lo, hi, BLOCK_N):
-        k = load_tile(K, b, h, start_n, T, stride_kb, stride_kt, stride_kh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
-        v = load_tile(V, b, h, start_n, T, stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
-        p = tl.math.exp2(tl.dot(q, k.T, input_precision="ieee") * qk_scale - lse[:, None])  # [BLOCK_M, BLOCK_N]
-        if MASK:
-            p = tl.where((start_n + tl.arange(0, BLOCK_N))[None, :] < row_end[:, None], p, 0.0)
-        ds = p * (tl.dot(do, v.T, input_precision="ieee") - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, D]
-    return dq
+    tl.store(LSE_DELTA + row, lse * LOG2E)
+    tl.store(LSE_DELTA + B.to(tl.int64) * H * T_pad + row, delta)
 
 
 @triton.jit(do_not_specialize=["H", "G", "T", "GROUP_B"])
 def dq_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DQ, ACC, HOP, sm_scale, H, G, T, GROUP_B,
-              stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_ob, stride_ot, stride_oh,
-              CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """One hop of dq for one tile of queries; bounds, state (ACC, float32) and the last write (DQ) as in fwd_kernel."""
-    b, h, start_m, offs_m, n_full, n_end, row_end, carried, final = query_tile(HOP, H, T, GROUP_B, CAUSAL, BLOCK_M, BLOCK_N)
-    if (n_end == 0) & (carried > 0):
+              stride_q, stride_k, stride_v, stride_do,
+              CAUSAL: constexpr, TMA: constexpr, HEAD_DIM: constexpr, BLOCK_D: constexpr,
+              BLOCK_M: constexpr, BLOCK_N: constexpr):  # fmt: skip
+    """One hop of dq for one tile of queries; bounds, state (ACC) and the last write (DQ) as in fwd_kernel."""
+    tile = query_tile(HOP, H, T, GROUP_B, CAUSAL, BLOCK_M, BLOCK_N)
+    b, h, start_m, offs_m, carry = tile.b, tile.h, tile.start_m, tile.offs_m, tile.carry
+    if (tile.end == 0) & (carry > 0):
         return
 
-    q = load_tile(Q, b, h, start_m, T, stride_qb, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
-    do = load_tile(DO, b, h, start_m, T, stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
+    q = load_tile(Q, stride_q, b, h, start_m, T, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
+    do = load_tile(DO, stride_do, b, h, start_m, T, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
     row = (b * H + h).to(tl.int64) * (tl.cdiv(T, ROW_PAD) * ROW_PAD) + offs_m
     lse, delta = tl.load(LSE_LOG2 + row), tl.load(DELTA + row)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     hk = h // G
     qk_scale = sm_scale * LOG2E
-    dq = dq_tiles(dq, q, do, lse, delta, K, V, b, hk, 0, n_full, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh,
-                  stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA, MASK=False)  # fmt: skip
-    if CAUSAL or not TMA:
-        dq = dq_tiles(dq, q, do, lse, delta, K, V, b, hk, n_full, n_end, row_end, qk_scale, T, stride_kb, stride_kt, stride_kh,
-                      stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA, MASK=True)  # fmt: skip
+    for MASK in tl.static_range(0, 2 if CAUSAL or not TMA else 1):
+        begin, end = (tile.full_end, tile.end) if MASK else (0, tile.full_end)
+        for start_n in tl.range(begin, end, BLOCK_N):
+            k = load_tile(K, stride_k, b, hk, start_n, T, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
+            v = load_tile(V, stride_v, b, hk, start_n, T, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
+            s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            p = tl.math.exp2(s * qk_scale - lse[:, None])
+            if MASK:
+                p = tl.where((start_n + tl.arange(0, BLOCK_N))[None, :] < tile.row_end[:, None], p, 0.0)
+            ds = p * (tl.dot(do, v.T, input_precision="ieee") - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, D]
     offs, mask = state_tile(b, h, start_m, T, H, BLOCK_M, BLOCK_D, HEAD_DIM)
-    dq = dq * sm_scale + tl.load(ACC + offs, mask=mask & (offs_m < carried)[:, None], other=0.0)
-    if final:
+    dq = dq * sm_scale + tl.load(ACC + offs, mask=mask & (offs_m < carry)[:, None], other=0.0)
+    if tile.final:
         tl.store(DQ + offs, dq.to(DQ.dtype.element_ty), mask=mask)
     else:
         tl.store(ACC + offs, dq, mask=mask)
 
 
-@triton.jit
-def dkv_tiles(dk, dv, k, v, Q, DO, LSE_LOG2, DELTA, b, h, row, lo, hi, row_first, qk_scale, T, stride_qb, stride_qt, stride_qh, stride_ob, stride_ot, stride_oh,
-              BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, HEAD_DIM: tl.constexpr, TMA: tl.constexpr, MASK: tl.constexpr):  # fmt: skip
-    for start_m in tl.range(lo, hi, BLOCK_M):
-        q = load_tile(Q, b, h, start_m, T, stride_qb, stride_qt, stride_qh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
-        do = load_tile(DO, b, h, start_m, T, stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
-        offs_m = start_m + tl.arange(0, BLOCK_M)
-        lse, delta = tl.load(LSE_LOG2 + row + offs_m), tl.load(DELTA + row + offs_m)
-        # scores come out transposed, so that both products below take them as they are
-        p = tl.math.exp2(tl.dot(k, q.T, input_precision="ieee") * qk_scale - lse[None, :])  # [BLOCK_N, BLOCK_M]
-        if MASK:
-            p = tl.where(offs_m[None, :] >= row_first[:, None], p, 0.0)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, D]
-        ds = p * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, D]
-    return dk, dv
-
-
 @triton.jit(do_not_specialize=["H", "G", "T", "GROUP_B"])
 def dkv_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_scale, H, G, T, GROUP_B,
-               stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_ob, stride_ot, stride_oh,
-               CAUSAL: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """One hop of dk, dv for one tile of keys. DK_ACC, DV_ACC (B, T, HKV, D) float32 hold what earlier ranks collected;
-    DK, DV are the same buffers on the way, and the gradients themselves, in their own dtype, at home."""
+               stride_q, stride_k, stride_v, stride_do,
+               CAUSAL: constexpr, TMA: constexpr, HEAD_DIM: constexpr, BLOCK_D: constexpr,
+               BLOCK_M: constexpr, BLOCK_N: constexpr):  # fmt: skip
+    """One hop of dk, dv for one tile of keys. DK_ACC, DV_ACC (B, T, HKV, D) float32 hold what earlier ranks
+    added. DK, DV are the same buffers on the way, and the gradients themselves, in their own dtype, at
+    home."""
     n_tiles = tl.cdiv(T, BLOCK_N)
     start_n = tl.program_id(0) % n_tiles * BLOCK_N  # under a causal mask the first keys have the most queries
     bh = tl.program_id(0) // n_tiles
@@ -521,48 +1061,208 @@ def dkv_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_sca
     b, h = bh // HKV, bh % HKV
     offs_n = start_n + tl.arange(0, BLOCK_N)
     hop = HOP + (b // GROUP_B) * HOP_COLUMNS
-    carried = tl.load(hop + 8)  # rows of DK_ACC, DV_ACC, from the first on, that hold something
-    if CAUSAL:
-        m_lo = n_le(hop, position(hop + 3, start_n, T) - 1, T)  # queries before this see nothing of the tile
-        m_full = n_le(hop, position(hop + 3, tl.minimum(start_n + BLOCK_N, T) - 1, T) - 1, T)  # from here on, all of it
-        row_first = n_le(hop, position(hop + 3, offs_n, T) - 1, T)  # each key is seen by the queries from row_first on
-    else:
-        m_lo, m_full = 0, 0
-        row_first = tl.zeros([BLOCK_N], tl.int32)
-    if (m_lo >= T) & (carried > 0):
+    carry = tl.load(hop + CARRY_GRAD)
+    begin = first_query(hop, start_n, T, CAUSAL)  # earlier queries see nothing of the tile
+    full_begin = first_query(hop, tl.minimum(start_n + BLOCK_N, T) - 1, T, CAUSAL)  # later ones see all of it
+    row_first = first_query(hop, offs_n, T, CAUSAL)
+    if (begin >= T) & (carry > 0):
         return
-    m_full = tl.cdiv(m_full, BLOCK_M) * BLOCK_M
-    m_lo = tl.where(m_lo < T, m_lo // BLOCK_M * BLOCK_M, T)
+    full_begin = tl.cdiv(full_begin, BLOCK_M) * BLOCK_M
+    begin = tl.where(begin < T, begin // BLOCK_M * BLOCK_M, T)
 
-    k = load_tile(K, b, h, start_n, T, stride_kb, stride_kt, stride_kh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
-    v = load_tile(V, b, h, start_n, T, stride_vb, stride_vt, stride_vh, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
+    k = load_tile(K, stride_k, b, h, start_n, T, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
+    v = load_tile(V, stride_v, b, h, start_n, T, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     qk_scale = sm_scale * LOG2E
     for g in tl.range(0, G):  # the query heads that share this key head
         hq = h * G + g
         row = (b * H + hq).to(tl.int64) * (tl.cdiv(T, ROW_PAD) * ROW_PAD)
-        if CAUSAL:
-            dk, dv = dkv_tiles(dk, dv, k, v, Q, DO, LSE_LOG2, DELTA, b, hq, row, m_lo, tl.minimum(m_full, T), row_first, qk_scale, T, stride_qb, stride_qt, stride_qh,
-                               stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA, MASK=True)  # fmt: skip
-        dk, dv = dkv_tiles(dk, dv, k, v, Q, DO, LSE_LOG2, DELTA, b, hq, row, m_full, T, row_first, qk_scale, T, stride_qb, stride_qt, stride_qh,
-                           stride_ob, stride_ot, stride_oh, BLOCK_M, BLOCK_D, HEAD_DIM, TMA, MASK=False)  # fmt: skip
+        for BARE in tl.static_range(0 if CAUSAL else 1, 2):  # first the masked tiles
+            stop = T if BARE else tl.minimum(full_begin, T)
+            for start_m in tl.range(full_begin if BARE else begin, stop, BLOCK_M):
+                q = load_tile(Q, stride_q, b, hq, start_m, T, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
+                do = load_tile(DO, stride_do, b, hq, start_m, T, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)
+                offs_m = start_m + tl.arange(0, BLOCK_M)
+                lse, delta = tl.load(LSE_LOG2 + row + offs_m), tl.load(DELTA + row + offs_m)
+                # scores come out transposed, so that both products below take them as they are
+                s = tl.dot(k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+                p = tl.math.exp2(s * qk_scale - lse[None, :])
+                if not BARE:
+                    p = tl.where(offs_m[None, :] >= row_first[:, None], p, 0.0)
+                dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, D]
+                ds = p * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, D]
     offs, mask = state_tile(b, h, start_n, T, HKV, BLOCK_N, BLOCK_D, HEAD_DIM)
-    dk = dk * sm_scale + tl.load(DK_ACC + offs, mask=mask & (offs_n < carried)[:, None], other=0.0)
-    dv = dv + tl.load(DV_ACC + offs, mask=mask & (offs_n < carried)[:, None], other=0.0)
+    held = mask & (offs_n < carry)[:, None]
+    dk = dk * sm_scale + tl.load(DK_ACC + offs, mask=held, other=0.0)
+    dv = dv + tl.load(DV_ACC + offs, mask=held, other=0.0)
     tl.store(DK + offs, dk.to(DK.dtype.element_ty), mask=mask)
     tl.store(DV + offs, dv.to(DV.dtype.element_ty), mask=mask)
 
 
 # -----------------------------------------------------------------------------
-# Hopper kernels, in Gluon: arguments, state and results as in fwd_kernel, dq_kernel and dkv_kernel. One warp feeds tiles by TMA into
-# a circle of buffers; two or three warpgroups with 64 rows each use them, one's softmax under another's products and under its own last
-# ones (FlashAttention-3, arXiv 2407.08608). There is a program per SM, which works through items, tiles of rows that stay; the next one's
-# tiles arrive while the last one is stored. x_full says that buffer x holds data, x_empty or consumer_release that its readers are done with it
+# their launchers: the backend "triton"
 
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # the kernels then run on CPU tensors, in numpy
+
+
+@functools.lru_cache(maxsize=None)
+def capability(device):
+    return torch.cuda.get_device_capability(device)
+
+
+COMPILED = {}  # what `launch` has compiled, oldest first
+
+
+def launch(kernel, device, depends, grid, args, constants, **options):
+    """kernel[grid](*args, **constants, **options) without Triton's search for the compiled kernel, which
+    takes the host longer than a small problem takes the GPU. depends: whatever else the compiled code depends
+    on (dtypes, tile shapes, alignment)."""
+    key = id(kernel), device, depends, *constants.values()
+    if INTERPRET:
+        kernel[(grid,)](*args, **constants)
+    elif key in COMPILED:  # as torch.compile calls it; Triton's own way looks for the device and for hooks
+        run, function, metadata = COMPILED[key]
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        run(grid, 1, 1, stream, function, metadata, None, None, None, *args, *constants.values())
+    else:
+        compiled = kernel[(grid,)](*args, **constants, **options)
+        if len(COMPILED) >= 4096:
+            del COMPILED[next(iter(COMPILED))]
+        COMPILED[key] = compiled.run, compiled.function, compiled.packed_metadata
+
+
+# BLOCK_M (queries), BLOCK_N (keys), num_warps, num_stages by padded head dim. 64 and 128 were measured on one
+# H100 for 16-bit inputs; 256 and float32, which does not run on the tensor cores, are chosen to spill little
+TILES = {
+    "fwd": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (128, 64, 8, 2)},
+    "dq": {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    "dkv": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 64, 8, 2)},
+}
+TILES_FP32 = {
+    "fwd": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "dq": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
+    "dkv": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+}
+
+
+@functools.lru_cache(maxsize=None)
+def tile_config(kernel, D, dtype, device):
+    """Tile sizes and launch options of a kernel; fewer pipeline stages where shared memory is small."""
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    tiles = TILES_FP32 if dtype == torch.float32 else TILES
+    BLOCK_M, BLOCK_N, num_warps, num_stages = (32, 32, 4, 1) if INTERPRET else tiles[kernel][max(64, BLOCK_D)]
+    if not INTERPRET:
+        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        resident, streamed = (2 * BLOCK_N, BLOCK_M) if kernel == "dkv" else (2 * BLOCK_M, BLOCK_N)  # rows
+        while num_stages > 1 and (resident + 2 * num_stages * streamed) * BLOCK_D * dtype.itemsize > shared:
+            num_stages -= 1
+    tile = dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
+    return tile | dict(num_warps=num_warps, num_stages=num_stages)
+
+
+def on_device(hops, device):
+    """hops with their tables on the device. A table is int32, HopRow after HopRow, and begins at a multiple
+    of 16 bytes."""
+    rows = torch.tensor([[n for row in hop.rows for n in row] for hop in hops], dtype=torch.int32)
+    tables = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4)).to(device)
+    return tuple(hop._replace(table=table) for hop, table in zip(hops, tables))
+
+
+def tma_ok(shape, strides, dtype):
+    """Can TMA read such a tensor? Rows must be dense, everything else a multiple of 16 bytes apart."""
+    steps = (stride for stride, n in zip(strides[:-1], shape) if n > 1)
+    return strides[-1] == 1 and all(step > 0 and step * dtype.itemsize % 16 == 0 for step in steps)
+
+
+def as_matrix(x, rows):
+    """x (B, T, heads, D) for TMA as a matrix of B * T rows, in tiles of one head; None if it is none."""
+    (B, T, heads, D), (stride_b, stride_t, stride_h, _) = x.shape, x.stride()
+    if x.dtype.itemsize != 2 or x.data_ptr() % 16 or not tma_ok(x.shape, x.stride(), x.dtype):
+        return None
+    if stride_t < (heads - 1) * stride_h + D or B > 1 and stride_b % stride_t:
+        return None
+    shape = [(B - 1) * (stride_b // stride_t) + T, (heads - 1) * stride_h + D]
+    return TensorDescriptor(x, shape, [stride_t, 1], [rows, D])
+
+
+def run_portable(kernel, name, by_queries, by_keys, outputs, hop, causal, sm_scale):
+    """Launch a kernel. by_queries: (q,) or (q, do), read in tiles of BLOCK_M rows; by_keys: (k, v), of
+    BLOCK_N. They go as TMA descriptors where the GPU has TMA and no tile overhangs a sequence or a head, else
+    as pointers."""
+    q, k = by_queries[0], by_keys[0]
+    (B, T, H, D), HKV = q.shape, k.shape[2]
+    config = tile_config(name, D, q.dtype, q.device)
+    BLOCK_M, BLOCK_N = config["BLOCK_M"], config["BLOCK_N"]
+    inputs = [q, *by_keys, *by_queries[1:]]
+    strides = [x.stride()[:3] for x in inputs]
+    tma = INTERPRET or capability(q.device)[0] >= 9
+    tma = tma and D == config["BLOCK_D"] and T % max(BLOCK_M, BLOCK_N) == 0
+    if tma:
+        described = [as_matrix(q, BLOCK_M), *(as_matrix(x, BLOCK_N) for x in by_keys)]
+        described += [as_matrix(x, BLOCK_M) for x in by_queries[1:]]
+        tma = all(x is not None for x in described)
+        inputs = described if tma else inputs
+    n_programs = triton.cdiv(T, BLOCK_N) * B * HKV if name == "dkv" else triton.cdiv(T, BLOCK_M) * B * H
+    args = *inputs, *outputs, hop.table, sm_scale, H, H // HKV, T, B // len(hop.rows), *strides
+    kernel[(n_programs,)](*args, CAUSAL=causal, TMA=tma, **config)
+
+
+def triton_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
+    run_portable(fwd_kernel, "fwd", (q,), (k, v), (o, acc, lse), hop, causal, sm_scale)
+
+
+def triton_preprocess(o, do, lse, dlse):
+    """lse in base 2 and delta, (2, B * H, T padded): see bwd_preprocess_kernel."""
+    B, T, H, D = o.shape
+    n_rows = -(-T // ROW_PAD.value) * ROW_PAD.value
+    lse_delta = torch.empty(2, B * H, n_rows, dtype=torch.float32, device=o.device)
+    BLOCK_D = max(16, 1 << (D - 1).bit_length())
+    depends = o.dtype, dlse is None, *(x is not None and x.data_ptr() % 16 == 0 for x in (o, do, lse, dlse))
+    constants = dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=32)
+    args = o, do, lse, dlse, lse_delta, B, H, T
+    launch(bwd_preprocess_kernel, o.device, depends, n_rows // 32 * B * H, args, constants, num_warps=4)
+    return lse_delta
+
+
+def triton_dq(q, k, v, do, lse_delta, dq, acc, hop, causal, sm_scale):
+    run_portable(dq_kernel, "dq", (q, do), (k, v), (*lse_delta, dq, acc), hop, causal, sm_scale)
+
+
+def triton_dkv(q, k, v, do, lse_delta, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
+    outputs = *lse_delta, dk, dv, dk_acc, dv_acc
+    run_portable(dkv_kernel, "dkv", (q, do), (k, v), outputs, hop, causal, sm_scale)
+
+
+# =============================================================================
+# Part III: fast paths
+# -----------------------------------------------------------------------------
+# Hopper kernels, in Gluon; arguments, state and results as in fwd_kernel, dq_kernel and dkv_kernel. A program
+# per SM works through work tiles, each a tile of rows that is resident while tiles of other rows are
+# streamed. One warp, the producer, loads tiles by TMA into a circle of buffers. Two or three warpgroups, the
+# consumers, have 64 resident rows each: the softmax of one runs under the products of another, and under its
+# own last ones (FlashAttention-3, arXiv 2407.08608). Barriers: k_full[s]: stage s holds keys.
+# producer_acquire(s): all consumers have read it.
+
+warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
+fence_async_shared = hopper.fence_async_shared
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed in triton 3.9
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-all_here = getattr(gl, "barrier", None) or gl.thread_barrier  # all threads of a warpgroup; renamed in triton 3.8
+warpgroup_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in triton 3.8
+
+
+# what all warps know of the problem: the HopRows, sizes, and two numbers for tile_scheduler
+Dims = namedtuple("Dims", "HOP B H G T GROUP_B L2_HEADS WAVES")
+# batch, head, first resident row, HopRow; the first streamed tile, how many are masked (these come first),
+# how many there are; whether there is anything to do
+WorkTile = namedtuple("WorkTile", "b h start hop first n_masked n_tiles active")
+# shared memory: q of each consumer, k and v of each stage; the two factors of s and of dp, and what is
+# streamed with queries; and the barriers that say what they hold
+FwdBuffers = namedtuple("FwdBuffers", "q k v q_full q_empty k_full v_full")
+BwdBuffers = namedtuple(
+    "BwdBuffers", "resident resident_dp streamed streamed_dp lse_delta "
+    "resident_full resident_empty streamed_full streamed_dp_full")  # fmt: skip
 
 
 @gluon.constexpr_function
@@ -578,777 +1278,622 @@ def operand_layout(N):
 
 
 @gluon.jit
-def barriers(N: gl.constexpr):
+def barriers(N: constexpr):
     bars = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(N):
         mbarrier.init(bars.index(i), count=1)
     return bars
 
 
-NAMED_BARRIERS = gl.constexpr(8)  # of the 16 barriers that hardware has, the first of ours; the compiler uses some below for itself
+NAMED_BARRIERS = constexpr(8)  # the first of ours, of 16 in hardware; the compiler uses some below for itself
 
 
 @gluon.jit
-def consumer_release(buffer, CONSUMERS: gl.constexpr):
-    """This warp has read the buffer. Not by an mbarrier: before one arrives at those, Gluon has the whole warpgroup wait for its slowest
-    warp, several times a tile. On one H100 that kept the tensor cores 75% busy, in place of 79 (ncu, D128 16k causal)."""
-    asm: gl.constexpr = "bar.arrive $1, $2; mov.b32 $0, 0;"
-    gl.inline_asm_elementwise(asm, "=r,r,r", [NAMED_BARRIERS + buffer, CONSUMERS * 128 + 32], dtype=gl.int32, is_pure=False, pack=1)
+def consumer_release(stage, CONSUMERS: constexpr):
+    """This warp has read the stage. A named barrier, as Gluon has the whole warpgroup wait for its slowest
+    warp before it arrives at an mbarrier, several times a tile: the tensor cores were busy 75% of the time
+    with those, 79% with these (ncu, one H100, D128 16k causal)."""
+    asm: constexpr = "bar.arrive $1, $2; mov.b32 $0, 0;"
+    args = [NAMED_BARRIERS + stage, CONSUMERS * 128 + 32]
+    gl.inline_asm_elementwise(asm, "=r,r,r", args, dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def producer_acquire(buffer, CONSUMERS: gl.constexpr):
-    """The producer's side: wait until all warps of all consumers have read the buffer."""
-    asm: gl.constexpr = "bar.sync $1, $2; mov.b32 $0, 0;"
-    gl.inline_asm_elementwise(asm, "=r,r,r", [NAMED_BARRIERS + buffer, CONSUMERS * 128 + 32], dtype=gl.int32, is_pure=False, pack=1)
+def producer_acquire(stage, CONSUMERS: constexpr):
+    """The producer waits until all warps of all consumers have read the stage."""
+    asm: constexpr = "bar.sync $1, $2; mov.b32 $0, 0;"
+    args = [NAMED_BARRIERS + stage, CONSUMERS * 128 + 32]
+    gl.inline_asm_elementwise(asm, "=r,r,r", args, dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def consumer_release_after(x, buffer, CONSUMERS: gl.constexpr):
-    """consumer_release, but not before the rows' x, from 0 to 1, are computed, as if larger ones meant another barrier: else ptxas moves it up,
-    and with it the wait for products that comes next, and nothing is left to do under those."""
-    asm: gl.constexpr = """{ .reg .f32 x; .reg .pred p; .reg .b32 n; add.f32 x, $2, $3; setp.gt.f32 p, x, 0f40800000; selp.b32 n, 1, 0, p;
+def consumer_release_after(x, stage, CONSUMERS: constexpr):
+    """consumer_release, but not before the rows' x, from 0 to 1, are computed: as far as ptxas can know, the
+    barrier's number depends on x. Otherwise ptxas moves this up, and with it the wait for products that
+    follows, and nothing is left to do under those products."""
+    asm: constexpr = """{ .reg .f32 x; .reg .pred p; .reg .b32 n;
+        add.f32 x, $2, $3; setp.gt.f32 p, x, 0f40800000; selp.b32 n, 1, 0, p;
         add.s32 n, n, $4; bar.arrive n, $6; mov.b32 $0, $2; mov.b32 $1, $3; }"""
-    args: gl.constexpr = "=r,=r,f,f,r,r,r,r"
-    gl.inline_asm_elementwise(asm, args, [x, NAMED_BARRIERS + buffer, CONSUMERS * 128 + 32], dtype=gl.float32, is_pure=False, pack=2)
+    args = [x, NAMED_BARRIERS + stage, CONSUMERS * 128 + 32]
+    gl.inline_asm_elementwise(asm, "=r,=r,f,f,r,r,r,r", args, dtype=gl.float32, is_pure=False, pack=2)
 
 
 @gluon.jit
-def tile_scheduler(n, n_tiles, SECTION, ROUNDS):
-    """(tile, head) of this program's n-th item, tile 0 being the longest, and whether there is one. SECTION heads at a time, whose keys
-    stay in L2: their longer tiles first, dealt out to the P programs in rounds, every second one backwards, so that sums come out even.
-    A section's last round, which need not go all round, starts where that of the section before ended."""
+def tile_scheduler(n, n_tiles, L2_HEADS, WAVES):
+    """(tile, head) of this program's n-th work tile, tile 0 being the longest, and whether it exists.
+
+    L2_HEADS heads at a time, whose streamed tiles stay in L2: their longer tiles first, dealt out to the P
+    programs in waves, every second one backwards, so that all programs have about the same to do. The last
+    wave of a section of heads may be short: the next section starts with the program where it ended."""
     P = gl.num_programs(0)
-    section, rnd = n // ROUNDS, n % ROUNDS
-    seat = (gl.program_id(0) + section * (n_tiles * SECTION - (ROUNDS - 1) * P)) % P
-    i = rnd * P + gl.where(rnd % 2 == 0, seat, P - 1 - seat)
-    exists, i = i < n_tiles * SECTION, gl.minimum(i, n_tiles * SECTION - 1)
-    return i // SECTION, section * SECTION + i % SECTION, exists
+    section, wave = n // WAVES, n % WAVES
+    turn = (gl.program_id(0) + section * (n_tiles * L2_HEADS - (WAVES - 1) * P)) % P
+    i = wave * P + gl.where(wave % 2 == 0, turn, P - 1 - turn)
+    exists, i = i < n_tiles * L2_HEADS, gl.minimum(i, n_tiles * L2_HEADS - 1)
+    return i // L2_HEADS, section * L2_HEADS + i % L2_HEADS, exists
+
+
+@gluon.jit
+def work_tile(n, dims, BLOCK: constexpr, BLOCK_STREAMED: constexpr, DKV: constexpr, CAUSAL: constexpr,
+              FORWARD: constexpr = False):  # fmt: skip
+    """This program's n-th WorkTile. DKV: keys are resident and queries streamed; else the other way round."""
+    n_resident = gl.cdiv(dims.T, BLOCK)
+    heads = dims.H // dims.G if DKV else dims.H
+    tile, bh, exists = tile_scheduler(n, n_resident, dims.L2_HEADS, dims.WAVES)
+    start = (tile if DKV else n_resident - 1 - tile) * BLOCK  # the first keys and last queries are longest
+    b, h = bh // heads, bh % heads
+    hop = dims.HOP + (b // dims.GROUP_B) * HOP_COLUMNS
+    last = gl.minimum(start + BLOCK, dims.T) - 1
+    if DKV:
+        begin = first_query(hop, start, dims.T, CAUSAL)
+        first = begin // BLOCK_STREAMED
+        n_tiles = gl.where(begin < dims.T, gl.cdiv(dims.T, BLOCK_STREAMED) - first, 0)
+        full_begin = first_query(hop, last, dims.T, CAUSAL)
+        n_masked = gl.minimum(gl.cdiv(full_begin, BLOCK_STREAMED) - first, n_tiles)
+    else:
+        n_tiles = gl.cdiv(keys_seen(hop, last, dims.T, CAUSAL), BLOCK_STREAMED)
+        first = n_tiles - 1
+        n_masked = n_tiles - keys_seen(hop, start, dims.T, CAUSAL) // BLOCK_STREAMED
+    carry = gl.load(hop + (CARRY_GRAD if DKV else CARRY))
+    if FORWARD:  # its loop wants a first tile; without a carry there is something to write
+        n_tiles = gl.where(exists, gl.maximum(n_tiles, 1 - gl.minimum(carry, 1)), 0)
+        active = n_tiles > 0
+    else:
+        active = exists & ((n_tiles > 0) | (carry == 0))
+    return WorkTile(b, h, start, hop, first, n_masked, n_tiles, active)
 
 
 @gluon.jit
 def store_tile(desc, smem, x, b, row, h):
-    """x into the tile from (b, row, h) on of a 16-bit (B, T, H, D) tensor, by TMA: what lies outside is left out. Nothing may be on its
-    way out of the buffer."""
+    """x into the tile from (b, row, h) on of a 16-bit (B, T, H, D) tensor, by TMA: rows past the end are left
+    out. No earlier store from the buffer may be under way."""
     smem.reshape(x.shape).store(x.to(desc.dtype))
     fence_async_shared()
     tma_store(desc, [b, row, h, 0], smem)
 
 
 @gluon.jit
-def state_offsets(b, h, row, T, H, ROWS: gl.constexpr, BLOCK_D: gl.constexpr, HEAD_DIM: gl.constexpr, LAYOUT: gl.constexpr):
-    """A tile of a contiguous (B, T, H, D) tensor: its first element, and offsets from there, and mask, [ROWS, BLOCK_D]."""
-    rows, cols = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, LAYOUT))
+def state_offsets(b, h, row, T, H, ROWS: constexpr, BLOCK_D: constexpr, HEAD_DIM: constexpr,
+                  LAYOUT: constexpr):  # fmt: skip
+    """A tile of a contiguous (B, T, H, D) tensor: first element; offsets from it, mask: [ROWS, BLOCK_D]."""
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    cols = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, LAYOUT))
     first = ((b.to(gl.int64) * T + row) * H + h) * HEAD_DIM
-    return first, (rows * (H * HEAD_DIM))[:, None] + cols[None, :], (row + rows < T)[:, None] & (cols < HEAD_DIM)[None, :]
+    mask = (row + rows < T)[:, None] & (cols < HEAD_DIM)[None, :]
+    return first, (rows * (H * HEAD_DIM))[:, None] + cols[None, :], mask
 
 
 @gluon.jit
-def fwd_work_tile(n, problem, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
-    """Batch, head, first query and HopRow of this program's n-th item; how many of its tiles of keys no row masks; how many there are,
-    0 if there is no such item."""
-    HOP, B, H, G, T, GROUP_B, SECTION, ROUNDS = problem
-    n_m = gl.cdiv(T, BLOCK_M)
-    tile, bh, exists = tile_scheduler(n, n_m, SECTION, ROUNDS)
-    start_m = (n_m - 1 - tile) * BLOCK_M  # under a causal mask the last queries see the most keys
-    b, h = bh // H, bh % H
-    hop = HOP + (b // GROUP_B) * HOP_COLUMNS
-    n_full, n_end = T, T
-    if CAUSAL:
-        n_full = n_le(hop + 3, position(hop, start_m, T), T)
-        n_end = n_le(hop + 3, position(hop, gl.minimum(start_m + BLOCK_M, T) - 1, T), T)
-    n_tiles = gl.maximum(gl.cdiv(n_end, BLOCK_N), 1 - gl.minimum(gl.load(hop + 7), 1))  # without a carry there is something to write
-    return b, h, start_m, hop, n_full // BLOCK_N, gl.where(exists, n_tiles, 0)
-
-
-@gluon.jit
-def fwd_producer(descs, buffers, problem, CAUSAL: gl.constexpr):
+def fwd_producer(descs, smem, dims, CAUSAL: constexpr):
     q_desc, k_desc, v_desc = descs
-    q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full = buffers
-    HOP, B, H, G, T, GROUP_B, SECTION, ROUNDS = problem
-    CONSUMERS: gl.constexpr = q_smem.shape[0]
-    STAGES: gl.constexpr = k_smem.shape[0]
-    ROWS: gl.constexpr = q_smem.shape[2]
-    BLOCK_N: gl.constexpr = k_smem.shape[2]
-    item, tile = 0, 0  # used so far: they say which buffer is next, and the phase of its barriers
-    for n in range(B * H // SECTION * ROUNDS):
-        b, h, start_m, hop, n_full, n_tiles = fwd_work_tile(n, problem, CONSUMERS * ROWS, BLOCK_N, CAUSAL)
-        if n_tiles > 0:
+    CONSUMERS: constexpr = smem.q.shape[0]
+    STAGES: constexpr = smem.k.shape[0]
+    ROWS: constexpr = smem.q.shape[2]
+    BLOCK_N: constexpr = smem.k.shape[2]
+    n_done, tile = 0, 0  # work tiles, and tiles of keys, so far: they give the buffer and the phase
+    for n in range(dims.B * dims.H // dims.L2_HEADS * dims.WAVES):
+        work = work_tile(n, dims, CONSUMERS * ROWS, BLOCK_N, False, CAUSAL, FORWARD=True)
+        if work.active:
+            n_tiles = work.n_tiles
+            hk = work.h // dims.G
             for j in range(n_tiles):
                 s = tile % STAGES
                 start_n = (n_tiles - 1 - j) * BLOCK_N  # from the diagonal down: the masked tiles come first
                 if tile >= STAGES:
                     producer_acquire(s, CONSUMERS)
-                mbarrier.expect(k_full.index(s), k_desc.block_type.nbytes)
-                tma_load(k_desc, [b, start_n, h // G, 0], k_full.index(s), k_smem.index(s))
+                mbarrier.expect(smem.k_full.index(s), k_desc.block_type.nbytes)
+                tma_load(k_desc, [work.b, start_n, hk, 0], smem.k_full.index(s), smem.k.index(s))
                 if j == 0:
                     for c in gl.static_range(CONSUMERS):
-                        mbarrier.wait(q_empty.index(c), item & 1 ^ 1)
-                        mbarrier.expect(q_full.index(c), q_desc.block_type.nbytes)
-                        tma_load(q_desc, [b, start_m + c * ROWS, h, 0], q_full.index(c), q_smem.index(c))
+                        mbarrier.wait(smem.q_empty.index(c), n_done & 1 ^ 1)
+                        mbarrier.expect(smem.q_full.index(c), q_desc.block_type.nbytes)
+                        row = work.start + c * ROWS
+                        tma_load(q_desc, [work.b, row, work.h, 0], smem.q_full.index(c), smem.q.index(c))
                 if tile >= STAGES:
                     producer_acquire(STAGES + s, CONSUMERS)
-                mbarrier.expect(v_full.index(s), v_desc.block_type.nbytes)
-                tma_load(v_desc, [b, start_n, h // G, 0], v_full.index(s), v_smem.index(s))
+                mbarrier.expect(smem.v_full.index(s), v_desc.block_type.nbytes)
+                tma_load(v_desc, [work.b, start_n, hk, 0], smem.v_full.index(s), smem.v.index(s))
                 tile += 1
-            item += 1
+            n_done += 1
 
 
 @gluon.jit
 def online_softmax_max(s, m_i, qk_scale, offs_n, row_end, masked):
-    """A tile of scores, masked; the rows' new maximum; what p = exp2(s - shift) takes off; what that does to their sum and output so far."""
+    """A tile of scores, masked; the rows' new maximum; shift, for p = exp2(s - shift); alpha, the factor for
+    the rows' sum and output so far."""
     if masked:
         s = gl.where(offs_n[None, :] < row_end[:, None], s, -float("inf"))
     m_new = gl.maximum(m_i, gl.max(s, 1) * qk_scale)
-    shift = gl.where(m_new == -float("inf"), 0.0, m_new)  # a row that has seen no key yet: p = exp2(-inf - 0) = 0, not nan
+    shift = gl.where(m_new == -float("inf"), 0.0, m_new)  # a row without a key yet: exp2(-inf - 0), not nan
     return s, m_new, shift, gl.exp2(m_i - shift)
 
 
 @gluon.jit
-def fwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr):
-    o_desc, o_smem, ACC, LSE, sm_scale = state
-    q_smem, k_smem, v_smem, q_full, q_empty, k_full, v_full = buffers
-    HOP, B, H, G, T, GROUP_B, SECTION, ROUNDS = problem
-    CONSUMERS: gl.constexpr = q_smem.shape[0]
-    STAGES: gl.constexpr = k_smem.shape[0]
-    ROWS: gl.constexpr = q_smem.shape[2]
-    BLOCK_N: gl.constexpr = k_smem.shape[2]
-    BLOCK_D: gl.constexpr = k_smem.shape[4]
-    s_layout: gl.constexpr = product_layout(BLOCK_N)
-    o_layout: gl.constexpr = product_layout(BLOCK_D)
-    p_layout: gl.constexpr = operand_layout(BLOCK_D)
-    row_s: gl.constexpr = gl.SliceLayout(1, s_layout)
-    row_o: gl.constexpr = gl.SliceLayout(1, o_layout)
-    q = q_smem.index(c).reshape([ROWS, BLOCK_D])
+def fwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, CAUSAL: constexpr):
+    o_desc, o_smem, ACC, LSE, sm_scale = out
+    CONSUMERS: constexpr = smem.q.shape[0]
+    STAGES: constexpr = smem.k.shape[0]
+    ROWS: constexpr = smem.q.shape[2]
+    BLOCK_N: constexpr = smem.k.shape[2]
+    BLOCK_D: constexpr = smem.k.shape[4]
+    s_layout: constexpr = product_layout(BLOCK_N)
+    o_layout: constexpr = product_layout(BLOCK_D)
+    p_layout: constexpr = operand_layout(BLOCK_D)
+    row_s: constexpr = gl.SliceLayout(1, s_layout)
+    row_o: constexpr = gl.SliceLayout(1, o_layout)
+    dtype: constexpr = smem.k.dtype
+    T = dims.T
+    q = matrix(smem.q, c)
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
     offs_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))
     qk_scale = sm_scale * LOG2E
-    item, tile = 0, 0
-    for n in range(B * H // SECTION * ROUNDS):
-        b, h, start_m, hop, n_full, n_tiles = fwd_work_tile(n, problem, CONSUMERS * ROWS, BLOCK_N, CAUSAL)
-        if n_tiles > 0:
-            offs_m = start_m + c * ROWS + gl.arange(0, ROWS, layout=row_s)
+    n_done, tile = 0, 0
+    for n in range(dims.B * dims.H // dims.L2_HEADS * dims.WAVES):
+        work = work_tile(n, dims, CONSUMERS * ROWS, BLOCK_N, False, CAUSAL, FORWARD=True)
+        if work.active:
+            n_tiles = work.n_tiles
+            start_m, hop = work.start + c * ROWS, work.hop
+            offs_m = start_m + gl.arange(0, ROWS, layout=row_s)
             m_i = gl.full([ROWS], -float("inf"), gl.float32, row_s)
             acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
             start_n = (n_tiles - 1) * BLOCK_N
             s = tile % STAGES
-            mbarrier.wait(q_full.index(c), item & 1)
-            mbarrier.wait(k_full.index(s), tile // STAGES & 1)
-            s_async = warpgroup_mma(q, k_smem.index(s).reshape([BLOCK_N, BLOCK_D]).permute((1, 0)), zero, use_acc=False, is_async=True)
-            if CAUSAL:
-                row_end = n_le(hop + 3, position(hop, offs_m, T), T)  # each row sees the keys [0, row_end)
-            else:
-                row_end = gl.full([ROWS], T, gl.int32, row_s)
+            mbarrier.wait(smem.q_full.index(c), n_done & 1)
+            mbarrier.wait(smem.k_full.index(s), tile // STAGES & 1)
+            s_async = warpgroup_mma(q, matrix(smem.k, s).permute((1, 0)), zero, use_acc=False, is_async=True)
+            row_end = keys_seen(hop, offs_m, T, CAUSAL)
             scores = warpgroup_mma_wait(0, (s_async,))  # [BLOCK_M, BLOCK_N]
             consumer_release(s, CONSUMERS)
-            scores, m_i, shift, alpha = online_softmax_max(scores, m_i, qk_scale, start_n + offs_n, row_end, True)
+            offs_j = start_n + offs_n
+            scores, m_i, shift, alpha = online_softmax_max(scores, m_i, qk_scale, offs_j, row_end, True)
             p = gl.exp2(scores * qk_scale - shift[:, None])
             l_i = gl.sum(p, 1)
-            p = gl.convert_layout(p.to(k_smem.dtype), p_layout)
+            p = gl.convert_layout(p.to(dtype), p_layout)
             for j in range(1, n_tiles):
                 s, last = (tile + j) % STAGES, (tile + j - 1) % STAGES
-                mbarrier.wait(k_full.index(s), (tile + j) // STAGES & 1)
-                s_async = warpgroup_mma(q, k_smem.index(s).reshape([BLOCK_N, BLOCK_D]).permute((1, 0)), zero, use_acc=False, is_async=True)
-                mbarrier.wait(v_full.index(last), (tile + j - 1) // STAGES & 1)
-                acc_async = warpgroup_mma(p, v_smem.index(last).reshape([BLOCK_N, BLOCK_D]), acc, is_async=True)
+                mbarrier.wait(smem.k_full.index(s), (tile + j) // STAGES & 1)
+                k_t = matrix(smem.k, s).permute((1, 0))
+                s_async = warpgroup_mma(q, k_t, zero, use_acc=False, is_async=True)
+                mbarrier.wait(smem.v_full.index(last), (tile + j - 1) // STAGES & 1)
+                acc_async = warpgroup_mma(p, matrix(smem.v, last), acc, is_async=True)
                 scores = warpgroup_mma_wait(1, (s_async,))
-                scores, m_i, shift, alpha = online_softmax_max(scores, m_i, qk_scale, start_n - j * BLOCK_N + offs_n, row_end, j < n_tiles - n_full)
+                offs_j, masked = start_n - j * BLOCK_N + offs_n, j < work.n_masked
+                scores, m_i, shift, alpha = online_softmax_max(scores, m_i, qk_scale, offs_j, row_end, masked)
                 consumer_release_after(alpha, s, CONSUMERS)
                 acc = warpgroup_mma_wait(0, (acc_async,))  # p is in registers: they may not be written before
                 consumer_release(STAGES + last, CONSUMERS)
                 p_new = gl.exp2(scores * qk_scale - shift[:, None])
                 l_i = l_i * alpha + gl.sum(p_new, 1)
-                p = gl.convert_layout(p_new.to(k_smem.dtype), p_layout)
+                p = gl.convert_layout(p_new.to(dtype), p_layout)
                 acc = acc * gl.convert_layout(alpha, row_o)[:, None]
             tile += n_tiles
-            item += 1
-            mbarrier.arrive(q_empty.index(c), count=1)
+            n_done += 1
+            mbarrier.arrive(smem.q_empty.index(c), count=1)
             s = (tile - 1) % STAGES
-            mbarrier.wait(v_full.index(s), (tile - 1) // STAGES & 1)
-            acc = warpgroup_mma(p, v_smem.index(s).reshape([BLOCK_N, BLOCK_D]), acc, is_async=True)
+            mbarrier.wait(smem.v_full.index(s), (tile - 1) // STAGES & 1)
+            acc = warpgroup_mma(p, matrix(smem.v, s), acc, is_async=True)
             acc = warpgroup_mma_wait(0, (acc,))
             consumer_release(STAGES + s, CONSUMERS)
 
-            first, offs, mask = state_offsets(b, h, start_m + c * ROWS, T, H, ROWS, BLOCK_D, HEAD_DIM, o_layout)
+            b, h, H = work.b, work.h, dims.H
+            first, offs, mask = state_offsets(b, h, start_m, T, H, ROWS, BLOCK_D, HEAD_DIM, o_layout)
             lse_rows = LSE + (b * H + h).to(gl.int64) * T + offs_m
             l_i = gl.where(l_i == 0.0, 1.0, l_i)  # a row that saw no key: acc = 0, lse = -inf
             lse = m_i + gl.log2(l_i)
             weight = 1.0 / l_i
-            if gl.load(hop + 7) > 0:  # the state of earlier hops joins here and not at the start, where it would delay the first tile
+            if gl.load(hop + CARRY) > 0:  # the state of earlier hops; at the start it would cause delay
                 old = gl.load(lse_rows, mask=offs_m < T, other=-float("inf")) * LOG2E
                 top = gl.maximum(old, lse)
                 shift = gl.where(top == -float("inf"), 0.0, top)
                 top = shift + gl.log2(gl.exp2(old - shift) + gl.exp2(lse - shift))
                 shift = gl.where(top == -float("inf"), 0.0, top)
                 acc = acc * gl.convert_layout(weight * gl.exp2(lse - shift), row_o)[:, None]
-                acc += gl.load(ACC + first + offs, mask=mask, other=0.0) * gl.convert_layout(gl.exp2(old - shift), row_o)[:, None]
+                old_weight = gl.convert_layout(gl.exp2(old - shift), row_o)[:, None]
+                acc += gl.load(ACC + first + offs, mask=mask, other=0.0) * old_weight
                 lse = top
             else:
                 acc = acc * gl.convert_layout(weight, row_o)[:, None]
             gl.store(lse_rows, lse / LOG2E, mask=offs_m < T)
-            if position(hop, gl.minimum(start_m + CONSUMERS * ROWS, T) - 1, T) < gl.load(hop + 6):
+            last_m = gl.minimum(work.start + CONSUMERS * ROWS, T) - 1
+            if position(hop + Q_LAYOUT, last_m, T) < gl.load(hop + NEXT_START):
                 tma.store_wait(0)
-                all_here()
-                store_tile(o_desc, o_smem.index(c), acc, b, start_m + c * ROWS, h)
+                warpgroup_barrier()
+                store_tile(o_desc, o_smem.index(c), acc, b, start_m, h)
             else:
                 gl.store(ACC + first + offs, acc, mask=mask)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["B", "H", "G", "T", "GROUP_B", "SECTION", "ROUNDS"])
-def hopper_fwd_kernel(q_desc, k_desc, v_desc, o_desc, ACC, LSE, HOP, sm_scale, B, H, G, T, GROUP_B, SECTION, ROUNDS,
-                      HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    q_smem = gl.allocate_shared_memory(q_desc.dtype, [CONSUMERS] + q_desc.block_type.shape, q_desc.layout)
-    k_smem = gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout)
-    v_smem = gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout)
-    buffers = (q_smem, k_smem, v_smem, barriers(CONSUMERS), barriers(CONSUMERS), barriers(STAGES), barriers(STAGES))
-    problem = (HOP, B, H, G, T, GROUP_B, SECTION, ROUNDS)
-    o_smem = gl.allocate_shared_memory(o_desc.dtype, [CONSUMERS] + o_desc.block_type.shape, o_desc.layout)
-    descs, state = (q_desc, k_desc, v_desc), (o_desc, o_smem, ACC, LSE, sm_scale)
+@gluon.jit
+def matrix(buffers, i):
+    """Tile i of a buffer of (1, rows, 1, columns) tiles, [rows, columns]."""
+    return buffers.index(i).reshape([buffers.shape[2], buffers.shape[4]])
+
+
+@gluon.jit
+def tiles_like(desc, N: constexpr):
+    """Shared memory for N of the tiles that desc describes."""
+    return gl.allocate_shared_memory(desc.dtype, [N] + desc.block_type.shape, desc.layout)
+
+
+@gluon.jit(do_not_specialize=["B", "H", "G", "T", "GROUP_B", "L2_HEADS", "WAVES"])
+def hopper_fwd_kernel(q_desc, k_desc, v_desc, o_desc, ACC, LSE, HOP, sm_scale, B, H, G, T, GROUP_B, L2_HEADS,
+                      WAVES, HEAD_DIM: constexpr, CAUSAL: constexpr, CONSUMERS: constexpr,
+                      STAGES: constexpr):  # fmt: skip
+    q, k, v = tiles_like(q_desc, CONSUMERS), tiles_like(k_desc, STAGES), tiles_like(v_desc, STAGES)
+    full, empty = barriers(CONSUMERS), barriers(CONSUMERS)
+    smem = FwdBuffers(q, k, v, full, empty, barriers(STAGES), barriers(STAGES))
+    dims = Dims(HOP, B, H, G, T, GROUP_B, L2_HEADS, WAVES)
+    descs, out = (q_desc, k_desc, v_desc), (o_desc, tiles_like(o_desc, CONSUMERS), ACC, LSE, sm_scale)
     if CONSUMERS == 2:  # registers: 240 for a consumer's thread, 24 for the producer's
         gl.warp_specialize([
-            (fwd_consumer, (0, state, buffers, problem, HEAD_DIM, CAUSAL)),
-            (fwd_consumer, (1, state, buffers, problem, HEAD_DIM, CAUSAL)),
-            (fwd_producer, (descs, buffers, problem, CAUSAL)),
+            (fwd_consumer, (0, out, smem, dims, HEAD_DIM, CAUSAL)),
+            (fwd_consumer, (1, out, smem, dims, HEAD_DIM, CAUSAL)),
+            (fwd_producer, (descs, smem, dims, CAUSAL)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (fwd_consumer, (0, state, buffers, problem, HEAD_DIM, CAUSAL)),
-            (fwd_consumer, (1, state, buffers, problem, HEAD_DIM, CAUSAL)),
-            (fwd_consumer, (2, state, buffers, problem, HEAD_DIM, CAUSAL)),
-            (fwd_producer, (descs, buffers, problem, CAUSAL)),
+            (fwd_consumer, (0, out, smem, dims, HEAD_DIM, CAUSAL)),
+            (fwd_consumer, (1, out, smem, dims, HEAD_DIM, CAUSAL)),
+            (fwd_consumer, (2, out, smem, dims, HEAD_DIM, CAUSAL)),
+            (fwd_producer, (descs, smem, dims, CAUSAL)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
-# The backward is one kernel. dq: a tile of q and do stays (a, a2), tiles of k and v stream by (b, b2). dk, dv: the other way round.
-# s = a b^T, dp = a2 b2^T, ds = p * (dp - delta), acc += ds b; and for dv, acc2 += p b2
+# The backward is one kernel with two modes.
+#            resident   resident_dp   streamed   streamed_dp   acc   dv
+#   DKV = 0  q          do            k          v             dq    (none)
+#   DKV = 1  k          v             q          do            dk    dv
+# s = resident streamed^T, dp = resident_dp streamed_dp^T, ds = p * (dp - delta)
+# acc += ds streamed, dv += p streamed_dp
 
 
 @gluon.jit
-def bwd_work_tile(n, problem, BLOCK_A: gl.constexpr, BLOCK_B: gl.constexpr, DKV: gl.constexpr, CAUSAL: gl.constexpr):
-    """Batch, head, first row and HopRow of this program's n-th item; the first tile that streams by, the masked ones coming first; how
-    many are masked; how many there are; whether there is anything to do."""
-    HOP, B, H, G, T, GROUP_B, SECTION, ROUNDS = problem
-    n_a = gl.cdiv(T, BLOCK_A)
-    heads = H // G if DKV else H
-    tile, bh, exists = tile_scheduler(n, n_a, SECTION, ROUNDS)
-    start = (tile if DKV else n_a - 1 - tile) * BLOCK_A  # under a causal mask the first keys, and the last queries, have the most to do
-    b, h = bh // heads, bh % heads
-    hop = HOP + (b // GROUP_B) * HOP_COLUMNS
-    end = gl.minimum(start + BLOCK_A, T) - 1
-    if DKV:
-        lo, full = 0, 0
-        if CAUSAL:
-            lo = n_le(hop, position(hop + 3, start, T) - 1, T)  # queries before this see none of the keys
-            full = n_le(hop, position(hop + 3, end, T) - 1, T)  # from here on, all of them
-        first = lo // BLOCK_B
-        n_tiles = gl.where(lo < T, gl.cdiv(T, BLOCK_B) - first, 0)
-        n_masked = gl.minimum(gl.cdiv(full, BLOCK_B) - first, n_tiles)
-    else:
-        full, hi = T, T
-        if CAUSAL:
-            full = n_le(hop + 3, position(hop, start, T), T)
-            hi = n_le(hop + 3, position(hop, end, T), T)
-        n_tiles = gl.cdiv(hi, BLOCK_B)
-        first = n_tiles - 1
-        n_masked = n_tiles - full // BLOCK_B
-    active = exists & ((n_tiles > 0) | (gl.load(hop + 7 + DKV) == 0))  # without a carry there is something to write
-    return b, h, start, hop, first, n_masked, n_tiles, active
-
-
-@gluon.jit
-def bwd_producer(descs, buffers, problem, DKV: gl.constexpr, CAUSAL: gl.constexpr):
-    a_desc, a2_desc, b_desc, b2_desc, rows_desc = descs
-    a_smem, a2_smem, b_smem, b2_smem, rows_smem, a_full, a_empty, b_full, b2_full = buffers
-    HOP, B, H, G, T, GROUP_B, SECTION, ROUNDS = problem
-    CONSUMERS: gl.constexpr = a_smem.shape[0]
-    STAGES: gl.constexpr = b_smem.shape[0]
-    ROWS: gl.constexpr = a_smem.shape[2]
-    BLOCK_B: gl.constexpr = b_smem.shape[2]
-    item, tile = 0, 0
-    for n in range(B * (H // G if DKV else H) // SECTION * ROUNDS):
-        b, h, start, hop, first, n_masked, n_tiles, active = bwd_work_tile(n, problem, CONSUMERS * ROWS, BLOCK_B, DKV, CAUSAL)
-        if active:
+def bwd_producer(descs, smem, dims, DKV: constexpr, CAUSAL: constexpr):
+    resident_desc, resident_dp_desc, streamed_desc, streamed_dp_desc, lse_delta_desc = descs
+    CONSUMERS: constexpr = smem.resident.shape[0]
+    STAGES: constexpr = smem.streamed.shape[0]
+    ROWS: constexpr = smem.resident.shape[2]
+    BLOCK: constexpr = smem.streamed.shape[2]
+    G = dims.G
+    n_done, tile = 0, 0
+    for n in range(dims.B * (dims.H // G if DKV else dims.H) // dims.L2_HEADS * dims.WAVES):
+        work = work_tile(n, dims, CONSUMERS * ROWS, BLOCK, DKV, CAUSAL)
+        if work.active:
             for c in gl.static_range(CONSUMERS):
-                mbarrier.wait(a_empty.index(c), item & 1 ^ 1)
-                mbarrier.expect(a_full.index(c), 2 * a_desc.block_type.nbytes)
-                tma_load(a_desc, [b, start + c * ROWS, h, 0], a_full.index(c), a_smem.index(c))
-                tma_load(a2_desc, [b, start + c * ROWS, h, 0], a_full.index(c), a2_smem.index(c))
+                bar, row = smem.resident_full.index(c), work.start + c * ROWS
+                mbarrier.wait(smem.resident_empty.index(c), n_done & 1 ^ 1)
+                mbarrier.expect(bar, 2 * resident_desc.block_type.nbytes)
+                tma_load(resident_desc, [work.b, row, work.h, 0], bar, smem.resident.index(c))
+                tma_load(resident_dp_desc, [work.b, row, work.h, 0], bar, smem.resident_dp.index(c))
             for g in range(G if DKV else 1):  # the query heads that share this key head
-                h_b = h * G + g if DKV else h // G
-                for j in range(n_tiles):
+                h = work.h * G + g if DKV else work.h // G
+                for j in range(work.n_tiles):
                     s = tile % STAGES
-                    row = (first + j if DKV else first - j) * BLOCK_B
+                    row = (work.first + j if DKV else work.first - j) * BLOCK
                     if tile >= STAGES:
                         producer_acquire(s, CONSUMERS)
+                    bar = smem.streamed_full.index(s)
                     if DKV:
-                        mbarrier.expect(b_full.index(s), b_desc.block_type.nbytes + rows_desc.block_type.nbytes)
-                        tma_load(rows_desc, [0, b * H + h_b, row], b_full.index(s), rows_smem.index(s))
+                        nbytes: constexpr = streamed_desc.block_type.nbytes + lse_delta_desc.block_type.nbytes
+                        mbarrier.expect(bar, nbytes)
+                        tma_load(lse_delta_desc, [0, work.b * dims.H + h, row], bar, smem.lse_delta.index(s))
                     else:
-                        mbarrier.expect(b_full.index(s), b_desc.block_type.nbytes)
-                    tma_load(b_desc, [b, row, h_b, 0], b_full.index(s), b_smem.index(s))
-                    mbarrier.expect(b2_full.index(s), b2_desc.block_type.nbytes)
-                    tma_load(b2_desc, [b, row, h_b, 0], b2_full.index(s), b2_smem.index(s))
+                        mbarrier.expect(bar, streamed_desc.block_type.nbytes)
+                    tma_load(streamed_desc, [work.b, row, h, 0], bar, smem.streamed.index(s))
+                    bar = smem.streamed_dp_full.index(s)
+                    mbarrier.expect(bar, streamed_dp_desc.block_type.nbytes)
+                    tma_load(streamed_dp_desc, [work.b, row, h, 0], bar, smem.streamed_dp.index(s))
                     tile += 1
-            item += 1
+            n_done += 1
 
 
 @gluon.jit
-def bwd_tiles(acc, acc2, ds, a, a2, lse, delta, buffers, start, lo, full, hi, offset, edge, qk_scale,
-              MASKED: gl.constexpr, DKV: gl.constexpr, LATE: gl.constexpr):  # fmt: skip
-    """Tiles lo to hi of those that stream by, the first one of the item being `start`; if MASKED, those before `full` are. LATE: acc
-    gets its product with ds only when the next tile's products start, so that the tensor cores have it to do while this warpgroup
-    computes p; ds then is the one of the tile before, 0 at first, and the last one is left to the caller."""
-    a_smem, a2_smem, b_smem, b2_smem, rows_smem, a_full, a_empty, b_full, b2_full = buffers
-    CONSUMERS: gl.constexpr = a_smem.shape[0]
-    STAGES: gl.constexpr = b_smem.shape[0]
-    ROWS: gl.constexpr = a_smem.shape[2]
-    BLOCK_B: gl.constexpr = b_smem.shape[2]
-    BLOCK_D: gl.constexpr = b_smem.shape[4]
-    s_layout: gl.constexpr = product_layout(BLOCK_B)
-    ds_layout: gl.constexpr = operand_layout(BLOCK_D)
-    zero = gl.zeros([ROWS, BLOCK_B], gl.float32, s_layout)
-    for tile in range(lo, hi):
-        s, phase, last = tile % STAGES, tile // STAGES & 1, gl.maximum(tile - 1, start) % STAGES
-        b, b2 = b_smem.index(s).reshape([BLOCK_B, BLOCK_D]), b2_smem.index(s).reshape([BLOCK_B, BLOCK_D])
-        b_last = b_smem.index(last).reshape([BLOCK_B, BLOCK_D])
-        mbarrier.wait(b_full.index(s), phase)
+def bwd_tiles(acc, dv, ds, resident, resident_dp, lse, delta, smem, first, begin, full, end, offset, edge,
+              qk_scale, MASKED: constexpr, DKV: constexpr, LATE: constexpr):  # fmt: skip
+    """Streamed tiles begin to end, the first one of the work tile being `first`; if MASKED, those before
+    `full` are masked.
+    LATE: acc gets its product with ds only when the next tile's products start, so that the tensor cores have
+    it to do while this warpgroup computes p. Then ds is the one of the tile before, 0 at first, and the last
+    one is left to the caller."""
+    CONSUMERS: constexpr = smem.resident.shape[0]
+    STAGES: constexpr = smem.streamed.shape[0]
+    ROWS: constexpr = smem.resident.shape[2]
+    BLOCK: constexpr = smem.streamed.shape[2]
+    BLOCK_D: constexpr = smem.streamed.shape[4]
+    s_layout: constexpr = product_layout(BLOCK)
+    ds_layout: constexpr = operand_layout(BLOCK_D)
+    dtype: constexpr = smem.streamed.dtype
+    zero = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
+    for tile in range(begin, end):
+        s, phase, last = tile % STAGES, tile // STAGES & 1, gl.maximum(tile - 1, first) % STAGES
+        streamed, streamed_dp = matrix(smem.streamed, s), matrix(smem.streamed_dp, s)
+        streamed_last = matrix(smem.streamed, last)
+        mbarrier.wait(smem.streamed_full.index(s), phase)
         if LATE and not DKV:
-            acc_async = warpgroup_mma(ds, b_last, acc, is_async=True)
-        s_async = warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
-        mbarrier.wait(b2_full.index(s), phase)
-        dp_async = warpgroup_mma(a2, b2.permute((1, 0)), zero, use_acc=False, is_async=True)
-        if LATE and DKV:  # before s for dq, behind dp for dk: as measured, the other ways are 3 to 10% slower
-            acc_async = warpgroup_mma(ds, b_last, acc, is_async=True)
+            acc_async = warpgroup_mma(ds, streamed_last, acc, is_async=True)
+        s_async = warpgroup_mma(resident, streamed.permute((1, 0)), zero, use_acc=False, is_async=True)
+        mbarrier.wait(smem.streamed_dp_full.index(s), phase)
+        dp_async = warpgroup_mma(resident_dp, streamed_dp.permute((1, 0)), zero, use_acc=False, is_async=True)
+        if LATE and DKV:  # before s for dq, behind dp for dk: the other ways are 3 to 10% slower (one H100)
+            acc_async = warpgroup_mma(ds, streamed_last, acc, is_async=True)
         if LATE and not DKV:
-            scores, acc = warpgroup_mma_wait(1, (s_async, acc_async))  # [BLOCK_A, BLOCK_B]
-            if tile > start:
+            scores, acc = warpgroup_mma_wait(1, (s_async, acc_async))  # [BLOCK_RESIDENT, BLOCK_STREAMED]
+            if tile > first:
                 consumer_release(last, CONSUMERS)
         else:
             scores = warpgroup_mma_wait(2 if LATE else 1, (s_async,))
         if DKV:
-            lse_t = rows_smem.index(s).reshape([2, BLOCK_B]).slice(0, 1).load(s_layout)  # [1, BLOCK_B]
+            lse_tile = smem.lse_delta.index(s).reshape([2, BLOCK]).slice(0, 1).load(s_layout)  # [1, BLOCK]
         else:
-            lse_t = lse[:, None]  # [BLOCK_A, 1]
-        p = gl.exp2(scores * qk_scale - lse_t)
+            lse_tile = lse[:, None]  # [BLOCK_RESIDENT, 1]
+        p = gl.exp2(scores * qk_scale - lse_tile)
         if MASKED:
             if tile < full:
-                offs_b = (offset + tile * BLOCK_B if DKV else offset - tile * BLOCK_B) + gl.arange(0, BLOCK_B, layout=gl.SliceLayout(0, s_layout))
-                visible = offs_b[None, :] >= edge[:, None] if DKV else offs_b[None, :] < edge[:, None]
+                start = offset + tile * BLOCK if DKV else offset - tile * BLOCK
+                offs = start + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, s_layout))
+                visible = offs[None, :] >= edge[:, None] if DKV else offs[None, :] < edge[:, None]
                 p = gl.where(visible, p, 0.0)
         if LATE and DKV:
             dp, acc = warpgroup_mma_wait(0, (dp_async, acc_async))
-            if tile > start:
+            if tile > first:
                 consumer_release(last, CONSUMERS)
         if DKV:
-            acc2_async = warpgroup_mma(gl.convert_layout(p.to(b_smem.dtype), ds_layout), b2, acc2, is_async=True)
+            p_operand = gl.convert_layout(p.to(dtype), ds_layout)
+            dv_async = warpgroup_mma(p_operand, streamed_dp, dv, is_async=True)
             if not LATE:
                 dp = warpgroup_mma_wait(1, (dp_async,))
-            delta_t = rows_smem.index(s).reshape([2, BLOCK_B]).slice(1, 1).load(s_layout)
+            delta_tile = smem.lse_delta.index(s).reshape([2, BLOCK]).slice(1, 1).load(s_layout)
         else:
             dp = warpgroup_mma_wait(0, (dp_async,))
-            delta_t = delta[:, None]
-        ds = gl.convert_layout((p * (dp - delta_t)).to(b_smem.dtype), ds_layout)
+            delta_tile = delta[:, None]
+        ds = gl.convert_layout((p * (dp - delta_tile)).to(dtype), ds_layout)
         if not LATE:
-            acc_async = warpgroup_mma(ds, b, acc, is_async=True)
+            acc_async = warpgroup_mma(ds, streamed, acc, is_async=True)
             if DKV:
-                acc, acc2 = warpgroup_mma_wait(0, (acc_async, acc2_async))
+                acc, dv = warpgroup_mma_wait(0, (acc_async, dv_async))
             else:
                 acc = warpgroup_mma_wait(0, (acc_async,))
             consumer_release(s, CONSUMERS)
         elif DKV:
-            acc2 = warpgroup_mma_wait(0, (acc2_async,))
-    return acc, acc2, ds
+            dv = warpgroup_mma_wait(0, (dv_async,))
+    return acc, dv, ds
 
 
 @gluon.jit
-def bwd_consumer(c: gl.constexpr, state, buffers, problem, HEAD_DIM: gl.constexpr, DKV: gl.constexpr, CAUSAL: gl.constexpr):
-    LSE_LOG2, out_desc, out2_desc, out_smem, out2_smem, ACC, ACC2, sm_scale = state
-    a_smem, a2_smem, b_smem, b2_smem, rows_smem, a_full, a_empty, b_full, b2_full = buffers
-    HOP, B, H, G, T, GROUP_B, SECTION, ROUNDS = problem
-    CONSUMERS: gl.constexpr = a_smem.shape[0]
-    STAGES: gl.constexpr = b_smem.shape[0]
-    ROWS: gl.constexpr = a_smem.shape[2]
-    BLOCK_B: gl.constexpr = b_smem.shape[2]
-    BLOCK_D: gl.constexpr = b_smem.shape[4]
-    LATE: gl.constexpr = BLOCK_D > 64  # three warpgroups, or tiles of twice the length, keep the tensor cores as busy
-    s_layout: gl.constexpr = product_layout(BLOCK_B)
-    o_layout: gl.constexpr = product_layout(BLOCK_D)
-    row_s: gl.constexpr = gl.SliceLayout(1, s_layout)
-    row_o: gl.constexpr = gl.SliceLayout(1, o_layout)
-    a, a2 = a_smem.index(c).reshape([ROWS, BLOCK_D]), a2_smem.index(c).reshape([ROWS, BLOCK_D])
+def bwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, DKV: constexpr, CAUSAL: constexpr):
+    LSE_DELTA, out_desc, dv_desc, out_smem, dv_smem, ACC, DV_ACC, sm_scale = out
+    CONSUMERS: constexpr = smem.resident.shape[0]
+    STAGES: constexpr = smem.streamed.shape[0]
+    ROWS: constexpr = smem.resident.shape[2]
+    BLOCK: constexpr = smem.streamed.shape[2]
+    BLOCK_D: constexpr = smem.streamed.shape[4]
+    LATE: constexpr = BLOCK_D > 64  # three warpgroups, or longer tiles, keep the tensor cores as busy
+    s_layout: constexpr = product_layout(BLOCK)
+    o_layout: constexpr = product_layout(BLOCK_D)
+    row_s: constexpr = gl.SliceLayout(1, s_layout)
+    row_o: constexpr = gl.SliceLayout(1, o_layout)
+    dtype: constexpr = smem.streamed.dtype
+    B, H, G, T = dims.B, dims.H, dims.G, dims.T
+    resident, resident_dp = matrix(smem.resident, c), matrix(smem.resident_dp, c)
     qk_scale = sm_scale * LOG2E
     heads = H // G if DKV else H
-    item, tile = 0, 0
-    for n in range(B * heads // SECTION * ROUNDS):
-        b, h, start, hop, first, n_masked, n_tiles, active = bwd_work_tile(n, problem, CONSUMERS * ROWS, BLOCK_B, DKV, CAUSAL)
-        if active:
-            offs_a = start + c * ROWS + gl.arange(0, ROWS, layout=row_s)
-            lse, delta, edge = offs_a, offs_a, offs_a  # unused where not set below
-            if DKV:  # lse and delta stream by; a key is seen by the queries from edge on
-                if CAUSAL:
-                    edge = n_le(hop, position(hop + 3, offs_a, T) - 1, T)
-            else:  # a query sees the keys before edge
-                T_pad = gl.cdiv(T, ROW_PAD) * ROW_PAD  # all of lse2, then all of delta
-                row = (b * H + h).to(gl.int64) * T_pad + offs_a
-                lse = gl.load(LSE_LOG2 + row, mask=offs_a < T, other=float("inf"))
-                delta = gl.load(LSE_LOG2 + B.to(gl.int64) * H * T_pad + row, mask=offs_a < T, other=0.0)
-                if CAUSAL:
-                    edge = n_le(hop + 3, position(hop, offs_a, T), T)
-                else:
-                    edge = gl.full([ROWS], T, gl.int32, row_s)
+    n_done, tile = 0, 0
+    for n in range(B * heads // dims.L2_HEADS * dims.WAVES):
+        work = work_tile(n, dims, CONSUMERS * ROWS, BLOCK, DKV, CAUSAL)
+        if work.active:
+            hop, row = work.hop, work.start + c * ROWS
+            offs = row + gl.arange(0, ROWS, layout=row_s)
+            lse, delta = offs, offs  # unused for dk, dv, where they are streamed
+            if DKV:
+                edge = first_query(hop, offs, T, CAUSAL)  # a key is seen by the queries from edge on
+            else:
+                edge = keys_seen(hop, offs, T, CAUSAL)  # a query sees the keys before edge
+                T_pad = gl.cdiv(T, ROW_PAD) * ROW_PAD  # all of lse, then all of delta
+                at = (work.b * H + work.h).to(gl.int64) * T_pad + offs
+                lse = gl.load(LSE_DELTA + at, mask=offs < T, other=float("inf"))
+                delta = gl.load(LSE_DELTA + B.to(gl.int64) * H * T_pad + at, mask=offs < T, other=0.0)
             acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
-            acc2 = acc
-            mbarrier.wait(a_full.index(c), item & 1)
-            ds, begin = gl.zeros([ROWS, BLOCK_B], b_smem.dtype, operand_layout(BLOCK_D)), tile
+            dv = acc
+            mbarrier.wait(smem.resident_full.index(c), n_done & 1)
+            ds, first = gl.zeros([ROWS, BLOCK], dtype, operand_layout(BLOCK_D)), tile
             for g in range(G if DKV else 1):
-                full, hi = tile + n_masked, tile + n_tiles
+                full, end = tile + work.n_masked, tile + work.n_tiles
+                offset = (work.first - tile if DKV else work.first + tile) * BLOCK
                 if DKV:  # two loops: a branch in one would cost registers
-                    offset = (first - tile) * BLOCK_B
                     if CAUSAL:
-                        acc, acc2, ds = bwd_tiles(acc, acc2, ds, a, a2, lse, delta, buffers, begin, tile, full, full, offset, edge, qk_scale, True, DKV, LATE)
+                        acc, dv, ds = bwd_tiles(
+                            acc, dv, ds, resident, resident_dp, lse, delta, smem, first, tile, full, full,
+                            offset, edge, qk_scale, True, DKV, LATE)  # fmt: skip
                         tile = full
-                    acc, acc2, ds = bwd_tiles(acc, acc2, ds, a, a2, lse, delta, buffers, begin, tile, full, hi, offset, edge, qk_scale, False, DKV, LATE)
-                else:
-                    offset = (first + tile) * BLOCK_B
-                    acc, acc2, ds = bwd_tiles(acc, acc2, ds, a, a2, lse, delta, buffers, begin, tile, full, hi, offset, edge, qk_scale, True, DKV, LATE)
-                tile = hi
+                acc, dv, ds = bwd_tiles(
+                    acc, dv, ds, resident, resident_dp, lse, delta, smem, first, tile, full, end, offset,
+                    edge, qk_scale, not DKV, DKV, LATE)  # fmt: skip
+                tile = end
             if LATE:
-                if n_tiles > 0:
+                if work.n_tiles > 0:
                     last = (tile - 1) % STAGES
-                    acc = warpgroup_mma(ds, b_smem.index(last).reshape([BLOCK_B, BLOCK_D]), acc, is_async=True)
+                    acc = warpgroup_mma(ds, matrix(smem.streamed, last), acc, is_async=True)
                     acc = warpgroup_mma_wait(0, (acc,))
                     consumer_release(last, CONSUMERS)
-            item += 1
-            mbarrier.arrive(a_empty.index(c), count=1)
+            n_done += 1
+            mbarrier.arrive(smem.resident_empty.index(c), count=1)
 
-            origin, offs, mask = state_offsets(b, h, start + c * ROWS, T, heads, ROWS, BLOCK_D, HEAD_DIM, o_layout)
+            origin, at, mask = state_offsets(work.b, work.h, row, T, heads, ROWS, BLOCK_D, HEAD_DIM, o_layout)
             acc = acc * sm_scale
-            carried = gl.load(hop + 7 + DKV)  # rows of ACC, from the first on, that hold the result of earlier hops
-            if carried > start + c * ROWS:
-                held = mask & (start + c * ROWS + gl.arange(0, ROWS, layout=row_o) < carried)[:, None]
-                acc += gl.load(ACC + origin + offs, mask=held, other=0.0)
+            carry = gl.load(hop + (CARRY_GRAD if DKV else CARRY))  # rows of ACC that earlier hops have filled
+            if carry > row:
+                held = mask & (row + gl.arange(0, ROWS, layout=row_o) < carry)[:, None]
+                acc += gl.load(ACC + origin + at, mask=held, other=0.0)
                 if DKV:
-                    acc2 += gl.load(ACC2 + origin + offs, mask=held, other=0.0)
+                    dv += gl.load(DV_ACC + origin + at, mask=held, other=0.0)
             if DKV:
-                done: gl.constexpr = out_desc.dtype == a_smem.dtype  # gradients that travel on are in float32
+                final: constexpr = out_desc.dtype == dtype  # gradients that travel on are in float32
             else:
-                done = position(hop, gl.minimum(start + CONSUMERS * ROWS, T) - 1, T) < gl.load(hop + 6)
-            if done:
+                last_m = gl.minimum(work.start + CONSUMERS * ROWS, T) - 1
+                final = position(hop + Q_LAYOUT, last_m, T) < gl.load(hop + NEXT_START)
+            if final:
                 tma.store_wait(0)
-                all_here()
-                store_tile(out_desc, out_smem.index(c), acc, b, start + c * ROWS, h)
+                warpgroup_barrier()
+                store_tile(out_desc, out_smem.index(c), acc, work.b, row, work.h)
                 if DKV:
-                    store_tile(out2_desc, out2_smem.index(c), acc2, b, start + c * ROWS, h)
+                    store_tile(dv_desc, dv_smem.index(c), dv, work.b, row, work.h)
             else:
-                gl.store(ACC + origin + offs, acc, mask=mask)
+                gl.store(ACC + origin + at, acc, mask=mask)
                 if DKV:
-                    gl.store(ACC2 + origin + offs, acc2, mask=mask)
+                    gl.store(DV_ACC + origin + at, dv, mask=mask)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["B", "H", "G", "T", "GROUP_B", "SECTION", "ROUNDS"])
-def hopper_bwd_kernel(a_desc, a2_desc, b_desc, b2_desc, rows_desc, out_desc, out2_desc, LSE_LOG2, ACC, ACC2, HOP, sm_scale,
-                      B, H, G, T, GROUP_B, SECTION, ROUNDS,
-                      DKV: gl.constexpr, HEAD_DIM: gl.constexpr, CAUSAL: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    a_smem = gl.allocate_shared_memory(a_desc.dtype, [CONSUMERS] + a_desc.block_type.shape, a_desc.layout)
-    a2_smem = gl.allocate_shared_memory(a_desc.dtype, [CONSUMERS] + a_desc.block_type.shape, a_desc.layout)
-    b_smem = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_type.shape, b_desc.layout)
-    b2_smem = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_type.shape, b_desc.layout)
-    rows_smem = a_smem  # of no use for dq
+@gluon.jit(do_not_specialize=["B", "H", "G", "T", "GROUP_B", "L2_HEADS", "WAVES"])
+def hopper_bwd_kernel(resident_desc, resident_dp_desc, streamed_desc, streamed_dp_desc, lse_delta_desc,
+                      out_desc, dv_desc, LSE_DELTA, ACC, DV_ACC, HOP, sm_scale,
+                      B, H, G, T, GROUP_B, L2_HEADS, WAVES,
+                      DKV: constexpr, HEAD_DIM: constexpr, CAUSAL: constexpr, CONSUMERS: constexpr,
+                      STAGES: constexpr):  # fmt: skip
+    resident, resident_dp = tiles_like(resident_desc, CONSUMERS), tiles_like(resident_desc, CONSUMERS)
+    streamed, streamed_dp = tiles_like(streamed_desc, STAGES), tiles_like(streamed_desc, STAGES)
+    lse_delta = resident  # unused for dq
     if DKV:
-        rows_smem = gl.allocate_shared_memory(gl.float32, [STAGES] + rows_desc.block_type.shape, rows_desc.layout)
-    buffers = (a_smem, a2_smem, b_smem, b2_smem, rows_smem, barriers(CONSUMERS), barriers(CONSUMERS), barriers(STAGES), barriers(STAGES))
-    problem = (HOP, B, H, G, T, GROUP_B, SECTION, ROUNDS)
-    out_smem, out2_smem = a_smem, a2_smem  # never written: gradients that travel on are in float32 and stored from registers
-    if out_desc.dtype == a_desc.dtype:
-        out_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS] + out_desc.block_type.shape, out_desc.layout)
+        lse_delta = tiles_like(lse_delta_desc, STAGES)
+    smem = BwdBuffers(resident, resident_dp, streamed, streamed_dp, lse_delta, barriers(CONSUMERS),
+                      barriers(CONSUMERS), barriers(STAGES), barriers(STAGES))  # fmt: skip
+    dims = Dims(HOP, B, H, G, T, GROUP_B, L2_HEADS, WAVES)
+    out_smem, dv_smem = resident, resident_dp  # unused by float32 gradients, which are stored from registers
+    if out_desc.dtype == resident_desc.dtype:
+        out_smem = tiles_like(out_desc, CONSUMERS)
         if DKV:
-            out2_smem = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS] + out_desc.block_type.shape, out_desc.layout)
-    descs, state = (a_desc, a2_desc, b_desc, b2_desc, rows_desc), (LSE_LOG2, out_desc, out2_desc, out_smem, out2_smem, ACC, ACC2, sm_scale)
+            dv_smem = tiles_like(out_desc, CONSUMERS)
+    descs = (resident_desc, resident_dp_desc, streamed_desc, streamed_dp_desc, lse_delta_desc)
+    out = (LSE_DELTA, out_desc, dv_desc, out_smem, dv_smem, ACC, DV_ACC, sm_scale)
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (bwd_consumer, (0, state, buffers, problem, HEAD_DIM, DKV, CAUSAL)),
-            (bwd_consumer, (1, state, buffers, problem, HEAD_DIM, DKV, CAUSAL)),
-            (bwd_producer, (descs, buffers, problem, DKV, CAUSAL)),
+            (bwd_consumer, (0, out, smem, dims, HEAD_DIM, DKV, CAUSAL)),
+            (bwd_consumer, (1, out, smem, dims, HEAD_DIM, DKV, CAUSAL)),
+            (bwd_producer, (descs, smem, dims, DKV, CAUSAL)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (bwd_consumer, (0, state, buffers, problem, HEAD_DIM, DKV, CAUSAL)),
-            (bwd_consumer, (1, state, buffers, problem, HEAD_DIM, DKV, CAUSAL)),
-            (bwd_consumer, (2, state, buffers, problem, HEAD_DIM, DKV, CAUSAL)),
-            (bwd_producer, (descs, buffers, problem, DKV, CAUSAL)),
+            (bwd_consumer, (0, out, smem, dims, HEAD_DIM, DKV, CAUSAL)),
+            (bwd_consumer, (1, out, smem, dims, HEAD_DIM, DKV, CAUSAL)),
+            (bwd_consumer, (2, out, smem, dims, HEAD_DIM, DKV, CAUSAL)),
+            (bwd_producer, (descs, smem, dims, DKV, CAUSAL)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
-# -----------------------------------------------------------------------------
-# launchers: one hop on real tensors. triton_* run the portable kernels, hopper_* those in Gluon, torch_* the reference; all take
-# the same arguments
-
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # the portable kernels then run on CPU tensors, in numpy
-
-
-@functools.lru_cache(maxsize=None)
-def capability(device):
-    return torch.cuda.get_device_capability(device)
-
-
-COMPILED = {}  # what `launch` has compiled
-
-
-def launch(kernel, device, depends, grid, args, constants, **options):
-    """kernel[grid](*args, **constants, **options) without Triton's search for the compiled kernel, which takes the host longer than
-    a small problem takes the GPU. depends: whatever else the compiled code depends on (dtypes, tile shapes, alignment)."""
-    key = id(kernel), device, depends, *constants.values()
-    if INTERPRET:
-        kernel[(grid,)](*args, **constants)
-    elif key in COMPILED:  # as torch.compile calls it: Triton's own way there looks for the device and for hooks
-        run, function, metadata = COMPILED[key]
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-        run(grid, 1, 1, stream, function, metadata, None, None, None, *args, *constants.values())
-    else:
-        compiled = kernel[(grid,)](*args, **constants, **options)
-        COMPILED[key] = compiled.run, compiled.function, compiled.packed_metadata
-
-
-# BLOCK_M (queries), BLOCK_N (keys), num_warps, num_stages by padded head dim. 64 and 128 were measured on one H100 for 16-bit
-# inputs; 256 and float32, whose products run in full precision and not on the tensor cores, were chosen to spill little
-TILES = {
-    "fwd": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (128, 64, 8, 2)},
-    "dq": {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-    "dkv": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (32, 64, 8, 2)},
-}
-TILES_FP32 = {
-    "fwd": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
-    "dq": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
-    "dkv": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
-}
-
-
-@functools.lru_cache(maxsize=None)
-def tile_config(kernel, D, dtype, device):
-    """Tile sizes and launch options of a kernel, as keyword arguments; fewer pipeline stages where shared memory is small."""
-    BLOCK_D = max(16, triton.next_power_of_2(D))
-    table = TILES_FP32 if dtype == torch.float32 else TILES
-    BLOCK_M, BLOCK_N, num_warps, num_stages = (32, 32, 4, 1) if INTERPRET else table[kernel][max(64, BLOCK_D)]
-    if not INTERPRET:
-        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-        resident, streamed = (2 * BLOCK_N, BLOCK_M) if kernel == "dkv" else (2 * BLOCK_M, BLOCK_N)  # rows kept, rows per stage
-        while num_stages > 1 and (resident + 2 * num_stages * streamed) * BLOCK_D * dtype.itemsize > shared:
-            num_stages -= 1
-    return dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=num_warps, num_stages=num_stages)
-
-
-def has_tma(device):
-    return INTERPRET or capability(device)[0] >= 9
-
-
-def tma_ok(x):
-    """Can TMA read x (B, T, heads, D) as a matrix of B*T rows? 16-byte steps, and heads side by side within a row."""
-    B, T, heads, D = x.shape
-    stride_b, stride_t, stride_h, stride_d = x.stride()
-    steps = [stride_t] + [stride_h] * (heads > 1) + [stride_b] * (B > 1)
-    return (
-        stride_d == 1
-        and x.dtype.itemsize == 2
-        and x.data_ptr() % 16 == 0
-        and all(s > 0 and s * 2 % 16 == 0 for s in steps)
-        and stride_t >= (heads - 1) * stride_h + D
-        and (B == 1 or stride_b % stride_t == 0)
-    )
-
-
-def tile_inputs(config, rows_m, rows_n):
-    """rows_m: (q,) or (q, do), read in tiles of BLOCK_M rows; rows_n: (k, v), in tiles of BLOCK_N. As TMA descriptors,
-    where Hopper can and no tile overhangs a sequence or a head, else as pointers; and the constexpr TMA that says which."""
-    BLOCK_M, BLOCK_N, BLOCK_D = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_D"]
-    B, T, _, D = rows_m[0].shape
-    tma = has_tma(rows_m[0].device) and D == BLOCK_D and T % max(BLOCK_M, BLOCK_N) == 0 and all(map(tma_ok, (*rows_m, *rows_n)))
-    if not tma:
-        return *rows_m, *rows_n, False
-    matrix = lambda x, rows: TensorDescriptor(
-        x, [(B - 1) * (x.stride(0) // x.stride(1)) + T, (x.shape[2] - 1) * x.stride(2) + D], [x.stride(1), 1], [rows, D]
-    )
-    return *(matrix(x, BLOCK_M) for x in rows_m), *(matrix(x, BLOCK_N) for x in rows_n), True
-
-
-def triton_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
-    B, T, H, D = q.shape
-    config = tile_config("fwd", D, q.dtype, q.device)
-    *tiles, tma = tile_inputs(config, (q,), (k, v))
-    fwd_kernel[(triton.cdiv(T, config["BLOCK_M"]) * B * H,)](
-        *tiles, o, acc, lse, hop_table(hop.table, q.device), sm_scale, H, H // k.shape[2], T, B // len(hop.table),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], CAUSAL=causal, TMA=tma, **config,
-    )  # fmt: skip
-
-
-def triton_preprocess(o, do, lse, dlse):
-    """What the backward needs to know of each query row, lse2 and delta; of no use but to the dq and dkv kernels."""
-    B, T, H, D = o.shape
-    n_rows = -(-T // ROW_PAD.value) * ROW_PAD.value
-    rows = torch.empty(2, B * H, n_rows, dtype=torch.float32, device=o.device)
-    BLOCK_D = max(16, 1 << (D - 1).bit_length())
-    depends = o.dtype, dlse is None, *(x is not None and x.data_ptr() % 16 == 0 for x in (o, do, lse, dlse))
-    constants = dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=32)
-    launch(bwd_preprocess_kernel, o.device, depends, n_rows // 32 * B * H, (o, do, lse, dlse, rows, B, H, T), constants, num_warps=4)
-    return rows
-
-
-def triton_dq(q, k, v, do, rows, dq, acc, hop, causal, sm_scale):
-    B, T, H, D = q.shape
-    config = tile_config("dq", D, q.dtype, q.device)
-    tq, tdo, tk, tv, tma = tile_inputs(config, (q, do), (k, v))
-    dq_kernel[(triton.cdiv(T, config["BLOCK_M"]) * B * H,)](
-        tq, tk, tv, tdo, *rows, dq, acc, hop_table(hop.table, q.device), sm_scale, H, H // k.shape[2], T, B // len(hop.table),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], CAUSAL=causal, TMA=tma, **config,
-    )  # fmt: skip
-
-
-def triton_dkv(q, k, v, do, rows, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
-    B, T, H, D = q.shape
-    config = tile_config("dkv", D, q.dtype, q.device)
-    tq, tdo, tk, tv, tma = tile_inputs(config, (q, do), (k, v))
-    dkv_kernel[(triton.cdiv(T, config["BLOCK_N"]) * B * k.shape[2],)](
-        tq, tk, tv, tdo, *rows, dk, dv, dk_acc, dv_acc, hop_table(hop.table, q.device), sm_scale, H, H // k.shape[2], T, B // len(hop.table),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], CAUSAL=causal, TMA=tma, **config,
-    )  # fmt: skip
-
-
-# warpgroups of 64 rows that stay, rows of a tile that streams by, stages, by padded head dim, as measured on one H100. Other head
-# dims run in portable Triton
+# their launchers: the backend "gluon". Consumers (warpgroups of 64 resident rows), rows of a streamed tile,
+# stages, by padded head dim, as measured on one H100. Other head dims run in portable Triton
 HOPPER_TILES = {
     "fwd": {64: (3, 128, 2), 128: (2, 128, 2)},
     "dq": {64: (3, 64, 3), 128: (2, 64, 4)},
     "dkv": {64: (2, 128, 2), 128: (2, 64, 3)},
 }
-
-
-L2_BYTES = 32 << 20  # of the 50 MB of an H100, where 32 and 64 were the best of 8 to 512
+L2_BYTES = 32 << 20  # of the 50 MB of an H100; 32 and 64 were the best of 8 to 512
 
 
 def hopper_takes(D, dtype):
-    """Are there Hopper kernels for this head dim and dtype? TMA wants rows of whole 16 bytes."""
+    """Are there Hopper kernels for this head dim and dtype? TMA wants rows of a multiple of 16 bytes."""
     return D <= max(HOPPER_TILES["fwd"]) and D % 8 == 0 and dtype in (torch.bfloat16, torch.float16)
 
 
 @functools.lru_cache(maxsize=4096)
 def tma_fields(shape, strides, block, dtype):
-    """The fields of what `tma_descriptor` returns, but for the tensor; None where TMA cannot read such a tensor."""
-    if strides[-1] != 1 or any(n > 1 and (s <= 0 or s * dtype.itemsize % 16) for s, n in zip(strides[:-1], shape)):
+    """The fields of what tma_descriptor returns, but for the tensor; None where TMA cannot read x."""
+    if not tma_ok(shape, strides, dtype):
         return None
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}[dtype])
+    dtypes = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), dtypes[dtype])
     strides = [s if n > 1 else 16 for s, n in zip(strides[:-1], shape)]  # a dimension of 1 may have any
     return vars(GluonDescriptor(torch.empty(0, dtype=dtype), list(shape), [*strides, 1], list(block), layout))
 
 
 def tma_descriptor(x, block):
-    """x for TMA, in tiles of shape `block`; what lies outside x reads as 0. Of a copy of x where TMA cannot read x itself; results are
-    never copied, as they are contiguous and aligned, and D is what `hopper_takes`. None for None."""
+    """x for TMA, in tiles of shape `block`; what is outside x reads as 0. Of a copy where TMA cannot read x
+    itself: never for results, which are contiguous and aligned, with a D that hopper_takes. None for None."""
     if x is None:
         return None
-    known = tma_fields(x.shape, x.stride(), block, x.dtype)
-    if known is None or x.data_ptr() % 16:
-        x = x.contiguous() if known is None else x.clone()
-        known = tma_fields(x.shape, x.stride(), block, x.dtype)
-    made = object.__new__(GluonDescriptor)  # its own checks take longer than a launch
-    made.__dict__ = {**known, "base": x}
-    return made
+    fields = tma_fields(x.shape, x.stride(), block, x.dtype)
+    if fields is None or x.data_ptr() % 16:
+        x = x.contiguous() if fields is None else x.clone()
+        fields = tma_fields(x.shape, x.stride(), block, x.dtype)
+    descriptor = object.__new__(GluonDescriptor)  # its own checks take longer than a launch
+    descriptor.__dict__ = {**fields, "base": x}
+    return descriptor
 
 
 @functools.lru_cache(maxsize=1024)
-def hopper_config(kernel, shape, HKV, device, table, causal):
-    """Of a launch: the shapes of tiles that stay and of those that stream by, the integers that describe the problem, grid, constants, options."""
+def hopper_config(kernel, shape, HKV, device, n_groups, causal):
+    """Of a launch: shapes of resident and streamed tiles, integers of Dims, grid, constants, options."""
     B, T, H, D = shape
     BLOCK_D = max(64, triton.next_power_of_2(D))
     consumers, streamed, stages = HOPPER_TILES[kernel][BLOCK_D]
     n_sm = torch.cuda.get_device_properties(device).multi_processor_count
-    shared = 1 if kernel == "dkv" else H // HKV  # heads that read the same
+    shared = 1 if kernel == "dkv" else H // HKV  # heads that stream the same tiles
     n_tiles, n_heads = triton.cdiv(T, 64 * consumers), B * HKV * shared
-    # heads at a time: as many as L2 holds of what streams by, two rounds of items at least, and all sections alike
-    section = max(L2_BYTES // (4 * T * BLOCK_D), triton.cdiv(2 * n_sm, n_tiles * shared))
-    section = shared * next(n for n in range(1, B * HKV + 1) if B * HKV % n == 0 and n >= min(section, B * HKV))
+    # heads at a time: as many as fit L2, two waves at least, and all sections alike
+    heads = max(L2_BYTES // (4 * T * BLOCK_D), triton.cdiv(2 * n_sm, n_tiles * shared))
+    heads = shared * next(n for n in range(1, B * HKV + 1) if B * HKV % n == 0 and n >= min(heads, B * HKV))
     grid = min(n_tiles * n_heads, n_sm)
-    problem = B, H, H // HKV, T, B // len(table), section, triton.cdiv(n_tiles * section, grid)
+    dims = B, H, H // HKV, T, B // n_groups, heads, triton.cdiv(n_tiles * heads, grid)
     constants = dict(HEAD_DIM=D, CAUSAL=causal, CONSUMERS=consumers, STAGES=stages)
     if kernel != "fwd":
         constants = dict(DKV=kernel == "dkv", **constants)
     options = dict(num_warps=4, maxnreg={2: 168, 3: 128}[consumers])
-    return (1, 64, 1, BLOCK_D), (1, streamed, 1, BLOCK_D), problem, grid, constants, options
+    return (1, 64, 1, BLOCK_D), (1, streamed, 1, BLOCK_D), dims, grid, constants, options
 
 
 def hopper_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
-    stay, stream, problem, grid, constants, options = hopper_config("fwd", q.shape, k.shape[2], q.device, hop.table, causal)
-    args = (
-        tma_descriptor(q, stay), tma_descriptor(k, stream), tma_descriptor(v, stream), tma_descriptor(o, stay), acc, lse, hop_table(hop.table, q.device), sm_scale, *problem,
-    )  # fmt: skip
-    launch(hopper_fwd_kernel, q.device, (q.dtype, stream), grid, args, constants, **options)
+    config = hopper_config("fwd", q.shape, k.shape[2], q.device, len(hop.rows), causal)
+    resident, streamed, dims, grid, constants, options = config
+    tiles = tma_descriptor(q, resident), tma_descriptor(k, streamed), tma_descriptor(v, streamed)
+    args = (*tiles, tma_descriptor(o, resident), acc, lse, hop.table, sm_scale, *dims)
+    launch(hopper_fwd_kernel, q.device, (q.dtype, streamed), grid, args, constants, **options)
 
 
-def hopper_bwd(kernel, a, a2, b, b2, rows, streamed_rows, out, out2, acc, acc2, q, k, hop, causal, sm_scale):
-    stay, stream, problem, grid, constants, options = hopper_config(kernel, q.shape, k.shape[2], q.device, hop.table, causal)
-    args = (
-        tma_descriptor(a, stay), tma_descriptor(a2, stay), tma_descriptor(b, stream), tma_descriptor(b2, stream), tma_descriptor(streamed_rows, (2, 1, stream[1])),
-        tma_descriptor(out, stay), tma_descriptor(out2, stay), rows, acc, acc2, hop_table(hop.table, q.device), sm_scale, *problem,
-    )  # fmt: skip
-    launch(hopper_bwd_kernel, q.device, (q.dtype, out.dtype, acc.dtype, stream), grid, args, constants, **options)
+def hopper_bwd(kernel, inputs, lse_delta, outputs, accumulators, q, k, hop, causal, sm_scale):
+    """inputs: resident, resident_dp, streamed, streamed_dp; outputs, accumulators: of acc and dv."""
+    config = hopper_config(kernel, q.shape, k.shape[2], q.device, len(hop.rows), causal)
+    resident, streamed, dims, grid, constants, options = config
+    tiles = [tma_descriptor(x, block) for x, block in zip(inputs, (resident, resident, streamed, streamed))]
+    tiles.append(tma_descriptor(lse_delta, (2, 1, streamed[1])) if kernel == "dkv" else None)
+    tiles += [tma_descriptor(x, resident) for x in outputs]
+    args = (*tiles, lse_delta, *accumulators, hop.table, sm_scale, *dims)
+    depends = q.dtype, outputs[0].dtype, accumulators[0].dtype, streamed
+    launch(hopper_bwd_kernel, q.device, depends, grid, args, constants, **options)
 
 
-def hopper_dq(q, k, v, do, rows, dq, acc, hop, causal, sm_scale):
-    hopper_bwd("dq", q, do, k, v, rows, None, dq, None, acc, None, q, k, hop, causal, sm_scale)
+def hopper_dq(q, k, v, do, lse_delta, dq, acc, hop, causal, sm_scale):
+    hopper_bwd("dq", (q, do, k, v), lse_delta, (dq, None), (acc, None), q, k, hop, causal, sm_scale)
 
 
-def hopper_dkv(q, k, v, do, rows, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
-    hopper_bwd("dkv", k, v, q, do, rows, rows, dk, dv, dk_acc, dv_acc, q, k, hop, causal, sm_scale)
+def hopper_dkv(q, k, v, do, lse_delta, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
+    hopper_bwd("dkv", (k, v, q, do), lse_delta, (dk, dv), (dk_acc, dv_acc), q, k, hop, causal, sm_scale)
 
 
-def torch_blocks(hop, B, T, causal, device, rows=512):
-    """Blocks of queries and the prefix of keys that they see: (batch slice, query slice, key slice, q_pos, k_pos)."""
-    for row, b in zip(hop.table, batch_slices(B, len(hop.table))):
-        q_pos, k_pos = layout_positions(Layout(*row[:3]), T, device), layout_positions(Layout(*row[3:6]), T, device)
-        for m in (slice(i, min(i + rows, T)) for i in range(0, T, rows)):
-            n_end = int((k_pos <= q_pos[m][-1]).sum()) if causal else T
-            if n_end:
-                yield b, m, slice(n_end), q_pos[m] if causal else None, k_pos[:n_end]
-
-
-def torch_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
-    if not hop.table[0].carry:
-        acc.zero_(), lse.fill_(-math.inf)
-    for b, m, n, q_pos, k_pos in torch_blocks(hop, *q.shape[:2], causal, q.device):
-        acc[b, m], lse[b, :, m] = reference_fwd(q[b, m], k[b, n], v[b, n], acc[b, m], lse[b, :, m], q_pos, k_pos, sm_scale)
-    o.copy_(acc)
-
-
-def torch_preprocess(o, do, lse, dlse):
-    delta = einsum(o.to(lse.dtype), do.to(lse.dtype), "b t h d, b t h d -> b h t")
-    return lse, delta if dlse is None else delta - dlse
-
-
-def torch_dq(q, k, v, do, rows, dq, acc, hop, causal, sm_scale):
-    lse, delta = rows
-    if not hop.table[0].carry:
-        acc.zero_()
-    for b, m, n, q_pos, k_pos in torch_blocks(hop, *q.shape[:2], causal, q.device):
-        acc[b, m] += reference_bwd(q[b, m], k[b, n], v[b, n], do[b, m], lse[b, :, m], delta[b, :, m], q_pos, k_pos, sm_scale)[0]
-    dq.copy_(acc)
-
-
-def torch_dkv(q, k, v, do, rows, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
-    lse, delta = rows
-    for row, b in zip(hop.table, batch_slices(len(q), len(hop.table))):
-        dk_acc[b, row.carry_grad :].zero_(), dv_acc[b, row.carry_grad :].zero_()
-    for b, m, n, q_pos, k_pos in torch_blocks(hop, *q.shape[:2], causal, q.device):
-        _, dk_hop, dv_hop = reference_bwd(q[b, m], k[b, n], v[b, n], do[b, m], lse[b, :, m], delta[b, :, m], q_pos, k_pos, sm_scale)
-        dk_acc[b, n] += dk_hop
-        dv_acc[b, n] += dv_hop
-    dk.copy_(dk_acc), dv.copy_(dv_acc)
-
-
-# (forward, rows, dq, dkv) of a hop
 BACKENDS = {
-    "torch": (torch_fwd, torch_preprocess, torch_dq, torch_dkv),
-    "triton": (triton_fwd, triton_preprocess, triton_dq, triton_dkv),
-    "gluon": (hopper_fwd, triton_preprocess, hopper_dq, hopper_dkv),
+    "torch": Backend(torch_fwd, torch_preprocess, torch_dq, torch_dkv),
+    "triton": Backend(triton_fwd, triton_preprocess, triton_dq, triton_dkv),
+    "gluon": Backend(hopper_fwd, triton_preprocess, hopper_dq, hopper_dkv),
 }
 
 
@@ -1360,174 +1905,151 @@ def best_backend(q):
 
 
 # -----------------------------------------------------------------------------
-# transports: how keys, and the gradients collected for them, get from rank to rank. A transport lives as long as one hop loop:
-#   keys(j)      k, v of hop j, arrived; those of hop j + 1 are on their way when it returns
-#   grads(j)     where dk, dv of hop j are collected, with what earlier ranks did; after the last hop: those of the own keys
-#   pass_on(j)   the gradients of hop j are complete: on to the next rank
-#   finish()     nothing of this rank is in use elsewhere any more
+# the symmetric memory transport (CUDA, one host)
 
-
-class P2P:
-    """p2p: a shard of keys is handed on from rank to rank by send and receive (NCCL or gloo, any hosts). At most two foreign shards
-    are held, and two of gradients."""
-
-    def __init__(self, ring, schedule, k, v, causal, direction, wide=None):
-        """direction as in `plan`. wide: the dtype of gradients on the way, if there will be any."""
-        self.ring, self.kv, self.direction = ring, (k, v), direction
-        self.hops = plan(schedule, ring.rank, ring.n_ranks, k.shape[1], causal, direction)
-        few = min(2, len(self.hops) - 1)
-        self.buffers = [[torch.empty_like(x) for x in (k, v)] for _ in range(few)]
-        self.grad_buffers = [[torch.empty_like(x, dtype=wide) for x in (k, v)] for _ in range(2 if few and wide else 0)]
-
-    def keys(self, j):
-        hop = self.hops[j]
-        if j > 0:
-            self.wait()
-            self.kv = self.buffers[(j - 1) % 2]
-        if j < len(self.hops) - 1:
-            send, recv = pieces(self.kv, hop.send), pieces(self.buffers[j % 2], hop.recv)
-            self.wait = self.ring.exchange(send, recv, self.direction, ("keys", j + 1))
-        return self.kv
-
-    def grads(self, j):
-        if j > 1:
-            self.wait_grad()
-        return self.grad_buffers[j % 2]
-
-    def pass_on(self, j):
-        send, recv = pieces(self.grad_buffers[j % 2], self.hops[j].send_grad), pieces(self.grad_buffers[(j + 1) % 2], self.hops[j].recv_grad)
-        self.wait_grad = self.ring.exchange(send, recv, self.direction, ("gradients", j + 1))
-
-    def finish(self):
-        pass
-
-
-def pieces(tensors, rows):
-    """The first rows[g] rows of contiguous (B, T, ...) tensors, g being a sequence's batch group: as few contiguous views as will do."""
-    B, T = tensors[0].shape[:2]
-    if all(n == T for n in rows):
-        return list(tensors)
-    cut = lambda x, s, n: [x[s]] if n == T else [x[b, :n] for b in range(s.start, s.stop)]
-    return [part for x in tensors for s, n in zip(batch_slices(B, len(rows)), rows) if n for part in cut(x, s, n)]
+# Multicast is unused here, and a fault in it can stop all GPUs of a host. torch reads this when it first uses
+# symmetric memory: import this module before that
+os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
 
 class Symmetric:
-    """symmetric memory (CUDA, one host): a rank pushes to every other rank what that one's queries see of its keys, with the copy engine, on
-    a stream of its own: no SM and no launch is taken from the kernels. Gradients are pulled from the rank before, in the same way.
+    """Each rank pushes to every other rank those of its keys that the other's queries see, with the copy
+    engine, on a stream of its own: the kernels lose no SM and no launch. Gradients are pulled from the rank
+    before.
 
-    Signals are flags in the memory of the rank that waits for them; whoever waits also clears. By the end of a hop loop all
-    are clear, and what was sent has been read: loops may follow in any order, and CUDA graphs may replay them.
-        FREE + reader   keys may be pushed to `reader`               READY + source   those of `source` have been
-        SENT + box      the gradients in that box of the rank before may be pulled       READ + box   they have been, from this rank's
+    Signals are flags in the memory of the rank that waits for them; whoever waits clears the flag. By the end
+    of a hop loop all flags are clear and what was sent has been read: loops may follow in any order, and CUDA
+    graphs replay.
+        FREE + reader    keys may be pushed to `reader`
+        READY + source   the keys of `source` have been pushed
+        SENT + staging   the gradients in that staging buffer of the rank before may be pulled
+        READ + staging   they have been pulled, from this rank's
     """
 
-    def __init__(self, ring, schedule, k, v, causal, direction, wide=None):
-        self.memory, self.lane, self.k, self.v, self.rank = ring.memory, ring.memory.lane, k, v, ring.rank
-        B, T, HKV, D = k.shape
-        self.row_bytes, known = HKV * D * k.element_size(), self.memory.known
+    def __init__(self, ring, schedule, k, v, causal, direction, acc_dtype=None):
+        self.memory, self.stream, self.rank = ring.memory, ring.memory.copy_stream, ring.rank
+        (B, T, HKV, D), self.k, self.v, known = k.shape, k, v, self.memory.known
+        self.row_bytes = HKV * D * k.element_size()
         key = schedule, B, T, causal, direction
         if key not in known:
-            known[key] = stream_ops(self.lane, schedule, ring.rank, ring.n_ranks, B, T, causal, direction)
-        self.hops, self.key_steps, self.grad_steps, self.last, self.joins = known[key]
-        self.slots, self.boxes = self.memory.views(self.memory.slots, k, k.dtype), wide and self.memory.views(self.memory.boxes, k, wide)
-        self.memory.captured |= self.lane.capturing()
+            if len(known) > 1024:
+                known.clear()  # CUDA graphs have copies
+            known[key] = stream_ops(self.stream, schedule, ring.rank, ring.n_ranks, B, T, causal, direction)
+        self.hops, self.key_ops, self.grad_ops, self.last_ops, self.joins = known[key]
+        self.kv_staging = self.memory.views(self.memory.kv_staging, k, k.dtype)
+        self.grad_staging = acc_dtype and self.memory.views(self.memory.grad_staging, k, acc_dtype)
+        self.memory.in_graph |= self.stream.capturing()
 
     def keys(self, j):
-        step, lane = self.key_steps[j], self.lane
-        if step.slot is not None:
-            lane.meet(self.arrived)
-        if step.forks:
-            lane.fork()  # k and v are computed, the kernels that read a slot before are done
-        lane.signal(step.before)
-        if step.rows:
-            to = self.memory.base[step.peer] + self.memory.slots[step.peer_slot]
+        ops, stream = self.key_ops[j], self.stream
+        if ops.staging is not None:
+            stream.compute_wait(self.arrived)
+        if ops.waits_compute:
+            stream.wait_compute()  # k and v are computed, earlier kernels have read the staging buffer
+        stream.run(ops.before)
+        if ops.rows:
+            to = self.memory.base[ops.peer] + self.memory.kv_staging[ops.peer_staging]
             for i, x in enumerate((self.k, self.v)):
-                for first, n in step.rows:
-                    lane.copy(to + i * x.nbytes + first * self.row_bytes, x.data_ptr() + first * self.row_bytes, n * self.row_bytes)
-        lane.signal(step.after)
-        if step.marks:
-            self.arrived = lane.mark()
-        return (self.k, self.v) if step.slot is None else self.slots[step.slot]
+                for first, n in ops.rows:
+                    at = first * self.row_bytes
+                    stream.copy(to + i * x.nbytes + at, x.data_ptr() + at, n * self.row_bytes)
+        stream.run(ops.after)
+        if ops.arrives:
+            self.arrived = stream.record_event()
+        return (self.k, self.v) if ops.staging is None else self.kv_staging[ops.staging]
 
     def grads(self, j):
         if j > 1:
-            self.lane.meet(self.landed)
-        return self.boxes[j % 2]
+            self.stream.compute_wait(self.arrived_grads)
+        return self.grad_staging[j % 2]
 
     def pass_on(self, j):
-        step, lane, memory, x = self.grad_steps[j], self.lane, self.memory, self.boxes[0][0]
-        lane.fork()  # the kernel that wrote them is done
-        lane.signal(step.before)
-        to, source = memory.base[self.rank] + memory.boxes[(j + 1) % 2], memory.base[step.peer] + memory.boxes[j % 2]
+        ops, stream, memory, x = self.grad_ops[j], self.stream, self.memory, self.grad_staging[0][0]
+        stream.wait_compute()  # the kernel that wrote them is done
+        stream.run(ops.before)
+        to = memory.base[self.rank] + memory.grad_staging[(j + 1) % 2]
+        source = memory.base[ops.peer] + memory.grad_staging[j % 2]
         row_bytes = x.nbytes // (x.shape[0] * x.shape[1])
-        for first, n in step.rows:
-            lane.copy(to + first * row_bytes, source + first * row_bytes, n * row_bytes)
-        lane.signal(step.after)
-        self.landed = lane.mark()
+        for first, n in ops.rows:
+            stream.copy(to + first * row_bytes, source + first * row_bytes, n * row_bytes)
+        stream.run(ops.after)
+        self.arrived_grads = stream.record_event()
 
     def finish(self):
-        self.lane.signal(self.last)
-        if self.joins or self.lane.capturing():  # a CUDA graph must end on the stream that it began on
-            self.lane.meet(self.lane.mark())
+        self.stream.run(self.last_ops)
+        if self.joins or self.stream.capturing():  # a CUDA graph must end on the stream that it began on
+            self.stream.compute_wait(self.stream.record_event())
 
 
 class StreamOps(NamedTuple):
-    """What the lane does for the keys, or the gradients, of a hop."""
+    """What the copy stream does for the keys, or the gradients, of a hop."""
 
-    slot: int | None  # where this hop's keys were pushed to, if they were
-    forks: bool
+    staging: int | None  # the staging buffer that this hop's keys were pushed to, if they were
+    waits_compute: bool
     before: object  # signals, prepared
     rows: tuple  # (first row, how many): to push of the own keys, or to pull of gradients
     peer: int  # to or from this rank
-    peer_slot: int
+    peer_staging: int
     after: object  # signals, prepared
-    marks: bool  # then the keys of the next hop are there
+    arrives: bool  # then the keys of the next hop are there
 
 
-def stream_ops(lane, schedule, me, R, B, T, causal, direction):
-    """(hops, their StreamOps for keys, for gradients, the signals at the end, whether the lane then still has something to do), for Symmetric:
-    made once per shape, as a call should take the host no longer than a small problem takes the GPU."""
-    plans = [plan(schedule, rank, R, T, causal, direction) for rank in range(R)]
-    slot = lambda rank, j: sum(hop.visible for hop in plans[rank][1:j]) % 2  # of the keys of hop j; each rank fills its two in turn
-    to, source = ((me + d) % R for d in (direction, -direction))  # of gradients
+def stream_ops(copy_stream, schedule, rank, n_ranks, B, T, causal, direction):
+    """(hops, their StreamOps for keys, for gradients, the signals at the end, whether work is left on the
+    copy stream then). Made once per shape: a call should take the host no longer than a small problem takes
+    the GPU."""
+    R = n_ranks
+    plans = [plan(schedule, r, R, T, causal, direction) for r in range(R)]
+    to, source = (rank + direction) % R, (rank - direction) % R  # of gradients
     FREE, READY, SENT, READ = 0, R, 2 * R, 2 * R + 2
-    key_steps, grad_steps, unread, joins = [], [], set(), False  # unread: boxes whose gradients the next rank has not been seen to read
-    for j, hop in enumerate(plans[me]):
-        before, after, rows, reader, coming = [], [], (), (me + direction * (j + 1)) % R, False
+    key_ops, grad_ops, joins = [], [], False
+    unread = set()  # staging buffers whose gradients the next rank is not known to have read
+    # joins: pushed after the last wait of the kernels' stream for this one; coming: keys arrive for the next
+    # hop; here, there: staging buffers of this hop and of the next
+
+    def staging(r, j):  # of the keys of hop j; each rank fills its two in turn
+        return sum(hop.visible for hop in plans[r][1:j]) % 2
+
+    for j, hop in enumerate(plans[rank]):
+        before, after, rows, reader, coming = [], [], (), (rank + direction * (j + 1)) % R, False
         if j + 1 < R:
-            owner, coming = plans[me][j + 1].source, plans[me][j + 1].visible
+            owner, coming = plans[rank][j + 1].source, plans[rank][j + 1].visible
             rows = row_ranges(plans[reader][j + 1].seen, B, T, 1)
-            before += [("set", owner, FREE + me)] * coming
+            before += [("signal", owner, FREE + rank)] * coming
             if rows:
-                before.append(("take", FREE + reader, ("room for keys", j + 1, reader)))
-                after.append(("set", reader, READY + me))
+                before.append(("wait", FREE + reader, ("room for keys", j + 1, reader)))
+                after.append(("signal", reader, READY + rank))
             if coming:
-                after.append(("take", READY + owner, ("keys", j + 1, owner)))
+                after.append(("wait", READY + owner, ("keys", j + 1, owner)))
             joins = not coming and (joins or bool(rows))
-        here = slot(me, j) if j and hop.visible else None
-        key_steps.append(StreamOps(here, j == 0 or coming, lane.prepare(before), rows, reader, slot(reader, j + 1), lane.prepare(after), coming))
+        here = staging(rank, j) if j and hop.visible else None
+        before, after = copy_stream.prepare(before), copy_stream.prepare(after)
+        there, waits = staging(reader, j + 1), j == 0 or coming
+        key_ops.append(StreamOps(here, waits, before, rows, reader, there, after, coming))
 
         before, after, rows, here, there = [], [], (), j % 2, (j + 1) % 2
         if any(hop.send_grad):
-            before.append(("set", to, SENT + here))
+            before.append(("signal", to, SENT + here))
         if there in unread:
-            before.append(("take", READ + there, ("a reader of gradients", j + 1, to)))
+            before.append(("wait", READ + there, ("a reader of gradients", j + 1, to)))
         unread = {here} if any(hop.send_grad) else set()
         if any(hop.recv_grad):
-            before.append(("take", SENT + here, ("gradients", j + 1, source)))
+            before.append(("wait", SENT + here, ("gradients", j + 1, source)))
             rows = row_ranges(hop.recv_grad, B, T, 2)
-            after.append(("set", source, READ + here))
-        grad_steps.append(StreamOps(None, True, lane.prepare(before), rows, source, there, lane.prepare(after), True))
-    last = [("take", READ + box, ("a reader of gradients", R - 1, to)) for box in unread] if direction < 0 else []
-    return plans[me], key_steps, grad_steps, lane.prepare(last), joins or bool(last)
+            after.append(("signal", source, READ + here))
+        before, after = copy_stream.prepare(before), copy_stream.prepare(after)
+        grad_ops.append(StreamOps(None, True, before, rows, source, there, after, True))
+    last = [("wait", READ + i, ("a reader of gradients", R - 1, to)) for i in unread] if direction < 0 else []
+    return plans[rank], key_ops, grad_ops, copy_stream.prepare(last), joins or bool(last)
 
 
 @functools.lru_cache(maxsize=1024)
-def row_ranges(rows, B, T, parts):
-    """(first row, number of rows) of the pieces of memory that hold the first rows[g] rows of each sequence of `parts` (B, T, ...) tensors."""
+def row_ranges(rows, B, T, n_tensors):
+    """(first row, number of rows) of the ranges of memory that hold the first rows[g] rows of each sequence
+    of batch group g, of n_tensors (B, T, ...) tensors in a row."""
     found = []
-    for part, (s, n) in itertools.product(range(parts), list(zip(batch_slices(B, len(rows)), rows))):
-        for first in range((part * B + s.start) * T, (part * B + s.stop) * T, T):
+    for i, (group, n) in itertools.product(range(n_tensors), list(zip(batch_slices(B, len(rows)), rows))):
+        for first in range((i * B + group.start) * T, (i * B + group.stop) * T, T):
             if n and found and sum(found[-1]) == first:
                 found[-1] = found[-1][0], found[-1][1] + n
             elif n:
@@ -1538,110 +2060,134 @@ def row_ranges(rows, B, T, parts):
 TRANSPORTS = {"p2p": P2P, "symmetric": Symmetric}
 
 
-def check_transport(transport):
-    if transport not in TRANSPORTS:
-        raise ValueError(f"{transport=} is unknown; choose one of {', '.join(TRANSPORTS)}, or leave it out")
-
-
 class SymmetricMemory:
-    """Memory of every rank of a ring that all of them reach: flags, slots for keys, boxes for gradients. All ranks make it together."""
+    """Memory that the whole ring can access: flags, staging for keys and gradients. All ranks make it."""
 
-    def __init__(self, ring, device, key_bytes, grad_bytes):
-        """key_bytes: of k and v of a shard; grad_bytes: of dk and dv."""
-        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"  # unused here, and a fault in it can take all GPUs of the host down
+    def __init__(self, ring, device, kv_bytes, grad_bytes):
+        """kv_bytes: of k and v of a shard; grad_bytes: of dk and dv."""
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        self.key_bytes, self.grad_bytes, self.captured, self.known = key_bytes, grad_bytes, False, {}
-        whole = lambda n: -(-n // 1024) * 1024
-        slots = min(2, ring.n_ranks - 1)
-        *starts, end = itertools.accumulate((4096, *[whole(key_bytes)] * slots, *[whole(grad_bytes)] * 2))
-        self.slots, self.boxes = starts[:slots], starts[slots:]  # offsets
+        self.kv_bytes, self.grad_bytes, self.in_graph, self.known = kv_bytes, grad_bytes, False, {}
+        sizes = [kv_bytes] * min(2, ring.n_ranks - 1) + [grad_bytes] * 2
+        *starts, end = itertools.accumulate((4096, *(-(-n // 1024) * 1024 for n in sizes)))
+        self.kv_staging, self.grad_staging = starts[:-2], starts[-2:]  # offsets
         self.local = symmetric_memory.empty(end, dtype=torch.uint8, device=device)
         self.handle = symmetric_memory.rendezvous(self.local, ring.group)
         self.base = list(self.handle.buffer_ptrs)  # by rank: where its memory is, for this process
         self.local[:4096].zero_()
         torch.cuda.synchronize(device)
         dist.barrier(ring.group, device_ids=[device.index])  # nobody signals before all flags are clear
-        self.lane = CopyStream(device, self.base, ring)
+        self.copy_stream = CopyStream(device, self.base, ring)
 
     def views(self, starts, x, dtype):
         """Two tensors of the shape of x at each of these offsets."""
         key = tuple(starts), x.shape, dtype
         if key not in self.known:
             n = 2 * x.numel() * dtype.itemsize
-            self.known[key] = [self.local[start : start + n].view(dtype).view(2, *x.shape).unbind() for start in starts]
+            both = (self.local[start : start + n].view(dtype) for start in starts)
+            self.known[key] = [x2.view(2, *x.shape).unbind() for x2 in both]
         return self.known[key]
 
 
+def reserve(ring, k, backward):
+    """On all ranks together: symmetric memory for shards like k, and for their gradients if `backward`. Where
+    there is none, the ring goes on with p2p and warns."""
+    grad_bytes = 2 * k.numel() * torch.promote_types(k.dtype, torch.float32).itemsize if backward else 0
+    need = 2 * k.nbytes, grad_bytes
+    had = (ring.memory.kv_bytes, ring.memory.grad_bytes) if ring.memory else (-1, -1)
+    if need[0] <= had[0] and need[1] <= had[1]:
+        return
+    torch.cuda.synchronize(k.device)  # what is there may be in use
+    if ring.memory and ring.memory.in_graph:
+        ring.retired.append(ring.memory)  # CUDA graphs may be replayed with it
+    ring.memory, error = None, None
+    torch.cuda.empty_cache()  # it does not come out of torch's cache
+    try:
+        ring.memory = SymmetricMemory(ring, k.device, *map(max, need, had))
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    errors = ring.gather(error)
+    if any(errors):
+        ring.memory, ring.transport = None, "p2p"
+        failed = "; ".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
+        ring.why = f"no symmetric memory: {failed}"
+        if ring.rank == 0:
+            warnings.warn(f"from here on keys move by send and receive: {ring.why}", stacklevel=2)
+
+
 class CopyStream:
-    """A stream of copies and signals beside that of the kernels. Copies are the copy engine's, signals the GPU front end's: no SM is used.
-    By the driver's own functions, as torch's take the host several times as long."""
+    """A stream of copies (the copy engine's) and signals (the GPU front end's) beside the kernels' stream: no
+    SM is used. It calls the driver's functions, as torch's take the host several times as long."""
 
     def __init__(self, device, base, ring):
-        self.stream, self.base, self.ring, self.device = torch.cuda.Stream(device), base, ring, device.index
-        self.handle, self.kernels = self.stream.cuda_stream, None  # kernels: the stream that the last call was on
+        self.base, self.rank, self.device, self.waiter = base, ring.rank, device.index, Waiter(ring)
+        self.stream = torch.cuda.Stream(device)
+        self.handle, self.compute = self.stream.cuda_stream, None  # compute: the stream of the last call
         events = (ctypes.c_void_p * 5)()
         for i in range(5):
-            check_cuda(cuda_driver().cuEventCreate(ctypes.byref(events, 8 * i), 2))  # 2: CU_EVENT_DISABLE_TIMING
-        self.forked, *marks = events
-        self.marks = itertools.cycle(marks)  # of which two are in use at a time
+            cuda("cuEventCreate", ctypes.byref(events, 8 * i), 2)  # 2: CU_EVENT_DISABLE_TIMING
+        self.compute_event, *events = events
+        self.events = itertools.cycle(events)  # of which two are in use at a time
 
     def capturing(self):
         return torch.cuda.is_current_stream_capturing()
 
-    def fork(self):
-        """What comes next on the lane waits for all that has been launched so far."""
+    def wait_compute(self):
+        """What comes next here waits for all that has been launched so far."""
         stream = torch._C._cuda_getCurrentRawStream(self.device)
-        if stream != self.kernels and self.kernels is not None and not self.capturing():
-            self.follow(self.kernels)  # the kernels of the call before, on another stream, may still read the slots
-        self.kernels = stream
-        self.follow(stream)
+        if stream != self.compute and self.compute is not None and not self.capturing():
+            self.wait_stream(self.compute)  # kernels of the last call may still read staging
+        self.compute = stream
+        self.wait_stream(stream)
 
-    def follow(self, stream):
-        check_cuda(cuda_driver().cuEventRecord(self.forked, stream))
-        check_cuda(cuda_driver().cuStreamWaitEvent(self.handle, self.forked, 0))
+    def wait_stream(self, stream):
+        cuda("cuEventRecord", self.compute_event, stream)
+        cuda("cuStreamWaitEvent", self.handle, self.compute_event, 0)
 
-    def mark(self):
-        """A point on the lane, for `meet`."""
-        event = next(self.marks)
-        check_cuda(cuda_driver().cuEventRecord(event, self.handle))
+    def record_event(self):
+        """An event on this stream, for `compute_wait`."""
+        event = next(self.events)
+        cuda("cuEventRecord", event, self.handle)
         return event
 
-    def meet(self, mark):
-        """Kernels launched from here on wait for the lane to get to the mark."""
-        check_cuda(cuda_driver().cuStreamWaitEvent(torch._C._cuda_getCurrentRawStream(self.device), mark, 0))
+    def compute_wait(self, event):
+        """Kernels launched from here on wait for the event."""
+        cuda("cuStreamWaitEvent", torch._C._cuda_getCurrentRawStream(self.device), event, 0)
 
     def copy(self, to, source, nbytes):
-        check_cuda(cuda_driver().cuMemcpyDtoDAsync_v2(to, source, nbytes, self.handle))
+        cuda("cuMemcpyDtoDAsync_v2", to, source, nbytes, self.handle)
 
     def prepare(self, signals):
-        """For `signal`: ("set", rank, flag), or ("take", flag, what the ring waits for): wait until it is set, and clear it."""
+        """For `run`: ("signal", rank, flag) sets a flag; ("wait", flag, reason) waits until a flag of this
+        rank is set, and clears it. reason: (what, hop, rank), for the watchdog."""
         operations = []
         for kind, *args in signals:
-            if kind == "set":
+            if kind == "signal":
                 operations.append((WRITE, self.base[args[0]] + 4 * args[1], 1))
             else:
-                mine = self.base[self.ring.rank] + 4 * args[0]
-                operations += [self.ring.watch.write(args[1]), (WAIT_EQUAL, mine, 1), (WRITE, mine, 0)]
-        return stream_operations([*operations, self.ring.watch.write(None)]) if operations else None
+                flag = self.base[self.rank] + 4 * args[0]
+                operations += [self.waiter.write(args[1]), (WAIT_EQUAL, flag, 1), (WRITE, flag, 0)]
+        return stream_operations([*operations, self.waiter.write(None)]) if operations else None
 
-    def signal(self, prepared):
+    def run(self, prepared):
         if prepared:
-            check_cuda(cuda_driver().cuStreamBatchMemOp_v2(self.handle, *prepared, 0))
+            cuda("cuStreamBatchMemOp_v2", self.handle, *prepared, 0)
 
 
-WRITE, WAIT_EQUAL = (2, 0), (1, 1)  # CU_STREAM_MEM_OP_WRITE_VALUE_32; CU_STREAM_MEM_OP_WAIT_VALUE_32 with CU_STREAM_WAIT_VALUE_EQ
+# of cuStreamBatchMemOp: CU_STREAM_MEM_OP_WRITE_VALUE_32; CU_STREAM_MEM_OP_WAIT_VALUE_32,
+# CU_STREAM_WAIT_VALUE_EQ
+WRITE, WAIT_EQUAL = (2, 0), (1, 1)
 
 
 def stream_operations(operations):
-    """(how many, CUstreamBatchMemOpParams) of a tuple of ((kind, flags), address, value): structs of six 64-bit words."""
-    words = [word for (kind, flags), address, value in operations for word in (kind, address, value, flags, 0, 0)]
+    """(how many, CUstreamBatchMemOpParams: six 64-bit words each) of ((kind, flags), address, value)."""
+    words = [x for (kind, flags), address, value in operations for x in (kind, address, value, flags, 0, 0)]
     return len(operations), (ctypes.c_uint64 * len(words))(*words)
 
 
 @functools.lru_cache(maxsize=None)
 def cuda_driver():
-    """The CUDA driver, for what torch does not offer, such as a stream that waits for a value in memory. None where there is none."""
+    """The CUDA driver, for what torch lacks, such as a stream that waits for a value. None without one."""
     pointer, number = ctypes.c_void_p, ctypes.c_uint
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -1655,53 +2201,18 @@ def cuda_driver():
         return None
 
 
-def check_cuda(error):
+def cuda(function, *args):
+    error = getattr(cuda_driver(), function)(*args)
     if error:
-        raise RuntimeError(f"the CUDA driver refused a copy or a signal between GPUs: error {error}")
-
-
-class Watchdog(threading.Thread):
-    """Ends this process when its GPU has waited too long for another rank. A stream that waits can raise nothing, and whoever synchronizes
-    with it would hang; NCCL's own watchdog ends a process likewise, but knows nothing of hops."""
-
-    def __init__(self, ring):
-        super().__init__(daemon=True)
-        self.ring, self.stories = ring, [None]  # what may be waited for; the GPU writes its number to `word` when the wait begins, and 0 when it ends
-        self.word = torch.zeros(1, dtype=torch.int32).pin_memory()
-        self.number = ctypes.c_int32.from_address(self.word.data_ptr())
-        with contextlib.suppress(Exception):  # no public way to ask
-            self.timeout = ring.group._get_backend(torch.device("cuda")).options._timeout.total_seconds()
-        self.timeout = 0.9 * getattr(self, "timeout", 600)  # before NCCL's own
-        self.start()
-
-    def write(self, story):
-        """The stream operation that says that this is waited for; None: nothing."""
-        if story not in self.stories:
-            self.stories.append(story)
-        return WRITE, self.word.data_ptr(), self.stories.index(story)
-
-    def begin(self, story):
-        """As `write`, on the current stream."""
-        check_cuda(cuda_driver().cuStreamBatchMemOp_v2(torch.cuda.current_stream().cuda_stream, *stream_operations([self.write(story)]), 0))
-
-    def run(self):
-        seen, since = 0, time.monotonic()
-        while True:
-            time.sleep(random.uniform(0.05, 0.15))  # at random, or it could meet a wait of a repeating pattern every time
-            number = self.number.value
-            if number == 0 or number != seen:
-                seen, since = number, time.monotonic()
-            elif time.monotonic() - since > self.timeout:
-                sys.stdout.flush()
-                print(f"ring_attn: {self.ring.lost(self.stories[number], self.timeout)}", file=sys.stderr, flush=True)
-                os._exit(1)
+        raise RuntimeError(f"the CUDA driver refused a copy or signal between GPUs: {function} gave {error}")
 
 
 def choose_transport(facts):
-    """("symmetric" or "p2p", why), from what every rank says of itself: the same on all of them."""
+    """("symmetric" or "p2p", why), from the transport_facts of every rank: the same on all of them."""
     lacks = {rank: fact["lacks"] for rank, fact in enumerate(facts) if fact["lacks"]}
     if lacks:
-        return "p2p", "; ".join(f"rank {rank}: {why}" for rank, why in lacks.items()) if len(set(lacks.values())) > 1 else next(iter(lacks.values()))
+        each = "; ".join(f"rank {rank}: {why}" for rank, why in lacks.items())
+        return "p2p", each if len(set(lacks.values())) > 1 else next(iter(lacks.values()))
     if (n := len({fact["host"] for fact in facts})) > 1:
         return "p2p", f"the ranks are on {n} hosts"
     if len({fact["gpu"] for fact in facts}) < len(facts):
@@ -1713,7 +2224,7 @@ def choose_transport(facts):
 
 
 def transport_facts(device):
-    """What choose_transport wants to know of this process."""
+    """What choose_transport asks about this process."""
     if device.type != "cuda":
         return dict(lacks="the tensors are on CPUs", host=None, gpu=None, reads={})
     lacks = None
@@ -1724,322 +2235,160 @@ def transport_facts(device):
     except ImportError as error:
         lacks = f"torch has no symmetric memory: {error}"
     boot = Path("/proc/sys/kernel/random/boot_id")
+    host = socket.gethostname(), boot.read_text() if boot.exists() else ""
     gpus = {i: str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())}
-    reads = {uuid: torch.cuda.can_device_access_peer(device.index, i) for i, uuid in gpus.items() if i != device.index}
-    return dict(lacks=lacks, host=(socket.gethostname(), boot.read_text() if boot.exists() else ""), gpu=gpus[device.index], reads=reads)
+    others = ((i, uuid) for i, uuid in gpus.items() if i != device.index)
+    reads = {uuid: torch.cuda.can_device_access_peer(device.index, i) for i, uuid in others}
+    return dict(lacks=lacks, host=host, gpu=gpus[device.index], reads=reads)
+
+
+@atexit.register
+def release_memory():
+    """Symmetric memory must be freed before the CUDA driver is unloaded."""
+    for ring in list(RINGS.values()):
+        ring.memory, ring.retired = None, []
 
 
 # -----------------------------------------------------------------------------
-# rings: who the ranks are
-
-RINGS = []  # every Ring and VirtualRing of this process: operators take their numbers, as they cannot take objects
+# ranks that do not answer
 
 
-class Ring:
-    """The processes of `group` in rank order."""
+class Waiter:
+    """What a stream of this process waits for. The GPU writes a number to `word` when a wait begins, and 0
+    when it ends; `reasons` says what the numbers mean: (what, hop, rank)."""
 
-    def __init__(self, group=None, wanted=None):
-        """wanted: the transport, "p2p" or "symmetric"; None for the best one that there is."""
-        alone = group is None
-        self.group, self.wanted = group, wanted
-        self.rank, self.n_ranks = (0, 1) if alone else (dist.get_rank(group), dist.get_world_size(group))
-        self.prev_rank, self.next_rank = (self.rank - 1) % self.n_ranks, (self.rank + 1) % self.n_ranks
-        self.agreed = set()  # what every rank has confirmed
-        self.transport, self.why, self.settled = None, "nothing has moved yet", None  # until the first call; settled: for which type of device
-        self.memory, self.watch, self.kept = None, None, []
-        self.number = len(RINGS)
-        RINGS.append(self)
+    def __init__(self, ring):
+        self.ring, self.reasons = ring, [None]
+        self.word = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self.number = ctypes.c_int32.from_address(self.word.data_ptr())
+        self.seen, self.since = 0, time.monotonic()
+        timeout = 600
+        with contextlib.suppress(Exception):  # there is no public way to ask
+            timeout = ring.group._get_backend(torch.device("cuda")).options._timeout.total_seconds()
+        self.timeout = 0.9 * timeout  # before NCCL's own
+        watchdog().waiters.add(self)
 
-    def agree(self, signature, problem):
-        """Raise ValueError on every rank if any rank has a problem (a string), or if their signatures (dicts) differ."""
-        said = self.gather((signature, problem))  # once per new signature; on NCCL this also brings the communicator up with every rank present
-        problems = {rank: p for rank, (_, p) in enumerate(said) if p}
-        if problems:
-            everywhere = len(set(problems.values())) == 1 and len(problems) == self.n_ranks
-            raise ValueError(next(iter(problems.values())) if everywhere else "; ".join(f"rank {r}: {p}" for r, p in problems.items()))
-        for rank, (other, _) in enumerate(said):
-            differ = [name for name in {**said[0][0], **other} if other.get(name) != said[0][0].get(name)]
-            if differ:
-                pick = lambda s: ", ".join(f"{name}={s.get(name)}" for name in differ)
-                raise ValueError(f"ranks disagree: rank 0 has {pick(said[0][0])}; rank {rank} has {pick(other)}; pass the same on every rank")
+    def write(self, reason):
+        """The stream operation that says that a wait for this begins; None: that it has ended."""
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        return WRITE, self.word.data_ptr(), self.reasons.index(reason)
 
-    def gather(self, x):
-        """x of every rank, by rank. x can be pickled."""
-        if self.n_ranks == 1:
-            return [x]
-        everyone, bound = [None] * self.n_ranks, self.group.bound_device_id
-        with torch.cuda.device(bound) if bound else contextlib.nullcontext():  # NCCL takes no other, whatever device is the current one
-            dist.all_gather_object(everyone, x, group=self.group)
-        return everyone
+    @contextlib.contextmanager
+    def waits_for(self, reason):
+        """Inside, the current stream waits for this."""
+        stream = torch.cuda.current_stream().cuda_stream
+        cuda("cuStreamBatchMemOp_v2", stream, *stream_operations([self.write(reason)]), 0)
+        yield
+        cuda("cuStreamBatchMemOp_v2", stream, *stream_operations([self.write(None)]), 0)
 
-    def settle(self, device):
-        """On all ranks together: choose the transport, if that has not been done."""
-        if self.n_ranks > 1 and self.settled != device.type:
-            self.transport, self.why = choose_transport(self.gather(transport_facts(device)))
-            if self.wanted == "p2p" and self.transport == "symmetric":
-                self.transport, self.why = "p2p", "asked for"
-            if device.type == "cuda" and self.watch is None and cuda_driver():
-                self.watch = Watchdog(self)
-            self.settled = device.type
-        if self.wanted == "symmetric" and self.transport == "p2p":
-            raise ValueError(f'transport="symmetric" cannot be had: {self.why}; use transport="p2p", or None to choose by machine')
 
-    def prepare(self, k, backward):
-        """On all ranks together, once per shape: choose the transport, and have memory enough for it."""
-        with torch.cuda.device_of(k):  # whose events and memory are made, whatever device is the current one
-            self.settle(k.device)
-            if self.transport == "symmetric" and k.is_cuda:
-                need = 2 * k.nbytes, 2 * k.numel() * torch.promote_types(k.dtype, torch.float32).itemsize if backward else 0
-                had = (self.memory.key_bytes, self.memory.grad_bytes) if self.memory else (0, 0)
-                if need[0] > had[0] or need[1] > had[1]:
-                    self.reserve(k.device, *map(max, need, had))
-                    self.settle(k.device)
+class Watchdog(threading.Thread):
+    """Ends this process when its GPU has waited too long for another rank. A stream that waits can raise
+    nothing, and whoever synchronizes with it hangs. NCCL's own watchdog does likewise, but knows nothing of
+    hops."""
 
-    def reserve(self, device, key_bytes, grad_bytes):
-        torch.cuda.synchronize(device)  # what is there may be in use
-        if self.memory and self.memory.captured:
-            self.kept.append(self.memory)  # CUDA graphs may be replayed with it
-        self.memory, error = None, None
-        torch.cuda.empty_cache()  # it does not come out of torch's cache
-        try:
-            self.memory = SymmetricMemory(self, device, key_bytes, grad_bytes)
-        except Exception as failure:
-            error = f"{type(failure).__name__}: {failure}"
-        errors = self.gather(error)
-        if any(errors):
-            self.memory, self.transport = None, "p2p"
-            self.why = "no symmetric memory: " + "; ".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
-            if self.rank == 0:
-                warnings.warn(f"from here on keys move by send and receive: {self.why}", stacklevel=2)
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.waiters = weakref.WeakSet()
+        self.start()
 
-    def lost(self, story, seconds):
-        what, hop, rank = story
-        ranks = dist.get_process_group_ranks(self.group) if dist.is_initialized() else list(range(self.n_ranks))
-        return (
-            f"rank {self.rank} of the ring of processes {ranks} waited {seconds:.0f} s, at hop {hop} of {self.n_ranks - 1}, for {what} "
-            f"from rank {rank}, which has died, is stuck, or never made this call"
-        )
-
-    def moves(self, schedule, k, *args):
-        """The transport of one hop loop."""
-        return TRANSPORTS["symmetric" if self.memory and k.is_cuda else "p2p"](self, schedule, k, *args)
-
-    def exchange(self, send, recv, direction, story):
-        """Post: `send` goes to the next rank (direction 1) or the previous one (-1), `recv` fills from the other side. Returns a function
-        that waits (on CUDA: makes the current stream wait) and keeps the tensors alive until then. story: what is received, for which hop."""
-        to, source = (self.next_rank, self.prev_rank)[::direction]
-        peer = lambda rank: dist.get_global_rank(self.group, rank)
-        ops = [dist.P2POp(dist.isend, x, peer(to), self.group) for x in send]
-        ops += [dist.P2POp(dist.irecv, x, peer(source), self.group) for x in recv]
-        story, began = (*story, source), time.monotonic()
-
-        def named(f, *args):
-            try:
-                return f(*args)
-            except RuntimeError as error:  # gloo's, which names an address at most
-                raise RuntimeError(self.lost(story, time.monotonic() - began)) from error
-
-        works = named(dist.batch_isend_irecv, ops) if ops else []
-
-        def wait(tensors=(send, recv)):
-            if self.watch and works:
-                self.watch.begin(story)
-            for work in works:
-                named(work.wait)
-            if self.watch and works:
-                self.watch.begin(None)
-
-        return wait
-
-    def run(self, hops, tensors, *args):
-        """Run a hop loop (a generator) to its end and return its result."""
-        loop = hops(self, *tensors, *args)
+    def run(self):
         while True:
-            try:
-                next(loop)
-            except StopIteration as end:
-                return end.value
+            time.sleep(random.uniform(0.05, 0.15))  # at random, or it could meet a repeating pattern in step
+            for waiter in list(self.waiters):
+                number, now = waiter.number.value, time.monotonic()
+                if number == 0 or number != waiter.seen:
+                    waiter.seen, waiter.since = number, now
+                elif now - waiter.since > waiter.timeout:
+                    sys.stdout.flush()
+                    lost = lost_message(waiter.ring, waiter.reasons[number], waiter.timeout)
+                    print(f"ring_attn: {lost}", file=sys.stderr, flush=True)
+                    os._exit(1)
 
 
-class VirtualRing:
-    """A ring of n_ranks on one device, in one process: the same hop loops, in lockstep, over shards of whole sequences, that move as in p2p.
-
-    Pass it as `group`; q, k, v then hold all S tokens, and so does o. For tests and for reading.
-    """
-
-    def __init__(self, n_ranks):
-        if n_ranks < 1:
-            raise ValueError(f"{n_ranks=} must be 1 or more")
-        self.n_ranks, self.agreed, self.mail = n_ranks, set(), {}
-        self.rank, self.prev_rank, self.next_rank = 0, n_ranks - 1, 1 % n_ranks
-        self.number = len(RINGS)
-        RINGS.append(self)
-
-    def agree(self, signature, problem):
-        if problem:
-            raise ValueError(problem)
-
-    def prepare(self, k, backward):
-        pass
-
-    def run(self, hops, tensors, schedule, *args):
-        split = lambda x, rank: x if x is None else along_tokens(lambda y: shard(y, schedule, rank, self.n_ranks), x)
-        members = [VirtualRank(self, rank) for rank in range(self.n_ranks)]
-        loops = {m.rank: hops(m, *(split(x, m.rank) for x in tensors), schedule, *args) for m in members}
-        results = [None] * self.n_ranks
-        while loops:
-            for rank, loop in list(loops.items()):
-                try:
-                    next(loop)
-                except StopIteration as end:
-                    results[rank] = end.value
-                    del loops[rank]
-        return tuple(along_tokens(lambda *parts: merge(parts, schedule), *parts) for parts in zip(*results))
+watchdog = functools.cache(Watchdog)  # one per process
 
 
-class VirtualRank:
-    def __init__(self, ring, rank):
-        self.ring, self.rank, self.n_ranks, self.posted = ring, rank, ring.n_ranks, 0
-
-    def moves(self, *args):
-        return P2P(self, *args)
-
-    def exchange(self, send, recv, direction, story):
-        number, self.posted = self.posted, self.posted + 1  # the neighbour's exchange of the same number is the other end
-        self.ring.mail[self.rank, number] = send
-        source = (self.rank - direction) % self.n_ranks
-        return lambda: [x.copy_(y) for x, y in zip(recv, self.ring.mail.pop((source, number)), strict=True)]
+def lost_message(ring, reason, seconds):
+    what, hop, rank = reason
+    ranks = dist.get_process_group_ranks(ring.group) if dist.is_initialized() else list(range(ring.n_ranks))
+    return (
+        f"rank {ring.rank} of the ring of processes {ranks} waited {seconds:.0f} s, at hop {hop} of "
+        f"{ring.n_ranks - 1}, for {what} from rank {rank}, which has died, is stuck, or never made this call"
+    )
 
 
-def along_tokens(f, *xs):
-    """Apply f, which cuts or joins dimension 1, to (B, T, H, D) tensors, or to (B, H, T) ones."""
-    return f(*xs) if xs[0].ndim == 4 else f(*(x.transpose(1, 2) for x in xs)).transpose(1, 2).contiguous()
+def missing_ranks(group=None, seconds=10.0):
+    """The processes of `group` (default: all), by global rank, that do not answer within some seconds. Call
+    this on every rank where a collective has failed: that is the answer. [] where nobody can be asked."""
+    missing = []
+
+    def ask():
+        with contextlib.suppress(Exception):  # the store may have died, too
+            store, deadline = dist.distributed_c10d._get_default_store(), time.monotonic() + seconds
+            ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+            store.set(f"ring_attn answers {dist.get_rank()}", "")
+            while silent := [rank for rank in ranks if not store.check([f"ring_attn answers {rank}"])]:
+                if time.monotonic() > deadline:
+                    missing.extend(silent)
+                    return
+                time.sleep(0.1)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds + 5)  # a store on a host that cannot be reached never answers
+    return missing
 
 
-ring_of = functools.lru_cache(maxsize=None)(Ring)
-ALONE = ring_of(None)  # a ring of one, whatever the process group
+def missing_text(group, error):
+    seconds = 10 if "imed out" in str(error) else 2  # a rank that has died is seen at once
+    missing = missing_ranks(group, seconds)
+    return f"; no answer from processes {missing}: died, stopped or stuck" if missing else ""
 
 
-def leave_groups():
-    """End torch.distributed, at the end of a script, if it was begun. Rings let go of their groups: the threads of a gloo group that is
-    alive when Python exits may still be freeing tensors, and abort the process."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
-    ring_of.cache_clear()
-    for ring in RINGS:
-        ring.group = ring.memory = None
-
-
-def resolve_ring(group, transport=None):
-    """A ring from what users pass as `group`: None, a ProcessGroup, a VirtualRing or a Ring."""
-    if not isinstance(group, (VirtualRing, Ring)):
-        return process_ring(group, transport)
-    if transport is not None:
-        raise ValueError(f"{transport=} goes with a process group: a {type(group).__name__} has its own; leave it out")
-    return group
-
-
-@torch.compiler.assume_constant_result  # called once, when a graph is made: the compiled graph keeps the ring
-def process_ring(group, transport=None):
-    if transport is not None:
-        check_transport(transport)
-    if group is None and dist.is_available() and dist.is_initialized():
-        group = dist.group.WORLD
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"group must be None, a ProcessGroup this process belongs to, a VirtualRing or a Ring, not {group!r}")
-    return ring_of(group, transport) if group else ALONE
-
-
+# =============================================================================
+# Part IV: the operator, autograd, checks
 # -----------------------------------------------------------------------------
-# hop loops. Generators: each `yield` is where a virtual ring lets its other ranks catch up
-
-
-@functools.lru_cache(maxsize=None)
-def nothing(dtype, device):  # an argument that no kernel reads
-    return torch.empty(0, dtype=dtype, device=device)
-
-
-def accumulator(x, wide, n_hops, backend):
-    """Where hops keep x in float32 until it is complete: x itself if wide enough, nothing if one kernel does it all."""
-    if x.dtype == wide:
-        return x
-    return torch.empty(x.shape, dtype=wide, device=x.device) if n_hops > 1 or backend == "torch" else nothing(wide, x.device)
-
-
-def forward_hops(ring, q, k, v, schedule, causal, sm_scale, backend):
-    """o (B, T, H, D) like q, and lse (B, H, T)."""
-    B, T, H, D = q.shape
-    forward, *_ = BACKENDS[backend]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    o = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(B, H, T, dtype=wide, device=q.device)
-    acc = accumulator(o, wide, ring.n_ranks, backend)
-    moves = ring.moves(schedule, k, v, causal, 1)
-    for j, hop in enumerate(moves.hops):
-        kv = moves.keys(j)
-        if hop.visible:
-            forward(q, *kv, o, acc, lse, hop, causal, sm_scale)
-        yield
-    moves.finish()
-    return o, lse
-
-
-def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, backend):
-    """dq, dk, dv. The own keys come first for dq and last for dk, dv: the first keys to arrive do so under dq of the own
-    ones, gradients travel under dq of the same hop, and are home after n_ranks - 1 hops."""
-    _, preprocess, backward_dq, backward_dkv = BACKENDS[backend]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    dq_acc = accumulator(dq, wide, ring.n_ranks, backend)
-    rows = preprocess(o, do, lse, dlse)
-    moves = ring.moves(schedule, k, v, causal, -1, wide)
-    for j, hop in enumerate(moves.hops):
-        kv = moves.keys(j)
-        if j > 0:  # to what earlier ranks collected for these keys add, and send it on
-            grads = moves.grads(j)
-            if hop.visible:
-                backward_dkv(q, *kv, do, rows, *grads, *grads, hop, causal, sm_scale)
-            moves.pass_on(j)
-        if hop.visible:
-            backward_dq(q, *kv, do, rows, dq, dq_acc, hop, causal, sm_scale)
-        yield
-    home = moves.grads(ring.n_ranks) if ring.n_ranks > 1 else [accumulator(x, wide, 1, backend) for x in (dk, dv)]
-    backward_dkv(q, k, v, do, rows, dk, dv, *home, moves.hops[0], causal, sm_scale)
-    moves.finish()
-    return dq, dk, dv
-
-
-# -----------------------------------------------------------------------------
-# operators and autograd. Whoever looks at operators (torch.compile, fake tensors, selective checkpointing) finds torch.ops.ring_attn.forward
-# and .backward: torch.compile reads shapes off the *_fake functions, puts the operators into its graph as they are, and breaks no graph here
+# Eager calls go straight to the functions below. Where something looks at operators (torch.compile, fake
+# tensors, selective checkpointing), calls go through torch.ops.ring_attn.forward and .backward: torch.compile
+# reads shapes off the *_fake functions and puts the operators into its graph as they are, without a graph
+# break
 
 
 def can_skip_dispatcher(*tensors):
-    """Then functions are called directly: the dispatcher would take the host longer than a launch."""
+    """Does nothing look at operators? Then they are called directly: the dispatcher takes time."""
     plain = all(type(x) is torch.Tensor or type(x) is torch.nn.Parameter for x in tensors)
     transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    return plain and not (transformed or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack())
+    looked_at = transformed or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    return plain and not looked_at
 
 
-def wire_ready(q, k, v, ring):
-    """Kernels want the D numbers of a head side by side; keys and values that go on the wire are whole blocks."""
+def dense(q, k, v, ring):
+    """q, k, v with the D numbers of a head side by side; keys and values that move are contiguous."""
     q = q if q.stride(-1) == 1 else q.contiguous()
-    k, v = (x if x.stride(-1) == 1 and RINGS[ring].n_ranks == 1 else x.contiguous() for x in (k, v))
+    alone = ring_numbered(ring).n_ranks == 1
+    k, v = (x if alone and x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     return q, k, v
 
 
-def run_hops(hops, tensors, ring, schedule, causal, sm_scale, backend):
+def run_hops(hops, tensors, ring, schedule, causal, sm_scale, backend, transport):
     q = tensors[0]
     backend = best_backend(q) if backend is None else backend
-    casts = torch.is_autocast_enabled(q.device.type)
-    with torch.cuda.device_of(q), torch.autocast(q.device.type, enabled=False) if casts else contextlib.nullcontext():
-        return RINGS[ring].run(hops, tensors, schedule, causal, sm_scale, backend)  # kernels launch on the current device
+    kind, plain = q.device.type, contextlib.nullcontext()  # the state stays in float32, also under autocast
+    no_casts = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else plain
+    with torch.cuda.device_of(q), no_casts:
+        return ring_numbered(ring).run(hops, tensors, schedule, causal, sm_scale, backend, transport)
 
 
-def forward_real(q, k, v, ring, schedule, causal, sm_scale, backend, backward, checked, problem):
-    if not checked:  # it comes from a compiled graph
-        check_once(q, k, v, schedule, RINGS[ring], causal, sm_scale, backend, backward, problem)
-    return run_hops(forward_hops, wire_ready(q, k, v, ring), ring, schedule, causal, sm_scale, backend)
+def forward_real(q, k, v, ring, schedule, causal, sm_scale, backend, transport, backward, problem):
+    return run_hops(forward_hops, dense(q, k, v, ring), ring, schedule, causal, sm_scale, backend, transport)
+
+
+def forward_checked(q, k, v, ring, *args):
+    """A compiled graph is made before its tensors are there: it checks them when it runs."""
+    check_once(q, k, v, ring_numbered(ring), *args)
+    return forward_real(q, k, v, ring, *args)
 
 
 def forward_fake(q, k, v, *args):
@@ -2050,41 +2399,64 @@ def forward_fake(q, k, v, *args):
 def backward_real(do, dlse, q, k, v, o, lse, ring, *args):
     do = torch.zeros_like(o) if do is None else do.to(o.dtype).contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    return run_hops(backward_hops, (*wire_ready(q, k, v, ring), o, lse, do, dlse), ring, *args)
+    return run_hops(backward_hops, (*dense(q, k, v, ring), o, lse, do, dlse), ring, *args)
 
 
 def backward_fake(do, dlse, q, k, v, *args):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
+class FirstDerivative(torch.autograd.Function):
+    """Gradients as they are, which raise where they are differentiated: what they depend on comes first."""
+
+    @staticmethod
+    def forward(ctx, n_grads, *tensors):
+        return tuple(x.detach() for x in tensors[-n_grads:])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("ring_attn has no second derivative; write the attention in torch.einsum for one")
+
+
+def once(f, *inputs):
+    """f() of a backward, a tuple of gradients, with an error where a second derivative is asked for
+    (create_graph=True). once_differentiable gives zeros there, unless the incoming gradient requires one
+    itself."""
+    with torch.no_grad():
+        grads = f()
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return FirstDerivative.apply(len(grads), *inputs, *grads)
+    return grads
+
+
 class RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, args):
-        q, k, v = wire_ready(q, k, v, args[0])  # here already, as these are kept for the backward
+    def forward(ctx, q, k, v, run, args):
+        q, k, v = dense(q, k, v, args[0])  # here already, as these are kept for the backward
         if can_skip_dispatcher(q, k, v):
-            o, lse = forward_real(q, k, v, *args)
+            o, lse = run(q, k, v, *args)
         else:
-            with torch._C._AutoDispatchBelowAutograd():  # the same operator again, now the part below autograd
+            with torch._C._AutoDispatchBelowAutograd():  # the same operator, below autograd
                 o, lse = torch.ops.ring_attn.forward.default(q, k, v, *args)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.args = args
+        ctx.args = args[:6]
         ctx.set_materialize_grads(False)
         return o, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, do, dlse):
         saved = ctx.saved_tensors
         backward = backward_real if can_skip_dispatcher(*saved) else torch.ops.ring_attn.backward.default
-        return *backward(do, dlse, *saved, *ctx.args[:5]), None
+        return *once(lambda: backward(do, dlse, *saved, *ctx.args), do, dlse, *saved[:3]), None, None
 
 
 LIBRARY = torch.library.Library("ring_attn", "DEF")
-OPTIONS = "int ring, str schedule, bool causal, float sm_scale, str? backend"
-LIBRARY.define(f"forward(Tensor q, Tensor k, Tensor v, {OPTIONS}, bool backward, bool checked, str? problem) -> (Tensor, Tensor)")
-LIBRARY.define(f"backward(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {OPTIONS}) -> (Tensor, Tensor, Tensor)")
-LIBRARY.impl("forward", lambda q, k, v, *args: RingAttention.apply(q, k, v, args), "Autograd")
-LIBRARY.impl("forward", forward_real, "CompositeExplicitAutograd")  # on any device: check_inputs says which are supported
+TENSORS, GRADS = "Tensor q, Tensor k, Tensor v", "Tensor? do, Tensor? dlse"
+OPTIONS = "int ring, str schedule, bool causal, float sm_scale, str? backend, str? transport"
+LIBRARY.define(f"forward({TENSORS}, {OPTIONS}, bool backward, str? problem) -> (Tensor, Tensor)")
+LIBRARY.define(f"backward({GRADS}, {TENSORS}, Tensor o, Tensor lse, {OPTIONS}) -> (Tensor, Tensor, Tensor)")
+LIBRARY.impl("forward", lambda *args: RingAttention.apply(*args[:3], forward_checked, args[3:]), "Autograd")
+LIBRARY.impl("forward", forward_checked, "CompositeExplicitAutograd")  # on any device; checks refuse some
 LIBRARY.impl("backward", backward_real, "CompositeExplicitAutograd")
 torch.library.register_fake("ring_attn::forward", forward_fake, lib=LIBRARY)
 torch.library.register_fake("ring_attn::backward", backward_fake, lib=LIBRARY)
@@ -2100,26 +2472,85 @@ class Unshard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx):
-        return shard(dx, *ctx.args), None, None
+        return *once(lambda: (shard(dx, *ctx.args),), dx), None, None
+
+
+def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse=False, backend=None, transport=None,
+           problem=None):  # fmt: skip
+    """What all public functions call. problem: what the caller found wrong, to be raised on every rank."""
+    has_shape = isinstance(q, torch.Tensor) and not q.is_nested and q.ndim > 0
+    if sm_scale is None:
+        sm_scale = max(q.shape[-1], 1) ** -0.5 if has_shape else 1.0
+    if has_shape and q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type):
+        q, k, v = autocast(q, k, v)
+    backward = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v))
+    if not torch.compiler.is_compiling():
+        options = schedule, causal, sm_scale, backend, transport, backward, problem
+        check_once(q, k, v, ring_numbered(ring.number), *options)
+    args = ring.number, schedule, bool(causal), float(sm_scale), backend, transport, backward, problem
+    if can_skip_dispatcher(q, k, v):
+        if backward:
+            o, lse = RingAttention.apply(q, k, v, forward_real, args)
+        else:
+            o, lse = forward_real(q, k, v, *args)
+    else:
+        o, lse = torch.ops.ring_attn.forward.default(q, k, v, *args)
+    return (o, lse) if return_lse else o
+
+
+def autocast(*tensors):
+    """Tensors as autocast hands them to scaled_dot_product_attention."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    cast = []
+    for x in tensors:
+        eligible = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        cast.append(x.to(dtype) if eligible else x)
+    return cast
 
 
 # -----------------------------------------------------------------------------
-# public functions
+# checks. Each raises ValueError, with the values and a way out
 
 
-def check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend):
-    """Raise ValueError, with the values and a way out, for anything that the hop loops cannot do."""
+def check_schedule(schedule, n_ranks, T, B=None):
+    """Can shards of (B, T) tokens on n_ranks ranks follow this schedule?"""
+    if not isinstance(schedule, str) or schedule not in SCHEDULES:
+        raise ValueError(f"{schedule=} is unknown; choose one of {', '.join(SCHEDULES)}")
+    if n_ranks < 1 or T < 1:
+        raise ValueError(f"{n_ranks=} and the tokens per rank, {T}, must be 1 or more")
+    if n_ranks == 1:
+        return  # all schedules are the same on a ring of one
+    need = SCHEDULES[schedule]
+    if T % need.T_multiple:
+        raise ValueError(
+            f"seq_len={n_ranks * T} must be a multiple of {need.T_multiple}*n_ranks="
+            f'{need.T_multiple * n_ranks} for {schedule}; pad it, or use schedule="striped"'
+        )
+    if B is not None and B % need.batch_groups:
+        wanted = f"must be a multiple of {need.batch_groups} for {schedule}"
+        raise ValueError(f'batch size {B=} {wanted}; pad the batch, or use schedule="zigzag"')
+    if n_ranks * T > INT_MAX:
+        raise ValueError(f"seq_len={n_ranks * T} must stay below 2**31; positions are 32 bit in the kernels")
+
+
+def check_transport(transport):
+    if not isinstance(transport, str) or transport not in TRANSPORTS:
+        raise ValueError(f"{transport=} is unknown; choose one of {', '.join(TRANSPORTS)}, or leave it out")
+
+
+def check_common(q, k, v, sm_scale, causal, backend, backends):
+    """What ring_attn and decode_attn check of q (B, M, H, D), k, v (B, N, HKV, D) and options."""
     for name, x in dict(q=q, k=k, v=v).items():
         if not isinstance(x, torch.Tensor):
             raise ValueError(f"{name} must be a tensor (B, T, heads, D), not {type(x).__name__}")
-        if x.layout != torch.strided:
-            raise ValueError(f"{name} is {x.layout}; make it dense with .to_dense()")
+        check_dense(name, x)
         if x.ndim != 4 or 0 in x.shape:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be (B, T, heads, D) with no dimension of 0")
-    if k.shape != v.shape or (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
+            wanted = "(B, T, heads, D) with no dimension of 0"
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {wanted}")
+    H, HKV, D = q.shape[2], k.shape[2], q.shape[3]
+    if k.shape != v.shape or k.shape[3] != D:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise ValueError(f"shapes do not fit: {shapes}; need q (B, T, H, D), k and v (B, T, HKV, D) with equal B, T and D")
-    (B, T, H, D), HKV = q.shape, k.shape[2]
+        raise ValueError(f"shapes do not fit: {shapes}; need k and v of one shape, with the D of q")
     if H % HKV:
         raise ValueError(f"{H} query heads cannot share {HKV} key/value heads: H must be a multiple of HKV")
     if not q.dtype == k.dtype == v.dtype:
@@ -2130,73 +2561,105 @@ def check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend):
         raise ValueError(f"tensors are on {q.device}; cpu and cuda are supported")
     if not isinstance(causal, int):  # bool is one
         raise ValueError(f"{causal=} must be True or False")
-    if not isinstance(sm_scale, (int, float)) or not 0 < sm_scale < math.inf:
+    number = isinstance(sm_scale, numbers.Real) and not isinstance(sm_scale, bool)
+    if not number or not 0 < sm_scale < math.inf:
         raise ValueError(f"{sm_scale=} must be a finite number above 0; to flip its sign negate q")
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        raise ValueError(f"{backend=} is unknown; choose one of {', '.join(BACKENDS)}, or None to choose by device")
-    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)[: {"torch": 4, "triton": 3, "gluon": 2}[backend]]
+    if not isinstance(backend, str) or backend not in backends:
+        raise ValueError(f"{backend=} is unknown; choose one of {', '.join(backends)}, or None")
+    dtypes = torch.bfloat16, torch.float16, torch.float32, torch.float64
+    dtypes = dtypes[: {"torch": 4, "triton": 3, "gluon": 2}[backend]]
     if q.dtype not in dtypes:
-        raise ValueError(f'{q.dtype} is not supported by backend="{backend}"; cast to one of {", ".join(map(str, dtypes))}')
-    if backend == "gluon":
-        if not q.is_cuda or capability(q.device)[0] != 9:
-            raise ValueError(f'backend="gluon" needs a Hopper GPU (capability 9.0), the tensors are on {q.device}; use backend="triton"')
-        if not hopper_takes(D, q.dtype):
-            raise ValueError(f'head dim {D} must be a multiple of 8 up to {max(HOPPER_TILES["fwd"])} for backend="gluon"; use backend="triton"')
+        supported = ", ".join(map(str, dtypes))
+        raise ValueError(f'{q.dtype} is not supported by backend="{backend}"; cast to one of {supported}')
     if backend == "triton":
         check_portable(q)
+
+
+def check_dense(name, x):
+    if x.is_nested:
+        way_out = "make it dense with torch.nested.to_padded_tensor(x, 0.0)"
+        raise ValueError(f"{name} is a nested tensor; {way_out}")
+    if x.layout != torch.strided:
+        raise ValueError(f"{name} is {x.layout}; make it dense with .to_dense()")
+
+
+def check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend, transport):
+    """Everything that the hop loops cannot do."""
+    check_common(q, k, v, sm_scale, causal, backend, BACKENDS)
+    (B, T, _, D), device = q.shape, q.device
+    if k.shape[:2] != (B, T):
+        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}; need equal B, T and D")
+    if backend == "gluon":
+        if not q.is_cuda or capability(device)[0] != 9:
+            needs = 'backend="gluon" needs a Hopper GPU (capability 9.0)'
+            raise ValueError(f'{needs}, the tensors are on {device}; use backend="triton"')
+        if not hopper_takes(D, q.dtype):
+            wanted = f"must be a multiple of 8 up to {max(HOPPER_TILES['fwd'])}"
+            raise ValueError(f'head dim {D} {wanted} for backend="gluon"; use backend="triton"')
+    if transport is not None:
+        check_transport(transport)
     if isinstance(ring, VirtualRing):
+        if transport is not None:
+            raise ValueError(f"{transport=} is for process groups, and this is a VirtualRing; leave it out")
         if T % ring.n_ranks:
-            raise ValueError(f"seq_len={T} must be a multiple of n_ranks={ring.n_ranks}; pad it, or change the number of ranks")
+            raise ValueError(f"seq_len={T} must be a multiple of n_ranks={ring.n_ranks}; {PAD}")
         T //= ring.n_ranks
     elif ring.n_ranks > 1:
         check_movable(q, ring.group)
     check_schedule(schedule, ring.n_ranks, T, B)
 
 
+def check_unshard(x, schedule, ring):
+    if isinstance(ring, VirtualRing):
+        raise ValueError("a VirtualRing holds whole sequences: there is nothing to unshard")
+    if not isinstance(x, torch.Tensor) or x.is_nested or x.layout != torch.strided or x.ndim < 2:
+        raise ValueError(f"x is {summary(x)}; it must be a dense tensor (B, T, ...)")
+    if ring.n_ranks > 1:
+        check_movable(x, ring.group)
+    check_schedule(schedule, ring.n_ranks, x.shape[1], x.shape[0])
+
+
 def check_movable(x, group):
-    """Raise ValueError unless the process group can move x."""
-    if x.device.type not in device_types(group):
-        raise ValueError(
-            f"the process group ({dist.get_backend(group)}) cannot move {x.device.type} tensors; "
-            f'use init_process_group("{"nccl" if x.device.type == "cuda" else "gloo"}")'
-        )
-    if x.is_cuda and group.bound_device_id not in (None, x.device):
-        raise ValueError(
-            f"tensors are on {x.device}, but init_process_group was given device_id={group.bound_device_id}; make them on the GPU of this rank"
-        )
-
-
-def check_portable(q):
-    """Raise ValueError unless the portable kernels can run on q (B, T, H, D)."""
-    D = q.shape[-1]
-    if D > 256:
-        raise ValueError(f'head dim {D} is above 256, the most the kernels take; use smaller heads, or backend="torch"')
-    if INTERPRET and q.dtype == torch.bfloat16:
-        raise ValueError("bfloat16 is wrong in Triton's interpreter; use float16 or float32, or unset TRITON_INTERPRET")
-    if not INTERPRET and q.device.type != "cuda":
-        raise ValueError('backend="triton" needs CUDA tensors, or TRITON_INTERPRET=1 in the environment to run on the CPU')
-    if not INTERPRET and capability(q.device) < (8, 0):
-        has = ".".join(map(str, capability(q.device)))
-        raise ValueError(f'the kernels need CUDA capability 8.0; {torch.cuda.get_device_name(q.device)} has {has}: use backend="torch"')
-
-
-def device_types(group):
-    """Kinds of device whose tensors the process group can move."""
+    """Can the process group move x?"""
     config = str(dist.get_backend_config(group))  # such as "cpu:gloo,cuda:nccl"
     by_device = dict(pair.split(":") for pair in config.split(",") if ":" in pair)
     if by_device.get("cuda") == "gloo":
         del by_device["cuda"]  # gloo has no send and receive for CUDA tensors
-    return list(by_device)
+    if x.device.type not in by_device:
+        backend = "nccl" if x.device.type == "cuda" else "gloo"
+        can = f"the process group ({dist.get_backend(group)}) cannot move {x.device.type} tensors"
+        raise ValueError(f'{can}; use init_process_group("{backend}")')
+    if x.is_cuda and group.bound_device_id not in (None, x.device):
+        given = f"init_process_group was given device_id={group.bound_device_id}"
+        raise ValueError(f"tensors are on {x.device}, but {given}; make them on the GPU of this rank")
+
+
+def check_portable(q):
+    """Can the portable kernels run on q (B, T, H, D)?"""
+    D = q.shape[-1]
+    if D > 256:
+        raise ValueError(f'head dim {D} is above 256; use smaller heads, or backend="torch"')
+    if INTERPRET and q.dtype == torch.bfloat16:
+        way_out = "use float16 or float32, or unset TRITON_INTERPRET"
+        raise ValueError(f"bfloat16 is wrong in Triton's interpreter; {way_out}")
+    if not INTERPRET and q.device.type != "cuda":
+        way_out = "or TRITON_INTERPRET=1 in the environment to run on the CPU"
+        raise ValueError(f'backend="triton" needs CUDA tensors, {way_out}')
+    if not INTERPRET and capability(q.device) < (8, 0):
+        has = f"{torch.cuda.get_device_name(q.device)} has {'.'.join(map(str, capability(q.device)))}"
+        raise ValueError(f'the kernels need CUDA capability 8.0; {has}: use backend="torch"')
 
 
 def summary(x):
     """What all ranks must agree on, and what the checks look at, of an argument that should be a tensor."""
-    return (tuple(x.shape), str(x.dtype), x.device.type, str(x.layout)) if isinstance(x, torch.Tensor) else type(x).__name__
+    if not isinstance(x, torch.Tensor):
+        return type(x).__name__
+    return "a nested tensor" if x.is_nested else (tuple(x.shape), str(x.dtype), x.device.type, str(x.layout))
 
 
 def agree_once(ring, key, signature, problem, check, prepare=lambda: None):
-    """Before the first call of a kind: raise ValueError on every rank if `check` finds a problem on any, or if the ranks'
-    signatures differ; if all is well, `prepare`. Later calls with the same key cost a look-up."""
+    """Before the first call of a kind: raise ValueError on every rank if `check` finds a problem on any, or
+    if their signatures differ; if all is well, `prepare`. Later calls with the same key cost a look-up."""
     if key in ring.agreed:
         return
     if problem is None:
@@ -2208,145 +2671,35 @@ def agree_once(ring, key, signature, problem, check, prepare=lambda: None):
             problem = f"{type(error).__name__}: {error}"
     ring.agree(signature, problem)
     prepare()
-    ring.agreed.add(key)
+    if len(ring.agreed) >= 4096:
+        del ring.agreed[next(iter(ring.agreed))]  # the oldest: all ranks drop the same one
+    ring.agreed[key] = True
 
 
-def check_once(q, k, v, schedule, ring, causal, sm_scale, backend, backward, problem):
-    """check_inputs, and that every rank has the same, the first time that these shapes and options come up."""
+def check_once(q, k, v, ring, schedule, causal, sm_scale, backend, transport, backward, problem):
+    """check_inputs, and that all ranks have the same, the first time that shapes and options come up."""
     if backend is None:
-        backend = best_backend(q) if isinstance(q, torch.Tensor) and q.ndim > 0 else "torch"
-    options = schedule, causal, sm_scale, backend, backward, problem, type(causal)
+        has_shape = isinstance(q, torch.Tensor) and not q.is_nested and q.ndim > 0
+        backend = best_backend(q) if has_shape else "torch"
+    options = schedule, causal, sm_scale, backend, transport, backward, problem
     try:
-        key = *((x.shape, x.dtype, x.device, x.layout) for x in (q, k, v)), *options
+        tensors = ((x.shape, x.dtype, x.device, x.layout) for x in (q, k, v))
+        key = *tensors, *options, type(causal), type(sm_scale)
         known = key in ring.agreed
-    except (AttributeError, TypeError):  # an argument of a kind that will be refused
+    except (AttributeError, TypeError, RuntimeError):  # an argument of a kind that will be refused
         key, known = repr((summary(q), summary(k), summary(v), *options)), False
-    if not known:
-        if isinstance(q, torch.Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise ValueError("ranks cannot agree on shapes and options inside a CUDA graph: make this call once before you capture it")
-        options = dict(zip(("schedule", "causal", "sm_scale", "backend", "backward"), map(repr, options)))
-        signature = dict(q=summary(q), k=summary(k), v=summary(v), transport=getattr(ring, "wanted", None), **options)
-        agree_once(ring, key, signature, problem, lambda: check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend), lambda: ring.prepare(k, backward))
-
-
-def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse, backend, problem=None):
-    """What all public functions come down to. problem: what the caller found wrong, to be raised on every rank."""
-    if sm_scale is None:
-        sm_scale = max(q.shape[-1], 1) ** -0.5 if isinstance(q, torch.Tensor) and q.ndim > 0 else 1.0
-    backward = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v))
-    checked = not torch.compiler.is_compiling()  # a compiled graph is made before the tensors: there the operator checks them
-    if checked:
-        check_once(q, k, v, schedule, ring, causal, sm_scale, backend, backward, problem)
-    args = ring.number, schedule, bool(causal), sm_scale, backend, backward, checked, problem
-    if checked and can_skip_dispatcher(q, k, v):
-        o, lse = RingAttention.apply(q, k, v, args) if backward else forward_real(q, k, v, *args)
-    else:
-        o, lse = torch.ops.ring_attn.forward.default(q, k, v, *args)
-    return (o, lse) if return_lse else o
-
-
-def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None, return_lse=False, *, backend=None, transport=None):
-    """softmax(sm_scale * q k^T) v over a sequence that is sharded over the ranks of `group`. Differentiable.
-
-    q: (B, T, H, D), k, v: (B, T, HKV, D): this rank's tokens under `schedule`, see `shard`; T, B the same on every
-       rank. bfloat16, float16 or float32 (float64 in the torch path). H a multiple of HKV; D up to 256. Any strides.
-    schedule: a key of SCHEDULES. Under causal=False all of them give the same result.
-    group: a process group; None for the default one, or for a ring of one if there is none; VirtualRing(n); or a Ring, as resolve_ring makes.
-    sm_scale: above 0; None means D ** -0.5.
-    return_lse: also return lse (B, H, T) float32 (float64 for float64 inputs), the natural log of the softmax's denominator;
-       gradients flow through it.
-    backend: "torch", "triton" (any GPU, and CPU tensors under TRITON_INTERPRET=1) or "gluon" (Hopper); None chooses the fastest one.
-    transport: "p2p" (send and receive between neighbours: NCCL, gloo) or "symmetric" (CUDA, one host: copies from where the keys are);
-       None chooses: symmetric memory where all GPUs can read each other. resolve_ring(group).transport says which it was, .why says why.
-    Returns o, (B, T, H, D), in the dtype of q.
-
-    Raises ValueError on every rank if any rank's inputs do not fit or the ranks' inputs differ. That is checked once
-    per new combination of shapes and options; a rank that changes them alone, after the others have agreed on theirs,
-    is found by the process group's timeout only.
-    """
-    return attend(q, k, v, schedule, resolve_ring(group, transport), causal, sm_scale, return_lse, backend)
-
-
-def flash_attn_func(q, k, v, bias=None, causal=True, sm_scale=None):
-    """ring_attn on a ring of one: (B, T, H, D) -> (B, T, H, D), whatever the process group. bias must be None."""
-    problem = None if bias is None else "bias is not supported yet; pass None"
-    return attend(q, k, v, "contiguous", ALONE, causal, sm_scale, False, None, problem)
-
-
-def named_schedule(name, schedule):
-    """The function `name`, which is ring_attn under one schedule with the ring spelled out."""
-
-    def func(q, k, v, n_ranks, rank, prev_rank, next_rank, bias=None, causal=True, sm_scale=None, *, group=None):
-        ring = ALONE if n_ranks == 1 and group is None else resolve_ring(group)
-        given = (n_ranks, rank, prev_rank, next_rank)
-        actual = (ring.n_ranks, ring.rank, ring.prev_rank, ring.next_rank)
-        problem = None if bias is None else "bias is not supported yet; pass None"
-        if given != actual:
-            problem = f"n_ranks, rank, prev_rank, next_rank are {given}; in this process group they are {actual}"
-        return attend(q, k, v, schedule, ring, causal, sm_scale, False, None, problem)
-
-    func.__name__ = func.__qualname__ = name
-    func.__doc__ = f"""ring_attn(q, k, v, schedule="{schedule}") with the ring spelled out: ranks within `group` (default: all processes).
-
-    q: (B, T, H, D), k, v: (B, T, HKV, D), this rank's tokens, see `shard`. n_ranks = 1 is a local call: it needs no process
-    group and, unless one is given, takes no notice of any. bias must be None. Returns o (B, T, H, D).
-    Raises ValueError as ring_attn does, and where the ranks are not the group's.
-    """
-    return func
-
-
-ring_attn_func = named_schedule("ring_attn_func", "contiguous")
-striped_attn_func = named_schedule("striped_attn_func", "striped")
-zigzag_attn_func = named_schedule("zigzag_attn_func", "zigzag")
-step_attn_func = named_schedule("step_attn_func", "step")
-
-
-@torch.compiler.disable  # a graph break, where a model calls it under torch.compile
-def unshard(x, schedule, group=None):
-    """The inverse of `shard`: every rank's (B, T, ...) -> the whole (B, S, ...), on every rank. Memory O(S).
-
-    Differentiable, for a loss that every rank computes alike from the whole: the gradient is this rank's own part.
-    Raises ValueError on every rank if the schedule is unknown, cannot cut x, or the ranks' shapes differ.
-    """
-    ring = resolve_ring(group)
-    signature = dict(x=summary(x), schedule=repr(schedule))
-
-    def check():
-        if isinstance(ring, VirtualRing):
-            raise ValueError("a VirtualRing holds whole sequences: there is nothing to unshard")
-        if not isinstance(x, torch.Tensor) or x.ndim < 2 or x.layout != torch.strided:
-            raise ValueError(f"x is {summary(x)}; it must be a dense tensor (B, T, ...)")
-        if ring.n_ranks > 1:
-            check_movable(x, ring.group)
-        check_schedule(schedule, ring.n_ranks, x.shape[1], x.shape[0])
-
-    agree_once(ring, tuple(signature.values()), signature, None, check)
-    return x if ring.n_ranks == 1 else Unshard.apply(x.contiguous(), schedule, ring)
-
-
-# -----------------------------------------------------------------------------
-# the schedules, drawn from the plans that the hop loops follow
-
-
-def work(schedule, n_ranks, T=256):
-    """By rank and hop of a causal forward: (whose keys, the share of the scores with them that is computed)."""
-    at = lambda layout: layout_positions(Layout(*layout), T)
-    seen = lambda row: (at(row[3:6]) <= at(row[:3])[:, None]).double().mean().item()
-    share = lambda hop: sum(map(seen, hop.table)) / len(hop.table)
-    return [[(hop.source, share(hop)) for hop in plan(schedule, rank, n_ranks, T, True, 1)] for rank in range(n_ranks)]
-
-
-def draw(n_ranks=4, T=256):
-    """One table per schedule: at each hop of the forward, whose keys a rank has and how much of the scores it computes."""
-    lines = []
-    for schedule in SCHEDULES:
-        B = SCHEDULES[schedule].batch_groups
-        lines.append(f"{schedule:12}" + "".join(f"hop {j}   " for j in range(n_ranks)) + "work   shards received")
-        for rank, (hops, received) in enumerate(zip(work(schedule, n_ranks, T), keys_moved(schedule, n_ranks, T, B))):
-            cells = (f"k{source} " + "█" * round(4 * share) if share else "·" for source, share in hops)
-            lines.append(f"  rank {rank}    " + "".join(f"{cell:8}" for cell in cells) + f"{sum(share for _, share in hops):<7.1f}{received / T / B:g}")
-        lines.append("")
-    return "\n".join(lines)
+    if known:
+        return
+    if isinstance(q, torch.Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing():
+        way_out = "make this call once before you capture it"
+        raise ValueError(f"ranks cannot agree on shapes and options inside a CUDA graph: {way_out}")
+    names = "schedule", "causal", "sm_scale", "backend", "transport", "backward"
+    signature = dict(q=summary(q), k=summary(k), v=summary(v), **dict(zip(names, map(repr, options))))
+    agree_once(
+        ring, key, signature, problem,
+        lambda: check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend, transport),
+        lambda: ring.prepare(k, backward, transport),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

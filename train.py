@@ -3,23 +3,26 @@
     python train.py                                         # one GPU, or this laptop's CPU
     torchrun --nproc_per_node=2 train.py                    # a ring of two
     torchrun --nproc_per_node=8 train.py --seq_len=262144   # eight GPUs, 32k tokens each
-    torchrun --nproc_per_node=8 train.py --ring_size=4 --fsdp --checkpoint --accumulate=2   # two rings of four, and less memory
+    torchrun --nproc_per_node=8 train.py --ring_size=4 --fsdp --checkpoint --accumulate=2   # in less memory
     python train.py --data=my/texts --out=runs/mine --steps=2000
-    python train.py --out=runs/mine --resume                # goes on where runs/mine stopped, with its flags, batch for batch
-    torchrun --max-restarts=3 --nproc_per_node=8 train.py   # goes on by itself when a process is lost
+    python train.py --out=runs/mine --resume                # go on where runs/mine stopped, with its flags
+    torchrun --max-restarts=3 --nproc_per_node=8 train.py   # go on by itself when a process is lost
+    python train.py --generate='def '                       # continue a text with the newest checkpoint
+    torchrun --nproc_per_node=2 train.py --generate='def '  # the same text; each keeps half of the cache
 
-The processes are a mesh (data, ring). Each of the rings takes its part of the batch; in a ring of n every rank holds 1/n of
-every sequence, laid out by --schedule, and reads only the bytes at its own positions and the ones after them, the labels.
-Weights and optimizer are whole on every rank, or sharded over all of them with --fsdp; gradients are summed over all.
+The processes are a mesh (data, ring). Each ring takes its part of the batch. In a ring of n every rank holds
+1/n of every sequence, as --schedule says, and reads only those bytes and the ones after them, the targets.
+Every rank holds all weights, or with --fsdp a part of them; gradients are summed over all ranks.
 
-What is random follows from --seed and the number of the step: batches, and the masks of dropout. So a checkpoint needs to
-hold no more than weights, optimizer, step and flags to go on to the bit; it fits any number of ranks, rings and shards.
+Batches and dropout masks follow from --seed and the number of the step. So a checkpoint holds just weights,
+optimizer, step and flags. A resumed run repeats the losses to the bit; it may use other ranks and rings.
 """
 
 import argparse
+import codecs
 import csv
 import datetime
-import hashlib
+import itertools
 import json
 import math
 import os
@@ -34,6 +37,7 @@ import threading
 import time
 import zlib
 from collections import deque
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,116 +49,153 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import ring_attn
-from model import AttentionType, Config, Transformer
+from model import IGNORED, AttentionType, Config, Transformer
 
 # -----------------------------------------------------------------------------
 # settings
 
-# what depends on the device: a model that learns something in two minutes on two cores, and one worth a GPU
-SIZES = {
-    "cpu": dict(seq_len=256, batch_size=8, n_layers=4, dim=128, dim_per_head=32, n_kv_heads=2, steps=400, lr=2e-3, dtype="float32"),
-    "cuda": dict(seq_len=65536, batch_size=2, n_layers=12, dim=1024, dim_per_head=128, n_kv_heads=2, steps=500, lr=6e-4, dtype="bfloat16"),
-}
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, by name
+# defaults on a CPU, where a model learns something in two minutes on two cores, and on a GPU
+SIZES = dict(seq_len=(256, 65536), batch_size=(8, 2), n_layers=(4, 12), dim=(128, 1024), steps=(400, 500))
+SIZES |= dict(dim_per_head=(32, 128), lr=(2e-3, 6e-4), dtype=("float32", "bfloat16"))
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
+# flags that a resumed run takes from its checkpoint unless they are given; FIXED ones cannot be changed
+MODEL = "n_layers", "dim", "dim_per_head", "n_kv_heads", "seq_len", "dropout"
+FIXED = "batch_size", "seed", *MODEL
+KEPT = """data steps schedule lr warmup weight_decay clip dtype log_every eval_every eval_batches save_every
+    sample_tokens keep accumulate fsdp checkpoint compile timeout ring_size""".split()
+KEPT = *FIXED, *KEPT
+# flags that only --generate reads, and all that it reads
+TEXT_ONLY = {"generate", "prompt_file", "max_tokens", "cache_tokens"}
+TEXT = TEXT_ONLY | {"temperature", "top_k", "out", "seed", "device", "dtype", "timeout"}
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):  # a default that depends on the device is told in words
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
-
-    def _format_args(self, action, default_metavar):  # short, so that every flag is one line
-        return "" if action.nargs == 0 else {int: "N", float: "X"}.get(action.type, "NAME" if action.choices else "PATH")
+def flag(group, name, kind, text, default=None, choices=None):
+    """Add --name to a group. The default stands in its help; where it is None, `text` says what happens."""
+    if kind is bool:
+        return group.add_argument(f"--{name}", action="store_true", help=text)
+    shown = "{} on a CPU, {} on a GPU".format(*SIZES[name]) if name in SIZES else default
+    text += "" if shown is None else f" ({shown})"
+    metavar = {int: "N", float: "X", str: "NAME" if choices else "PATH"}[kind]
+    group.add_argument(f"--{name}", type=kind, default=default, choices=choices, metavar=metavar, help=text)
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(
-        usage="train.py [flags]   (--help lists them)", description=__doc__.split("\n")[0], add_help=False, formatter_class=lambda prog: HelpFormatter(prog, max_help_position=24, width=120)
-    )
-    sized = lambda name: f"{SIZES['cpu'][name]} on a CPU, {SIZES['cuda'][name]} on a GPU"
+    usage = "train.py [flags]: train a small causal transformer on text, or continue a text with one (--help)"
+    wide = partial(argparse.HelpFormatter, max_help_position=24, width=120)
+    p = argparse.ArgumentParser(usage=usage, add_help=False, formatter_class=wide)
     g = p.add_argument_group("run")
     g.add_argument("-h", "--help", action="help", help="print this")
-    g.add_argument("--data", default=None, help="text to learn: a file or a folder (the source of Python's standard library)")
-    g.add_argument("--out", default=None, help="run folder for the checkpoint and the log (a new one under runs/)")
-    g.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out (the newest under runs/)")
-    g.add_argument("--steps", type=int, help=f"optimizer steps ({sized('steps')})")
-    g.add_argument("--stop_after", type=int, default=None, help="save and stop after this step, as if interrupted there")
-    g.add_argument("--seed", type=int, default=0, help="of weights, batches and dropout")
-    g.add_argument("--log_every", type=int, default=10, help="steps between log lines")
-    g.add_argument("--eval_every", type=int, default=100, help="steps between evaluations; one more at the end")
-    g.add_argument("--eval_batches", type=int, default=8, help="batches per evaluation")
-    g.add_argument("--save_every", type=int, default=100, help="steps between checkpoints; one more at the end")
-    g.add_argument("--keep", type=int, default=2, help="checkpoints to keep; while one is written there is one more")
-    g.add_argument("--sample_tokens", type=int, default=200, help="bytes of text to generate at the end")
-    g = p.add_argument_group("model")
-    g.add_argument("--seq_len", type=int, help=f"tokens per sequence, over all ranks ({sized('seq_len')})")
-    g.add_argument("--batch_size", type=int, help=f"sequences per step ({sized('batch_size')})")
-    g.add_argument("--n_layers", type=int, help=sized("n_layers"))
-    g.add_argument("--dim", type=int, help=f"width ({sized('dim')})")
-    g.add_argument("--dim_per_head", type=int, help=sized("dim_per_head"))
-    g.add_argument("--n_kv_heads", type=int, help=f"key/value heads ({sized('n_kv_heads')})")
-    g.add_argument("--dropout", type=float, default=0.0, help="on the outputs of attention and MLP")
-    g.add_argument("--schedule", default="zigzag", choices=[t.value for t in AttentionType], help="%(choices)s; the first two without rings")
-    g = p.add_argument_group("optimizer")
-    g.add_argument("--lr", type=float, help=f"peak learning rate ({sized('lr')})")
-    g.add_argument("--warmup", type=int, default=20, help="steps of linear warm-up; a cosine to a tenth of --lr follows")
-    g.add_argument("--weight_decay", type=float, default=0.1, help="on matrices")
-    g.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    flag(g, "data", str, "text to learn: a file or a folder (the source of Python's standard library)")
+    flag(g, "out", str, "run folder for checkpoints and log (a new one under runs/)")
+    flag(g, "resume", bool, "go on from the checkpoint in --out (the newest under runs/)")
+    flag(g, "steps", int, "optimizer steps")
+    flag(g, "stop_after", int, "save and stop after this step, as if interrupted there")
+    flag(g, "seed", int, "of weights, batches and dropout, or of the sampling", 0)
+    flag(g, "log_every", int, "steps between log lines", 10)
+    flag(g, "eval_every", int, "steps between evaluations; one more at the end", 100)
+    flag(g, "eval_batches", int, "batches per evaluation", 8)
+    flag(g, "save_every", int, "steps between checkpoints; one more at the end", 100)
+    flag(g, "keep", int, "checkpoints to keep; while one is written there is one more", 2)
+    flag(g, "sample_tokens", int, "bytes of text to generate at the end", 200)
+    g = p.add_argument_group("model and optimizer")
+    flag(g, "seq_len", int, "tokens per sequence, over all ranks")
+    flag(g, "batch_size", int, "sequences per step")
+    flag(g, "n_layers", int, "layers")
+    flag(g, "dim", int, "width")
+    flag(g, "dim_per_head", int, "width of a head")
+    flag(g, "n_kv_heads", int, "key/value heads", 2)
+    flag(g, "dropout", float, "on the outputs of attention and MLP", 0.0)
+    kinds = [t.value for t in AttentionType]
+    flag(g, "schedule", str, f"{', '.join(kinds)}; the first two without rings", "zigzag", kinds)
+    flag(g, "lr", float, "peak learning rate")
+    flag(g, "warmup", int, "steps of linear warm-up; a cosine to a tenth of --lr follows", 20)
+    flag(g, "weight_decay", float, "on matrices", 0.1)
+    flag(g, "clip", float, "largest norm of the gradient", 1.0)
     g = p.add_argument_group("processes and memory")
-    g.add_argument("--ring_size", type=int, default=None, help="processes that share a sequence; the rings share a batch (one ring of all)")
-    g.add_argument("--accumulate", type=int, default=1, help="micro batches that a ring splits its part of the batch into")
-    g.add_argument("--fsdp", action="store_true", help="shard weights, gradients and optimizer over all processes")
-    g.add_argument("--checkpoint", action="store_true", help="keep attention's results of a layer, compute the rest again in the backward")
-    g.add_argument("--compile", action="store_true", help="compile the layers")
-    g.add_argument("--timeout", type=int, default=600, help="seconds to wait for another rank before the run ends with an error")
-    g.add_argument("--profile", type=int, default=0, help="steps, after the first three, to trace into trace.json in the run folder")
-    g.add_argument("--transport", default=None, choices=list(ring_attn.TRANSPORTS), help="how keys move in a ring, %(choices)s (the fastest that the machine has)")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"], help="%(choices)s")
-    g.add_argument("--dtype", choices=["float32", "bfloat16"], help=f"of products, %(choices)s; weights stay float32 ({sized('dtype')})")
+    flag(g, "ring_size", int, "processes that share a sequence; the rings share a batch (one ring of all)")
+    flag(g, "accumulate", int, "micro batches that a ring splits its part of the batch into", 1)
+    flag(g, "fsdp", bool, "shard weights, gradients and optimizer over all processes")
+    flag(g, "checkpoint", bool, "keep only attention of a layer; the backward computes the rest again")
+    flag(g, "compile", bool, "compile the layers")
+    flag(g, "timeout", int, "seconds to wait for another rank before the run ends with an error", 600)
+    flag(g, "profile", int, "steps, after the first three, to trace into trace.json in the run folder", 0)
+    kinds = list(ring_attn.TRANSPORTS)
+    flag(g, "transport", str, f"how keys move: {', '.join(kinds)} (the fastest that there is)", None, kinds)
+    kinds = ["cuda", "cpu"]
+    flag(g, "device", str, ", ".join(kinds), kinds[not torch.cuda.is_available()], kinds)
+    flag(g, "dtype", str, "of products; training keeps weights in float32", None, SIZES["dtype"])
+    g = p.add_argument_group("text instead of training, by the checkpoint in --out (newest under runs/)")
+    g.add_argument("--generate", metavar="TEXT", help="a text to continue")
+    flag(g, "prompt_file", str, "a file with the text (-: standard input); that of --generate follows it")
+    flag(g, "max_tokens", int, "bytes to generate", 200)
+    flag(g, "temperature", float, "0 takes the likeliest byte; also at the end of a training run", 0.8)
+    flag(g, "top_k", int, "sample among so many likeliest bytes (all); also at the end of a training run")
+    flag(g, "cache_tokens", int, "room of the key/value cache (what the prompt and --max_tokens need)")
     args = p.parse_args(argv)
     unset = object()  # argparse fills in defaults only where the namespace has no value yet
     marked = p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     args.given = sorted(name for name, value in vars(marked).items() if value is not unset)
+    training = wants_training(args)
+    for name in args.given:
+        if name in TEXT_ONLY if training else name not in TEXT:
+            verb = "needs" if training else "does not go with"
+            p.error(f"--{name} {verb} --generate or --prompt_file")
     args.data = args.data and os.path.abspath(args.data)  # a resumed run may start elsewhere
-    for name, value in SIZES[args.device].items():
+    for name, values in SIZES.items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, values[args.device == "cuda"])
     return args
 
 
+def wants_training(args):
+    return args.generate is None and args.prompt_file is None
+
+
 def check_args(args, n_ranks, start):
-    for name in ("steps", "seq_len", "batch_size", "n_layers", "dim", "dim_per_head", "n_kv_heads", "log_every", "eval_every", "eval_batches", "save_every",
-                 "keep", "ring_size", "accumulate", "timeout"):  # fmt: skip
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name}={getattr(args, name)} must be 1 or more")
-    for name in ("warmup", "weight_decay", "sample_tokens", "profile"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name}={getattr(args, name)} must be 0 or more")
+    counts = """steps seq_len batch_size n_layers dim dim_per_head n_kv_heads log_every eval_every save_every
+        eval_batches keep ring_size accumulate timeout"""
+    for least, names in ((1, counts), (0, "warmup weight_decay sample_tokens profile")):
+        for name in names.split():
+            if getattr(args, name) < least:
+                raise ValueError(f"--{name}={getattr(args, name)} must be {least} or more")
     if not 0 < args.lr < math.inf or not args.clip > 0 or not args.weight_decay < math.inf:
-        raise ValueError(f"--lr={args.lr} and --clip={args.clip} must be numbers above 0, --weight_decay={args.weight_decay} one from 0 up")
+        rates = f"--lr={args.lr} and --clip={args.clip} must be numbers above 0"
+        raise ValueError(f"{rates}, --weight_decay={args.weight_decay} one from 0 up")
     if not 0 <= args.seed < 2**23:
         raise ValueError(f"--seed={args.seed} must be in 0..{2**23 - 1}")
     if args.stop_after is not None and args.stop_after <= start:
         raise ValueError(f"--stop_after={args.stop_after} must be above {start}, the steps already done")
-    R = args.ring_size
+    check_sampling(args)
+    R, batch = args.ring_size, f"--batch_size={args.batch_size}"
     if n_ranks % R:
-        raise ValueError(f"--ring_size={R} must divide the {n_ranks} processes; use {max(r for r in range(1, R) if n_ranks % r == 0)}, or start others")
+        fits = max(r for r in range(1, R) if n_ranks % r == 0)
+        raise ValueError(f"--ring_size={R} must divide the {n_ranks} processes; use {fits}, or start others")
     n_parts = n_ranks // R * args.accumulate
     if args.batch_size % n_parts:
-        raise ValueError(
-            f"--batch_size={args.batch_size} must be a multiple of {n_parts}, {n_ranks // R} rings x --accumulate={args.accumulate}; "
-            f"use {-(-args.batch_size // n_parts) * n_parts}, a larger --ring_size, or a smaller --accumulate"
-        )
+        parts = f"{n_parts}, {n_ranks // R} rings x --accumulate={args.accumulate}"
+        fits = -(-args.batch_size // n_parts) * n_parts
+        fix = f"use {fits}, a larger --ring_size, or a smaller --accumulate"
+        raise ValueError(f"{batch} must be a multiple of {parts}; {fix}")
+    B = args.batch_size // n_parts
     if not AttentionType(args.schedule).is_ring:
         if R > 1:
-            raise ValueError(f"--schedule={args.schedule} works on whole sequences in one process, this run has {R} in a ring; use zigzag, or --ring_size=1")
+            one = f"--schedule={args.schedule} works on whole sequences in one process"
+            raise ValueError(f"{one}, this run has {R} in a ring; use zigzag, or --ring_size=1")
     elif args.seq_len % R:
         fits = R * ring_attn.SCHEDULES[args.schedule].T_multiple
-        raise ValueError(f"--seq_len={args.seq_len} must be a multiple of the {R} processes; use {args.seq_len // fits * fits or fits}")
+        fits = args.seq_len // fits * fits or fits
+        raise ValueError(f"--seq_len={args.seq_len} must be a multiple of the {R} processes; use {fits}")
     else:
         try:
-            ring_attn.check_schedule(args.schedule, R, args.seq_len // R, args.batch_size // n_parts)
+            ring_attn.check_schedule(args.schedule, R, args.seq_len // R, B)
         except ValueError as error:
-            raise ValueError(f"{error} (a ring gets B={args.batch_size // n_parts} of --batch_size={args.batch_size} at a time)") from error
+            raise ValueError(f"{error} (a ring gets B={B} of {batch} at a time)") from error
+
+
+def check_sampling(args):
+    if args.temperature < 0 or (args.top_k is not None and args.top_k < 1):
+        temperature = f"--temperature={args.temperature} must be 0 or more"
+        raise ValueError(f"{temperature}, --top_k={args.top_k} 1 or more")
 
 
 # -----------------------------------------------------------------------------
@@ -162,17 +203,17 @@ def check_args(args, n_ranks, start):
 
 
 def text_files(folder):
-    """All files below a folder but hidden ones, in one order on every machine; of the standard library its own modules."""
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    files = (f for f in folder.rglob("*.py" if folder == stdlib else "*") if f.is_file())
-    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib"} if folder == stdlib else set()
-    parts = {f: f.relative_to(folder).parts for f in files}
-    return sorted((f for f, names in parts.items() if not skip & set(names) and not any(n.startswith(".") for n in names)), key=parts.get)
+    """All files below a folder but hidden ones, in one order everywhere; of Python's library its modules."""
+    stdlib = folder == Path(sysconfig.get_path("stdlib"))
+    skip = {"site-packages", "dist-packages", "test", "tests", "idlelib"} if stdlib else set()
+    files = [f.relative_to(folder).parts for f in folder.rglob("*.py" if stdlib else "*") if f.is_file()]
+    files = [parts for parts in files if not any(name in skip or name.startswith(".") for name in parts)]
+    return [folder.joinpath(*parts) for parts in sorted(files)]
 
 
 def prepare_data(path, out, write, keep):
-    """The file to map: `path` itself, or for a folder its files joined into out/data.bin, by the one process told to
-    write; keep: a resumed run goes on with the data.bin it has, whatever became of the folder."""
+    """The file to map: `path`, or for a folder its files joined into out/data.bin, by the process that is to
+    write. keep: a resumed run goes on with the data.bin that it has, whatever became of the folder."""
     path = Path(path or sysconfig.get_path("stdlib"))
     if not path.exists():
         raise ValueError(f"--data={path} does not exist; name a file or a folder of text")
@@ -198,10 +239,9 @@ def open_data(file, seq_len):
         raise ValueError(f"--data: {file} is empty; name a file or a folder of text")
     split = min(size - size // 10, size - need)
     if split < need:
-        raise ValueError(
-            f"--data: {file} has {size} bytes, too few: training and validation need a sequence of --seq_len + 1 = {need} each; "
-            f"use more text or a shorter --seq_len"
-        )
+        both = f"training and validation need a sequence of --seq_len + 1 = {need} each"
+        few = f"--data: {file} has {size} bytes, too few"
+        raise ValueError(f"{few}: {both}; use more text or a shorter --seq_len")
     data = np.memmap(file, dtype=np.uint8, mode="r")
     return data[:split], data[split:]
 
@@ -211,17 +251,21 @@ def fingerprint(data):
     return [len(data), zlib.crc32(data[: 1 << 20].tobytes()), zlib.crc32(data[-(1 << 20) :].tobytes())]
 
 
-def offsets(data, batch_size, seq_len, key):
-    """Where the sequences of a batch begin, (B, 1). They follow from `key` alone, so all ranks pick the same ones, and a resumed run the next."""
-    return np.random.default_rng(key).integers(0, len(data) - seq_len, size=(batch_size, 1))
+def offsets(data, args, n_rings, *key):
+    """Where the sequences of a batch begin, (accumulate, n_rings, B, 1). It follows from --seed and `key`:
+    all ranks draw the same, and a resumed run draws what comes next."""
+    rng = np.random.default_rng((args.seed, *key))
+    starts = rng.integers(0, len(data) - args.seq_len, size=(args.batch_size, 1))
+    return starts.reshape(args.accumulate, n_rings, -1, 1)
 
 
 def get_batch(data, start, pos, device):
-    """Tokens and targets (B, T) at global positions pos (1 or B, T) of the sequences that begin at start (B, 1)."""
-    tokens, targets = (torch.from_numpy(data[start + pos + shift].astype(np.int64)) for shift in (0, 1))
+    """Tokens and targets (B, T) at positions pos (1 or B, T) of the sequences that begin at start (B, 1). The
+    loss would leave out a target of -100; here there is none."""
+    batch = [torch.from_numpy(data[start + pos + shift].astype(np.int64)) for shift in (0, 1)]
     if device.type == "cuda":
-        return tokens.pin_memory().to(device, non_blocking=True), targets.pin_memory().to(device, non_blocking=True)
-    return tokens, targets
+        batch = [x.pin_memory().to(device, non_blocking=True) for x in batch]
+    return batch
 
 
 # -----------------------------------------------------------------------------
@@ -233,57 +277,99 @@ def checkpoint_file(folder, step):
 
 
 def checkpoints(folder, step=10**8 - 1):
-    """The checkpoints in a run folder, newest first, up to a step: what is later was passed over."""
-    return [f for f in sorted(Path(folder).glob("ckpt-*.pt"), reverse=True) if f <= checkpoint_file(folder, step)]
+    """The checkpoints in a run folder, newest first, up to a step."""
+    files = sorted(Path(folder).glob("ckpt-*.pt"), reverse=True)
+    return [f for f in files if f <= checkpoint_file(folder, step)]
 
 
-def launch():
-    """Tells one torchrun from another, and is the same to the processes that it starts again."""
+def run_folders(out):
+    """[--out], or without it the folders under runs/ that have checkpoints, the one with the newest first."""
+    files = sorted(Path("runs").glob("*/ckpt-*.pt"), key=lambda f: f.stat().st_mtime, reverse=True)
+    return [Path(out)] if out else list(dict.fromkeys(f.parent for f in files))
+
+
+def torchrun_id():
+    """Tells one torchrun from another, and is the same in the processes that it starts again."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return name if name != "none" else f"{socket.gethostname()} {os.getppid()}"
 
 
+def read_checkpoint(file):
+    """What was saved; ValueError if it is no checkpoint, or not a whole one."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        state["model"], state["optimizer"], state["text"], state["step"], state["n_ranks"]
+        [state["args"][name] for name in KEPT]
+        return state
+    except Exception as error:
+        reason = f"{type(error).__name__} {str(error)[:100]}"
+        raise ValueError(f"{file} is not a checkpoint of train.py, or not a whole one: {reason}") from error
+
+
+def newest_checkpoint(folder):
+    """(the newest whole checkpoint in a run folder or None, its state, what is wrong with newer ones)"""
+    refused = []
+    for file in checkpoints(folder):
+        try:
+            return file, read_checkpoint(file), refused
+        except ValueError as error:
+            refused.append(str(error))
+    return None, None, refused
+
+
 def choose_run(args, restarted):
-    """(run folder, its newest whole checkpoint or None, what is wrong with newer ones); ValueError where this would overwrite
-    a run, or there is nothing to resume. restarted: torchrun has started these processes again, they look for their run."""
-    folders = [Path(args.out)] if args.out else [f.parent for f in Path("runs").glob("*/launch")]
-    own = [f for f in folders if restarted and (f / "launch").exists() and (f / "launch").read_text() == launch()]
-    if own:
-        out = max(own, key=lambda f: (f / "launch").stat().st_mtime)
-    elif args.resume:
-        out = Path(args.out) if args.out else max(Path("runs").glob("*/ckpt-*.pt"), key=lambda f: f.stat().st_mtime, default=Path()).parent
-        if not checkpoints(out):
-            raise ValueError(f"--resume: no checkpoint in {out}; leave --resume out to start a run there" if args.out else
-                             "--resume: no checkpoint under runs/; name the run folder with --out")  # fmt: skip
-    else:
+    """(run folder, its newest whole checkpoint or None, what is wrong with newer ones). ValueError where this
+    would overwrite a run, or there is nothing to resume. restarted: torchrun has started these processes once
+    more. They go on from the newest checkpoint that was written under this torchrun, if there is one."""
+    folders = run_folders(args.out)
+    for folder in folders if restarted else ():
+        file, state, refused = newest_checkpoint(folder)
+        if file and state.get("torchrun_id") == torchrun_id():
+            return folder, file, refused
+    if not args.resume:
         out = Path(args.out or datetime.datetime.now().strftime("runs/%Y%m%d-%H%M%S"))
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out={out} is a file; name a folder")
         if checkpoints(out):
-            raise ValueError(f"--out={out} already holds a checkpoint; add --resume to go on with it, or name another folder")
-    refused = []
-    for file in checkpoints(out):
-        try:
-            read_checkpoint(file)
-            return out, file, refused
-        except ValueError as error:
-            refused.append(str(error))
-    if refused:
-        raise ValueError("; ".join(refused))
-    return out, None, []
+            fix = "add --resume to go on with it, or name another folder"
+            raise ValueError(f"--out={out} already holds a checkpoint; {fix}")
+        return out, None, []
+    if not folders:
+        raise ValueError("--resume: no checkpoint under runs/; name the run folder with --out")
+    file, _, refused = newest_checkpoint(folders[0])
+    if not file:
+        none = f"--resume: no checkpoint in {folders[0]}; leave --resume out to start a run there"
+        raise ValueError("; ".join(refused) or none)
+    return folders[0], file, refused
 
 
-def whole(x, rank):
-    """The tensors of a state, however deep, in the CPU memory of rank 0: put together from FSDP's shards, if any, by all ranks."""
+def load_checkpoint(file, args, n_ranks):
+    """The saved state; its flags go into args. ValueError if it is of another model or other batches."""
+    state = read_checkpoint(file)
+    saved = state["args"]
+    differ = [x for x in FIXED if x in args.given and getattr(args, x) != saved[x]]
+    if differ:
+        differ = "; ".join(f"{x} is {saved[x]} there and {getattr(args, x)} here" for x in differ)
+        fix = "leave these flags out, or start anew with another --out"
+        raise ValueError(f"{file} is of another run: {differ}; {fix}")
+    for name in KEPT:
+        if name not in args.given and (name != "ring_size" or n_ranks == state["n_ranks"]):
+            setattr(args, name, saved[name])
+    return state
+
+
+def full_state(x, rank):
+    """A state with its tensors in the CPU memory of rank 0. All ranks call this: it joins FSDP's shards."""
     if isinstance(x, dict):
-        return {name: whole(y, rank) for name, y in x.items()}
+        return {name: full_state(y, rank) for name, y in x.items()}
     if isinstance(x, DTensor):
         x = x.full_tensor()
     return x if not isinstance(x, torch.Tensor) else x.detach().cpu() if rank == 0 else None
 
 
 def save_checkpoint(out, keep, **state):
-    """Whole or not at all: under a temporary name, down to the disk, then renamed. The newest `keep` stay."""
+    """Write a checkpoint under a temporary name, down to the disk, then rename it: it is whole or not there.
+    The newest `keep` stay."""
     file, tmp = checkpoint_file(out, state["step"]), out / "ckpt.tmp"
     try:
         with open(tmp, "wb") as f:
@@ -298,124 +384,135 @@ def save_checkpoint(out, keep, **state):
         tmp.unlink(missing_ok=True)
         left, reason = checkpoints(out, state["step"] - 1), error
         while not isinstance(reason, OSError) and reason.__context__:
-            reason = reason.__context__  # torch.save stumbles once more over what it could not write
-        raise ValueError(
-            f"cannot write {file}: {reason}; {shutil.disk_usage(out).free / 2**20:,.1f} MiB are free there, "
-            + (f"{left[0]} is whole: make room and --resume" if left else "and no checkpoint was written before")
-        ) from error
+            reason = reason.__context__  # torch.save hides the disk's error behind one of its own
+        free = f"{shutil.disk_usage(out).free / 2**20:,.1f} MiB are free there"
+        left = f"{left[0]} is whole: make room and --resume" if left else "and no checkpoint is there yet"
+        raise ValueError(f"cannot write {file}: {reason}; {free}, {left}") from error
     for old in checkpoints(out, state["step"])[keep:]:
         old.unlink(missing_ok=True)
 
 
-# a resumed run takes these from its checkpoint where they are not given; the first ones cannot be changed, the last one goes with the number of ranks
-FIXED = ("batch_size", "seed", "seq_len", "n_layers", "dim", "dim_per_head", "n_kv_heads", "dropout")
-KEPT = (*FIXED, "data", "steps", "schedule", "lr", "warmup", "weight_decay", "clip", "dtype", "log_every", "eval_every", "eval_batches", "save_every", "sample_tokens",
-        "keep", "accumulate", "fsdp", "checkpoint", "compile", "timeout", "ring_size")  # fmt: skip
-
-
-def read_checkpoint(file):
-    """What was saved; ValueError if it is no checkpoint, or not a whole one."""
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        state["model"], state["optimizer"], state["text"], state["step"], state["n_ranks"], [state["args"][name] for name in KEPT]
-    except Exception as error:
-        raise ValueError(f"{file} is not a checkpoint of train.py, or not a whole one: {type(error).__name__} {str(error)[:100]}") from error
-    return state
-
-
-def load_checkpoint(file, args, n_ranks):
-    """The saved state, and its flags into args; ValueError if it is no checkpoint, or of another model or batch sequence."""
-    state = read_checkpoint(file)
-    saved = state["args"]
-    differ = [f"{name} is {saved[name]} there and {getattr(args, name)} here" for name in FIXED if name in args.given and getattr(args, name) != saved[name]]
-    if differ:
-        raise ValueError(f"{file} is of another run: {'; '.join(differ)}; leave these flags out, or start anew with another --out")
-    for name in KEPT if n_ranks == state["n_ranks"] else KEPT[:-1]:
-        if name not in args.given:
-            setattr(args, name, saved[name])
-    return state
-
-
 def load_optimizer(optimizer, saved):
-    """Saved state into the optimizer, of which every rank takes its shards under FSDP."""
+    """Saved state into the optimizer; under FSDP every rank takes its shards."""
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        if isinstance(p, DTensor) and i in saved["state"]:
-            cut = lambda x: distribute_tensor(x.to(p.device), p.device_mesh, p.placements) if x.shape == p.shape else x
-            saved["state"][i] = {name: cut(x) for name, x in saved["state"][i].items()}
+        moments = saved["state"].get(i, {}) if isinstance(p, DTensor) else {}
+        for name, x in moments.items():
+            if x.shape == p.shape:
+                moments[name] = distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
+    for group, decay in zip(optimizer.param_groups, decays):
+        group["weight_decay"] = decay  # the flag's, should it have changed
 
 
 def sources():
-    """What runs: the commit, where there is one, with a hash of every file, in a line; and the files."""
-    here, names = Path(__file__).parent, ("train.py", "model.py", "ring_attn.py", "decode.py")
-    git = lambda *words: subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True).stdout.strip()
+    """What runs: the commit, if there is one, and the text of all files."""
+    here = Path(__file__).parent
+    git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        commit = git("rev-parse", "HEAD") + " with changes" * bool(git("status", "--porcelain", "--", *names))
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git here
         commit = ""
-    files = {name: (here / name).read_text() for name in names}
-    line = ", ".join([f"commit {commit or 'unknown'}", *(f"{name} {hashlib.sha256(text.encode()).hexdigest()[:16]}" for name, text in files.items())])
-    return line, "".join(f"==== {name}\n{text}" for name, text in files.items())
+    names = "train.py", "model.py", "ring_attn.py", "decode.py"
+    texts = [f"==== {name}\n{(here / name).read_text(encoding='utf-8')}" for name in names]
+    return commit or "unknown", "".join(texts)
+
+
+def show(text):
+    """Print text; False if standard output is gone, as behind `| head`. Later calls then print nothing."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails once more at its end
+        if not isinstance(error, BrokenPipeError):
+            print(f"standard output: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 class Log:
-    """Prints on rank 0 and keeps a copy in log.txt, which opens with all that is needed to repeat the run; numbers go to metrics.csv."""
+    """On rank 0: prints lines and keeps them in log.txt, which opens with all it takes to repeat the run, and
+    numbers in metrics.csv. A full disk ends a run only where a checkpoint is due, on all ranks alike."""
 
-    COLUMNS = "step", "loss", "val_loss", "lr", "grad_norm", "seconds_per_step", "tokens_per_second", "mfu", "memory_gib"
+    COLUMNS = ("step", "loss", "val_loss", "lr", "grad_norm", "seconds_per_step", "tokens_per_second", "mfu",
+               "memory_gib")  # fmt: skip
 
     def __init__(self, out, rank, args, n_ranks, start, device_name):
-        self.file = None
-        if rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "launch").write_text(launch())
-            self.file, self.table = open(out / "log.txt", "a+"), out / "metrics.csv"
-            self.file.seek(0)
-            version, files = sources()
-            if version not in self.file.read():  # a resumed run has them there already, if nothing changed
-                self.file.write(files)
-            self.file.write(f"==== {sys.argv}\n{version}\n{json.dumps(vars(args))}\n")
-            self.file.write(f"{n_ranks} x {device_name}, python {sys.version.split()[0]}, torch {torch.__version__}\n")
-            rows = list(csv.reader(open(self.table))) if self.table.exists() else []
-            rows = [row for row in rows[1:] if row[0].isdigit() and int(row[0]) <= start]  # what comes after is computed again
-            with open(out / "metrics.tmp", "w", newline="") as f:
-                csv.writer(f).writerows([self.COLUMNS, *rows])
-            os.replace(out / "metrics.tmp", self.table)
+        self.rank, self.text, self.table = rank, out / "log.txt", out / "metrics.csv"
+        if rank > 0:
+            return
+        out.mkdir(parents=True, exist_ok=True)
+        commit, files = sources()
+        with open(self.text, "a+", encoding="utf-8", errors="replace") as f:
+            f.seek(0)
+            if files not in f.read():  # a resumed run has them there already, if nothing changed
+                f.write(files)
+            f.write(f"==== {sys.argv}\ncommit {commit}\n{json.dumps(vars(args))}\n")
+            f.write(f"{n_ranks} x {device_name}, torch {torch.__version__}, python {sys.version}\n")
+        rows = list(csv.reader(open(self.table))) if self.table.exists() else []
+        rows = [row for row in rows[1:] if row[0].isdigit() and int(row[0]) <= start]  # later ones come again
+        with open(out / "metrics.tmp", "w", newline="") as f:
+            csv.writer(f).writerows([self.COLUMNS, *rows])
+        os.replace(out / "metrics.tmp", self.table)
 
-    def __call__(self, line):
-        if self.file:
-            print(line, flush=True)
-            try:
-                self.file.write(line + "\n")
-                self.file.flush()
-            except OSError as error:  # a full disk ends a run where a checkpoint is due, on all ranks together
-                print(f"log.txt: {error}", file=sys.stderr, flush=True)
-
-    def numbers(self, **columns):
-        if self.file:
-            try:
+    def __call__(self, line, **numbers):
+        if self.rank > 0:
+            return
+        show(line + "\n")
+        try:
+            with open(self.text, "a", encoding="utf-8", errors="replace") as f:
+                f.write(line + "\n")
+            if numbers:
                 with open(self.table, "a", newline="") as f:
-                    csv.writer(f).writerow([columns.get(name, "") for name in self.COLUMNS])
-            except OSError as error:
-                print(f"metrics.csv: {error}", file=sys.stderr, flush=True)
+                    csv.DictWriter(f, self.COLUMNS).writerow(numbers)
+        except OSError as error:
+            print(f"{self.text.parent}: {error}", file=sys.stderr, flush=True)
+
+
+# -----------------------------------------------------------------------------
+# processes
 
 
 class Interrupt:
-    """While this lasts, the first Ctrl-C or SIGTERM only asks for an end; the second one ends the process."""
+    """Inside, the first Ctrl-C or SIGTERM only sets `asked` to its number; the second ends the process."""
 
     def __enter__(self):
-        self.asked, self.before = None, {}
+        self.asked, self.before = 0, {}
         if threading.current_thread() is threading.main_thread():
-            self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def ask(self, number, frame):
-        self.asked = signal.Signals(number).name
-        for number in self.before:
-            signal.signal(number, signal.SIG_DFL)
+        self.asked = number
+        for n in self.before:
+            signal.signal(n, signal.SIG_DFL)
 
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    def __exit__(self, kind, error, trace):
+        for n, handler in self.before.items():
+            signal.signal(n, handler)
+        if self.asked and isinstance(error, RuntimeError):  # another rank did not wait for this one
+            signal.raise_signal(self.asked)
+
+
+def device_of(args):
+    return torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else None)
+
+
+def on_every_rank(world, f, *args, **same):
+    """f(*args) on this rank; ValueError on every rank if any failed, or if the values of `same` differ."""
+    result, problem = None, None
+    try:
+        result = f(*args)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    world.agree({name: repr(value) for name, value in same.items()}, problem)
+    return result
+
+
+def all_reduce(x, world, op=dist.ReduceOp.SUM):
+    if world.n_ranks > 1:
+        dist.all_reduce(x, op, group=world.group)
+    return x
 
 
 # -----------------------------------------------------------------------------
@@ -435,265 +532,393 @@ def memory(device):  # GiB, the peak so far
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def make_mesh(args, n_ranks, device):
-    """The mesh (data, ring) of all processes. The ranks of a ring are neighbours, on one host where it holds them."""
-    grid = torch.arange(n_ranks).view(-1, args.ring_size)
-    wait = datetime.timedelta(seconds=args.timeout)
-    groups = [dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=wait)[0] for ranks in (grid.T, grid)]
-    return DeviceMesh.from_group(groups, device.type, mesh=grid, mesh_dim_names=("data", "ring"))
-
-
-def bins(seq_len):
-    """Positions in up to 8 ranges, each as long as all before it: their ends."""
-    return [seq_len >> k for k in range(7, -1, -1) if seq_len >> k]
-
-
-def train(args, group=None):
-    """Run a training as the flags say: on all processes, in rings of --ring_size, or on those of `group`, as one ring.
-
-    Returns the loss of every step as floats, and the last validation loss. Raises ValueError on every rank.
-    """
-    world = ring_attn.resolve_ring(group)  # all ranks, to agree on things
-    rank, n_ranks = world.rank, world.n_ranks
-    device = torch.device(args.device, int(os.environ.get("LOCAL_RANK", 0))) if args.device == "cuda" else torch.device("cpu")
-
-    def together(f, **same):
-        """Run f on this rank; ValueError on every rank if it failed on any, or if the values of `same` differ."""
-        result, problem = None, None
-        try:
-            result = f()
-        except (ValueError, OSError) as error:
-            problem = str(error)
-        world.agree({name: repr(value) for name, value in same.items()}, problem)
-        return result
-
-    together(lambda: None, **vars(args))
+def open_run(args, world):
+    """Find the run, new or old, and complete its flags: (run folder, checkpoint or None, its state, the step
+    to start from, what is wrong with newer checkpoints)."""
+    on_every_rank(world, lambda: None, **vars(args))
     restarted = any(world.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
-    out, file, refused = world.gather(together(lambda: choose_run(args, restarted) if rank == 0 else None))[0]
-    start = 0
-    if file:
-        state = together(lambda: load_checkpoint(file, args, n_ranks))
-        start = state["step"]
-    args.ring_size = n_ranks if args.ring_size is None else args.ring_size
-    together(lambda: check_args(args, n_ranks, 0 if restarted else start), start=start)
-    mesh = make_mesh(args, n_ranks, device) if n_ranks > args.ring_size else None
-    ring = ring_attn.resolve_ring(mesh.get_group("ring") if mesh else world.group, args.transport)
-    data_rank, n_rings = mesh.get_local_rank("data") if mesh else 0, n_ranks // args.ring_size
-    attn_type = AttentionType(args.schedule)
-    config = Config(256, args.n_layers, args.dim, args.dim_per_head, args.n_kv_heads, args.seq_len, args.dropout)
-    torch.manual_seed(args.seed)
-    together(lambda: None if ring.n_ranks == 1 or not attn_type.is_ring else ring.settle(device))
-    model = together(lambda: Transformer(config, ring.rank, ring.n_ranks, attn_type, ring))
+    chosen = on_every_rank(world, lambda: choose_run(args, restarted) if world.rank == 0 else None)
+    out, file, refused = world.gather(chosen)[0]
+    state = on_every_rank(world, load_checkpoint, file, args, world.n_ranks) if file else None
+    start = state["step"] if file else 0
+    args.ring_size = world.n_ranks if args.ring_size is None else args.ring_size
+    on_every_rank(world, check_args, args, world.n_ranks, 0 if restarted else start, start=start)
+    return out, file, state, start, refused
 
-    one_per_host = rank == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0
-    text_file = together(lambda: prepare_data(args.data, out, one_per_host, file is not None))
-    train_data, val_data = together(lambda: open_data(text_file, args.seq_len))
-    text = fingerprint(train_data)
 
-    def restore():
-        if state["text"] != text:
-            raise ValueError(f"{text_file} is not the text that {file} was trained on; give that one as --data, or start anew with another --out")
-        model.load_state_dict(state["model"])
-
-    together(restore if file else lambda: None, text=text)
+def place_model(model, args, world, device):
+    """Move the model to its device, under --fsdp only this rank's shards; returns its optimizer."""
     for block in model.blocks:
         block.checkpoint = args.checkpoint
         if args.compile:
             block.forward = torch.compile(block.forward)
-    sharded = args.fsdp and n_ranks > 1
-    if sharded:
+    if args.fsdp and world.n_ranks > 1:
         for module in (*model.blocks, model):
             fully_shard(module, mesh=DeviceMesh.from_group(world.group, device.type))
-            module.set_gradient_divide_factor(1.0)  # sums, as below without FSDP
+            module.set_gradient_divide_factor(1.0)  # sums of gradients, as without FSDP
             module.set_force_sum_reduction_for_comms(True)
     else:
         model.to(device)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+
+
+def train_step(model, optimizer, batches, amp, clip, world):
+    """One step. Returns tensors: this rank's part of the loss (a mean over the targets of all ranks and micro
+    batches), the norm of the gradient, and what is not finite on this rank: 2 its loss, 1 its gradient, 0."""
+    n_targets = all_reduce(sum((targets != IGNORED).sum() for _, targets in batches), world).clamp(min=1)
+    loss = 0
+    for tokens, targets in batches:
+        with amp:
+            part = model(tokens, targets, "sum") / n_targets
+        part.backward()
+        loss += part.detach()
+    grads = [p.grad for p in model.parameters()]
+    norm = get_total_norm(grads)  # before the sum over ranks, which spreads the nan of one to all
+    sharded = isinstance(norm, DTensor)
+    bad = 2 * ~loss.isfinite() + ~(norm.to_local() if sharded else norm).isfinite()
+    if world.n_ranks > 1 and not sharded:
+        for work in [dist.all_reduce(g, group=world.group, async_op=True) for g in grads]:
+            work.wait()
+    norm = clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm, bad
+
+
+def evaluate(model, batches, amp, ranges, n_ranges, world):
+    """Mean losses in nats per byte over the batches of all ranks: by range of positions, and over all."""
+    totals = torch.zeros(2, n_ranges, dtype=torch.float64, device=ranges.device)  # losses, targets
+    model.eval()
+    with torch.no_grad():
+        for tokens, targets in batches:
+            with amp:
+                losses = model(tokens, targets, "none")  # (B, T)
+            for i in range(n_ranges):
+                counted = (ranges == i) & (targets != IGNORED)
+                totals[:, i] += torch.stack([(losses * counted).sum(), counted.sum()])
+    model.train()
+    all_reduce(totals, world)
+    return (totals[0] / totals[1]).tolist(), (totals[0].sum() / totals[1].sum()).item()
+
+
+def not_finite(bad, step, starts, args, text_file, out):
+    """The error for a step. bad: of every rank, see train_step; starts: where the batch's sequences begin."""
+    found = [r for r, x in enumerate(bad) if x == max(bad)]  # one rank's loss spoils the gradients of others
+    what, also = "loss" if max(bad) > 1 else "gradient", f" (and that of {found[1:]})" if found[1:] else ""
+    starts, left = starts[:, found[0] // args.ring_size].flatten().tolist(), checkpoints(out, step)
+    where = f"its sequences begin at bytes {starts} of {text_file}"
+    last = f"{left[0]} is the last good checkpoint" if left else "no checkpoint was written yet"
+    return ValueError(f"step {step + 1}: the {what} of rank {found[0]} is not finite{also}; {where}; {last}")
+
+
+def train(args, group=None):
+    """Train as the flags say: on all processes, in rings of --ring_size, or on those of `group`, as one ring.
+
+    Returns the loss of every step as floats, and the last validation loss. Raises ValueError on every rank.
+    """
+    world = ring_attn.resolve_ring(group)  # all ranks
+    rank, n_ranks, device = world.rank, world.n_ranks, device_of(args)
+    out, file, state, start, refused = open_run(args, world)
+
+    # rings, model, data, optimizer
+    ring, data_rank, n_rings = world, rank // args.ring_size, n_ranks // args.ring_size
+    if n_rings > 1:  # the ranks of a ring are neighbours, on one host if they fit
+        wait = datetime.timedelta(seconds=args.timeout)
+        ring = ring_attn.resolve_ring(dist.new_subgroups(args.ring_size, timeout=wait)[0])
+    attn_type, config = AttentionType(args.schedule), make_config(vars(args))
+    if ring.n_ranks > 1 and attn_type.is_ring:
+        on_every_rank(world, ring.settle, device, args.transport)
+    torch.manual_seed(args.seed)
+    options = ring.rank, ring.n_ranks, attn_type, ring, args.transport
+    model = on_every_rank(world, Transformer, config, *options)
+    first_of_host = rank == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0
+    text_file = on_every_rank(world, prepare_data, args.data, out, first_of_host, file is not None)
+    train_data, val_data = on_every_rank(world, open_data, text_file, args.seq_len)
+    text = fingerprint(train_data)
+
+    def restore():
+        if state["text"] != text:
+            fix = "give that one as --data, or start anew with another --out"
+            raise ValueError(f"{text_file} is not the text that {file} was trained on; {fix}")
+        model.load_state_dict(state["model"])
+
+    on_every_rank(world, restore if file else lambda: None, text=text)
+    optimizer = place_model(model, args, world, device)
     if file:
         load_optimizer(optimizer, state["optimizer"])
-        for group_, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
-            group_["weight_decay"] = decay  # the flag's, should it have changed
-    state = None  # a whole checkpoint: free its memory
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads per process"
-    log = together(lambda: Log(out, rank, args, n_ranks, start, name))
+    state = None  # frees the memory of all weights
+
+    # what the log opens with
+    cuda, sharded = device.type == "cuda", args.fsdp and n_ranks > 1
+    name = f"CPU, {torch.get_num_threads()} threads per process"
+    name = torch.cuda.get_device_name(device) if cuda else name
+    log = on_every_rank(world, Log, out, rank, args, n_ranks, start, name)
     for problem in refused:
         log(f"passed over: {problem}")
-    n_params = sum(p.numel() for p in model.parameters())
-    log(f"{n_ranks} x {name} | torch {torch.__version__} | {args.schedule}, {args.seq_len} tokens x {args.batch_size}, {args.dtype}")
+    size = f"{args.schedule}, {args.seq_len} tokens x {args.batch_size}, {args.dtype}"
+    log(f"{n_ranks} x {name} | torch {torch.__version__} | {size}")
     if n_rings > 1 or sharded:
-        log(f"{n_rings} rings of {args.ring_size}" + f" | weights and optimizer sharded over {n_ranks}" * sharded)
+        shards = f" | weights and optimizer sharded over {n_ranks}" * sharded
+        log(f"{n_rings} rings of {args.ring_size}{shards}")
     if ring.n_ranks > 1:
-        log(f"keys and gradients move by {ring.transport}: {ring.why}")
-    log(f"{n_params:,} parameters | {len(train_data):,} + {len(val_data):,} bytes of text | {out}" + (f" | resumed at step {start}" if start else ""))
+        transport, why = (args.transport, "asked for") if args.transport else (ring.transport, ring.why)
+        log(f"keys and gradients move by {transport}: {why}")
+    n_params = sum(p.numel() for p in model.parameters())
+    resumed = f" | resumed at step {start}" if start else ""
+    log(f"{n_params:,} parameters | {len(train_data):,} + {len(val_data):,} bytes of text | {out}{resumed}")
 
-    B, T = args.batch_size // (n_rings * args.accumulate), args.seq_len // args.ring_size  # of a micro batch, on this rank
-    pos = ring_attn.positions(args.schedule if attn_type.is_ring else "contiguous", ring.rank, ring.n_ranks, T, B)
-    ends = bins(args.seq_len)
-    place = torch.bucketize(pos, torch.tensor(ends), right=True).to(device)  # whose range a position is in
+    # what all steps share
+    B = args.batch_size // (n_rings * args.accumulate)  # sequences of a micro batch
+    layout = args.schedule if attn_type.is_ring else "contiguous"
+    pos = ring_attn.positions(layout, ring.rank, ring.n_ranks, args.seq_len // ring.n_ranks, B)  # (1 or B, T)
+    ends = [args.seq_len >> k for k in range(7, -1, -1) if args.seq_len >> k]  # of ranges, each twice as long
+    ranges = torch.bucketize(pos, torch.tensor(ends), right=True).to(device)  # which one a token is in
     amp = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    peak = next((x for gpu, x in PEAK_FLOPS.items() if gpu in name and args.dtype == "bfloat16"), None)
     flops_per_token = model.flops_per_token(args.seq_len)
-    peak = next((f for known, f in PEAK_FLOPS.items() if known in name), None) if args.dtype == "bfloat16" else None
-    sum_ranks = (lambda x: dist.all_reduce(x, group=world.group)) if n_ranks > 1 else (lambda x: None)
-
-    def sequences(data, data_rank, *key):
-        """Where the sequences of a ring begin, by micro batch."""
-        start = offsets(data, args.batch_size, args.seq_len, (args.seed, *key))
-        return start.reshape(args.accumulate, n_rings, B, 1)[:, data_rank]
 
     def micro_batches(data, *key):
-        return [get_batch(data, start, pos.numpy(), device) for start in sequences(data, data_rank, *key)]
+        starts = offsets(data, args, n_rings, *key)[:, data_rank]
+        return [get_batch(data, start, pos.numpy(), device) for start in starts]
 
-    def evaluate():
-        """Mean validation losses in nats per byte by range of positions, and over all, on the same batches every time, by all ranks."""
-        model.eval()
-        total = torch.zeros(2, len(ends), device=device)
-        with torch.no_grad():
-            for i in range(args.eval_batches):
-                for batch in micro_batches(val_data, 1, i):
-                    with amp:
-                        losses = model(*batch, each=True)  # (B, T)
-                    for j in range(len(ends)):
-                        total[:, j] += torch.stack([(losses * (place == j)).sum(), (place == j).expand_as(losses).sum()])
-        sum_ranks(total)
-        model.train()
-        return (total[0] / total[1]).tolist(), (total[0].sum() / total[1].sum()).item()
-
-    losses, val_loss, by_position, grad_norm, asked = [], None, None, None, False
-    reports = deque()  # (step, loss, whether a rank was asked to end, and for each rank if something is not finite) that the host has not read yet
-
-    def read_reports(leave):
-        """On every rank alike: ValueError if a rank found something that is not finite."""
-        nonlocal asked
-        while len(reports) > leave:
-            step, report = reports.popleft()
-            loss, ending, *bad = report.tolist()
-            losses.append(loss)
-            asked |= ending > 0
-            found = [r for r in range(n_ranks) if bad[r] and bad[r] == max(bad)]  # a loss before a gradient: in a ring that of one spoils all
-            if found:
-                r, have = found[0], checkpoints(out, step)
-                starts = sequences(train_data, r // args.ring_size, 0, step).flatten().tolist()
-                raise ValueError(
-                    f"step {step + 1}: the {'loss' if bad[r] > 1 else 'gradient'} of rank {r} is not finite" + (f" (and that of {found[1:]})" if found[1:] else "")
-                    + f"; its sequences begin at bytes {starts} of {text_file}; " + (f"{have[0]} is the last good checkpoint" if have else "no checkpoint was written yet")
-                )  # fmt: skip
-
-    stop = min(args.steps, args.stop_after or args.steps)
-    following = micro_batches(train_data, 0, start) if start < stop else None
-    profiler = torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=2, warmup=1, active=args.profile, repeat=1),
-        on_trace_ready=lambda p: p.export_chrome_trace(str(out / "trace.json")),
-    ) if args.profile and rank == 0 else None  # fmt: skip
-    if profiler:
+    profiler = None
+    if args.profile and rank == 0:
+        profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=2, warmup=1, active=args.profile, repeat=1),
+            on_trace_ready=lambda p: p.export_chrome_trace(str(out / "trace.json")),
+        )
         profiler.start()
+    losses, val_loss, by_range, asked = [], None, None, False
+    reports = deque()  # not read by the host yet: (step, [loss, is a rank asked to end?, `bad` of all ranks])
+    stop = min(args.steps, args.stop_after or args.steps)
+    batches = micro_batches(train_data, 0, start) if start < stop else None
     clock, clock_step, done = time.perf_counter(), start, start
     with Interrupt() as interrupt:
         while done < stop and not asked:
             step, done = done, done + 1
             lr = learning_rate(step, args)
-            for group_ in optimizer.param_groups:
-                group_["lr"] = lr
-            if args.dropout:
-                torch.manual_seed((args.seed << 40) + (step << 12) + rank)  # so that a resumed run draws the same masks
-            loss = torch.zeros((), device=device)
-            for batch in following:
-                with amp:
-                    part = model(*batch) / (n_ranks * args.accumulate)  # shards are equal: the mean over all tokens is the mean of their means
-                part.backward()
-                loss += part.detach()
-            following = micro_batches(train_data, 0, done)  # read while the GPU is busy
-            grads = [p.grad for p in model.parameters()]
-            norm = get_total_norm(grads)  # of what is on this rank: before the sum, as then all have the nan of one
-            bad = 2 * ~loss.isfinite() + ~(norm.to_local() if sharded else norm).isfinite()
-            if n_ranks > 1 and not sharded:
-                for work in [dist.all_reduce(g, group=world.group, async_op=True) for g in grads]:
-                    work.wait()
-            grad_norm = clip_grad_norm_(model.parameters(), args.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = lr
+            if args.dropout:  # a resumed run draws the same masks
+                torch.manual_seed((args.seed << 40) + (step << 12) + rank)
+            loss, grad_norm, bad = train_step(model, optimizer, batches, amp, args.clip, world)
             report = torch.zeros(2 + n_ranks, device=device)
             report[0], report[1], report[2 + rank] = loss, bool(interrupt.asked), bad
-            sum_ranks(report)
-            reports.append((step, report))
+            reports.append((step, all_reduce(report, world)))
+            batches = micro_batches(train_data, 0, done)  # read while the GPU is busy
             if profiler:
                 profiler.step()
 
-            logging = done % args.log_every == 0 or done == stop or done == start + 1
-            evaluating, saving = done % args.eval_every == 0 or done == args.steps, done % args.save_every == 0 or done == stop
-            # the report of a step is read when the next one is on its way to the GPU, so that it never waits for the host
-            read_reports(leave=device.type == "cuda" and not (logging or evaluating or saving))
-            if asked:
-                saving = True
-                read_reports(leave=0)
+            logging = done % args.log_every == 0 or done in (stop, start + 1)
+            evaluating = done % args.eval_every == 0 or done == args.steps
+            saving = done % args.save_every == 0 or done == stop
+            # a GPU's report is read when the next step is on its way there: the GPU never waits for the host
+            while reports and (len(reports) > 1 or not cuda or logging or evaluating or saving):
+                reported, report = reports.popleft()
+                loss, ending, *bad = report.tolist()
+                losses.append(loss)
+                if any(bad):
+                    starts = offsets(train_data, args, n_rings, 0, reported)
+                    raise not_finite(bad, reported, starts, args, text_file, out)
+                if ending:
+                    asked = saving = True
+            title = f"step {done:05d}/{args.steps:05d}"
             if logging:
                 dt = (time.perf_counter() - clock) / (done - clock_step)
-                tokens = args.batch_size * args.seq_len / dt
-                mfu = flops_per_token * tokens / (peak * n_ranks) if peak else None
-                eta = str(datetime.timedelta(seconds=int(dt * (args.steps - done))))
-                log(f"step {done:05d}/{args.steps:05d} | loss {losses[-1]:.4f} | lr {lr:.1e} | dt {1000 * dt:.1f}ms | tok/s {tokens:,.0f} | "
-                    f"mfu {f'{100 * mfu:.1f}%' if mfu else 'n/a'} | mem {memory(device):.1f}GiB | eta {eta}")  # fmt: skip
+                speed = args.batch_size * args.seq_len / dt
+                mfu, mem = flops_per_token * speed / (peak * n_ranks) if peak else None, memory(device)
+                eta = datetime.timedelta(seconds=int(dt * (args.steps - done)))
                 grad_norm = (grad_norm.full_tensor() if sharded else grad_norm).item()
-                log.numbers(step=done, loss=losses[-1], lr=lr, grad_norm=grad_norm, seconds_per_step=dt, tokens_per_second=tokens, mfu=mfu, memory_gib=memory(device))
+                log(
+                    f"{title} | loss {losses[-1]:.4f} | lr {lr:.1e} | dt {1000 * dt:.1f}ms | "
+                    f"tok/s {speed:,.0f} | mfu {f'{100 * mfu:.1f}%' if mfu else 'n/a'} | mem {mem:.1f}GiB | "
+                    f"eta {eta}",
+                    step=done, loss=losses[-1], lr=lr, grad_norm=grad_norm, seconds_per_step=dt,
+                    tokens_per_second=speed, mfu=mfu, memory_gib=mem,
+                )  # fmt: skip
                 clock, clock_step = time.perf_counter(), done
-            if device.type == "cuda" and (evaluating or saving):
+            if cuda and (evaluating or saving):
                 torch.cuda.synchronize()  # what still runs belongs to the steps, not to the pause
             pause = time.perf_counter()
             if evaluating:
-                by_position, val_loss = evaluate()
-                log(f"step {done:05d}/{args.steps:05d} | validation loss {val_loss:.4f} nats per byte")
-                log.numbers(step=done, val_loss=val_loss)
+                val_batches = (x for i in range(args.eval_batches) for x in micro_batches(val_data, 1, i))
+                by_range, val_loss = evaluate(model, val_batches, amp, ranges, len(ends), world)
+                log(f"{title} | validation loss {val_loss:.4f} nats per byte", step=done, val_loss=val_loss)
             if saving:
-                state = dict(model=whole(model.state_dict(), rank), optimizer=whole(optimizer.state_dict(), rank), step=done, text=text, n_ranks=n_ranks, args=vars(args))
-                together(lambda: save_checkpoint(out, args.keep, **state) if rank == 0 else None)
+                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, text=text)
+                state |= dict(n_ranks=n_ranks, args=vars(args), torchrun_id=torchrun_id())
+                save = partial(save_checkpoint, out, args.keep, **full_state(state, rank))
+                on_every_rank(world, save if rank == 0 else lambda: None)
             clock += time.perf_counter() - pause  # evaluation and saving stay out of tok/s
     if profiler:
         profiler.stop()
 
-    if by_position and done == args.steps:
-        log("validation loss by position: " + " | ".join(f"{first}.. {x:.3f}" for first, x in zip([0, *ends], by_position)))
-    if done == args.steps and args.sample_tokens:
-        weights = whole(model.state_dict(), rank)
+    if by_range and done == args.steps:
+        means = [f"{first}.. {x:.3f}" for first, x in zip([0, *ends], by_range)]
+        log(f"validation loss by position: {' | '.join(means)}")
+    if args.sample_tokens and done == args.steps:
+        weights = full_state(model.state_dict(), rank)
         if rank == 0:
-            sampler = Transformer(config)  # the whole sequence on this rank
-            sampler.load_state_dict(weights)
-            sampler = sampler.to(device).eval()
-            prompt = torch.tensor([list(b"def ")], device=device)
-            with amp:
-                generated = sampler.generate(prompt, args.sample_tokens, generator=torch.Generator(device).manual_seed(args.seed))
-            log("---- sample\n" + bytes(generated[0].tolist()).decode(errors="replace") + "\n----")
+            sampler = make_sampler(weights, config, args, ring_attn.ALONE)
+            text = "".join(continue_text(sampler, b"def ", args.sample_tokens, args))
+            log(f"---- sample\ndef {text}\n----")
     if asked:
-        log(f"asked to end{f' by {interrupt.asked}' if interrupt.asked else ''}")
-    log(f"checkpoint in {next(iter(checkpoints(out, done)), out)}" + ("" if done == args.steps else f"; stopped after step {done}, --resume goes on"))
+        log("asked to end" + (f" by {signal.Signals(interrupt.asked).name}" if interrupt.asked else ""))
+    more = "" if done == args.steps else f"; stopped after step {done}, --resume goes on"
+    log(f"checkpoint in {next(iter(checkpoints(out, done)), out)}{more}")
     return losses, val_loss
+
+
+# -----------------------------------------------------------------------------
+# text from a checkpoint
+
+
+def make_config(args):  # a dict
+    return Config(**{name: args[name] for name in MODEL})
+
+
+def make_sampler(weights, config, args, ring):
+    """The model, ready to generate on the ranks of a ring."""
+    attn_type = AttentionType.STRIPED if ring.n_ranks > 1 else AttentionType.FLASH  # as the cache is
+    model = Transformer(config, ring.rank, ring.n_ranks, attn_type)
+    model.load_state_dict(weights)
+    return model.to(device_of(args), getattr(torch, args.dtype)).eval()
+
+
+def continue_text(model, prompt, n_tokens, args, cache=None):
+    """Continue prompt (bytes) by n_tokens sampled bytes: yields the text that each of them adds."""
+    device = model.embedding.weight.device
+    tokens = torch.tensor([list(prompt)], device=device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    text = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    options = args.temperature, args.top_k, generator, cache, device.type == "cuda"
+    for i, new in enumerate(model.stream(tokens, n_tokens, *options)):
+        yield text.decode(bytes(new[0].tolist()), final=i == n_tokens - 1)  # waits for the GPU
+
+
+def read_prompt(args, n_ranks):
+    """(the prompt as bytes, how many tokens the cache is for)"""
+    if args.prompt_file == "-" and n_ranks > 1:
+        raise ValueError("--prompt_file=-: only one of several processes has the standard input; give a file")
+    prompt = b""
+    if args.prompt_file is not None:
+        prompt = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
+    prompt += os.fsencode(args.generate or "")
+    check_sampling(args)
+    sizes = f"the prompt has {len(prompt)} bytes and --max_tokens={args.max_tokens}"
+    if not prompt or args.max_tokens < 1:
+        raise ValueError(f"{sizes}; both must be 1 or more")
+    room = len(prompt) + args.max_tokens if args.cache_tokens is None else args.cache_tokens
+    if room < len(prompt) + args.max_tokens:
+        raise ValueError(f"{sizes}; they do not fit into --cache_tokens={room}")
+    return prompt, room
+
+
+def find_checkpoint(out):
+    """--out if it is a file, else the newest checkpoint in that run folder, or under runs/."""
+    folders = run_folders(out)
+    if not folders:
+        raise ValueError("no checkpoint under runs/; train one, or name a run folder or a file with --out")
+    return next(iter(checkpoints(folders[0])), folders[0]) if folders[0].is_dir() else folders[0]
+
+
+def load_sampler(file, args, ring):
+    state = read_checkpoint(file)
+    try:
+        return make_sampler(state["model"], make_config(state["args"]), args, ring)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{file} holds weights of another shape than its flags say: {reason}") from error
+
+
+def generate(args):
+    """Continue a prompt, on all ranks; rank 0 prints. A signal to any of them, or the end of whoever reads
+    the text, ends all, with the exit code that shells know. Raises ValueError on every rank."""
+    world, device = ring_attn.resolve_ring(None), device_of(args)
+    prompt, room = on_every_rank(world, read_prompt, args, world.n_ranks, **vars(args))
+    file = world.gather(on_every_rank(world, find_checkpoint, args.out))[0]  # a run may write a newer one now
+    model = on_every_rank(world, load_sampler, file, args, world)
+    if world.rank == 0 and room > model.config.seq_len:
+        print(f"note: up to {room} tokens; the model was trained on {model.config.seq_len}", file=sys.stderr)
+    cache = model.new_cache(1, room)
+    pieces = continue_text(model, prompt, args.max_tokens, args, cache)
+    clocks, number = [], 0  # when the prompt and each byte was printed; the signal that ends this
+    with Interrupt() as interrupt:
+        for piece in itertools.chain([prompt.decode(errors="replace")], pieces):
+            number = interrupt.asked if world.rank > 0 or show(piece) else signal.SIGPIPE
+            if world.n_ranks > 1:
+                number = all_reduce(torch.tensor(number, device=device), world, dist.ReduceOp.MAX).item()
+            clocks.append(time.perf_counter())
+            if number:
+                break
+    if number == signal.SIGPIPE:
+        sys.exit(0 if world.n_ranks > 1 else 128 + number)  # torchrun tells of other codes in 30 lines
+    if world.rank == 0:
+        show("\n")
+        if number:
+            print("(interrupted)", file=sys.stderr)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        speed = speed_of(clocks, len(prompt), cache)
+        print(f"{file} | {world.n_ranks} x {name}, {args.dtype} | {speed}", file=sys.stderr, flush=True)
+    if number:
+        sys.exit(128 + number)
+
+
+def speed_of(clocks, n_prompt, cache):
+    first = clocks[min(1, len(clocks) - 1)] - clocks[0] or math.nan
+    line = f"prefill {n_prompt} tokens in {1e3 * first:.1f} ms, {n_prompt / first:,.0f} tokens/s"
+    line += " (the first kernels are compiled meanwhile)" * cache.lengths.is_cuda
+    rest = clocks[3:]  # the first two steps compile and capture
+    if len(rest) > 1:
+        dt = (rest[-1] - rest[0]) / (len(rest) - 1)
+        per_token = sum(2 * x[0, :1].numel() * x.element_size() for x in cache.k)
+        length = n_prompt + len(clocks) - 1 - len(rest) / 2  # on average
+        line += f" | decode {1e3 * dt:.2f} ms per token, {1 / dt:,.0f} tokens/s"
+        line += f", KV {length * per_token / dt / 1e9:.3g} GB/s"
+    return line
+
+
+# -----------------------------------------------------------------------------
+# the script
 
 
 def setup(args):
     """Join the processes that torchrun started, if it did."""
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if args.device == "cuda":
+    env, cuda = os.environ, args.device == "cuda"
+    local_rank, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+    if cuda:
         if not torch.cuda.is_available():
             raise ValueError("--device=cuda: torch sees no GPU here; use --device=cpu")
-        if local_size > torch.cuda.device_count():
-            raise ValueError(f"{local_size} processes but {torch.cuda.device_count()} GPUs; lower --nproc_per_node, or use --device=cpu")
+        if local_size > (n := torch.cuda.device_count()):
+            fix = "lower --nproc_per_node, or use --device=cpu"
+            raise ValueError(f"{local_size} processes but {n} GPUs; {fix}")
         torch.cuda.set_device(local_rank)
-        torch.autograd.set_multithreading_enabled(False)  # one GPU: launches of the backward take the host less from this thread
-    if "RANK" in os.environ:
-        cuda = args.device == "cuda"
-        env, wait, named = os.environ, datetime.timedelta(seconds=getattr(args, "timeout", 600)), {}  # decode.py has no such flag
-        if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives the processes, with the addresses of those that torchrun has replaced.
-            # Several hosts may count their restarts differently: there README.md does without it
-            store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=wait)
-            store = dist.PrefixStore(f"start {env['TORCHELASTIC_RESTART_COUNT']}", store)
-            named = dict(store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=torch.device("cuda", local_rank) if cuda else None, timeout=wait, **named)
+        torch.autograd.set_multithreading_enabled(False)  # one GPU: this thread launches the backward faster
+    if "RANK" not in env:
+        return
+    wait, options = datetime.timedelta(seconds=getattr(args, "timeout", 600)), {}  # bench.py has no such flag
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # This store outlives the processes, with the addresses of those that torchrun has replaced. Hosts may
+        # differ in their count of restarts: README.md's command for several hosts does without it
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=wait)
+        store = dist.PrefixStore(f"start {env['TORCHELASTIC_RESTART_COUNT']}", store)
+        options = dict(store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
+    device = torch.device("cuda", local_rank) if cuda else None
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device, timeout=wait, **options)
+
+
+def from_distributed(error):
+    """Does an error, or its cause, come from torch.distributed? gloo's are plain RuntimeErrors."""
+    known = isinstance(error, dist.DistError) or "gloo/" in str(error)
+    return known or error.__cause__ is not None and from_distributed(error.__cause__)
 
 
 def run_script(name, f, less):
-    """Run the body of a script, which raises its ValueErrors on every rank alike: one of them tells, and the exit code is 2.
-    less: what takes less memory, for those who run out of it."""
+    """Run the body of a script. It raises its ValueErrors on every rank alike: rank 0 prints them, and the
+    exit code is 2. less: what takes less memory, for those who run out of it."""
     rank = int(os.environ.get("RANK", 0))
     try:
         f()
@@ -702,12 +927,33 @@ def run_script(name, f, less):
             print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"{name}: rank {rank} is out of memory; use {less}. {str(error).split(' Including')[0]}", file=sys.stderr, flush=True)
+        reason = str(error).split(" Including")[0]
+        print(f"{name}: rank {rank} is out of memory; use {less}. {reason}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except RuntimeError as error:
+        if not (dist.is_initialized() and from_distributed(error)):
+            raise
+        said = str(error)
+        if error.__cause__ is None:  # else it is ring_attn's, and names the lost ranks
+            # other ranks fail within seconds, too: those that are there answer
+            lost = ring_attn.missing_ranks(seconds=10 if "imed out" in said else 2)
+            what = f"rank(s) {lost}: died, stopped or stuck" if lost else f"a connection: {said}"
+            said = f"rank {rank} lost {what}"
+        print(f"{name}: {said}", file=sys.stderr, flush=True)
+        os._exit(1)  # to end the process group might take the lost ranks
     finally:
-        ring_attn.leave_groups()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def main():
+    sys.stdout.reconfigure(errors="replace")  # text that the terminal cannot show
+    args = parse()
+    training = wants_training(args)
+    less = "--checkpoint, --accumulate, --fsdp, more processes, or a smaller --seq_len"
+    less = less if training else "more processes, or fewer tokens"
+    run_script("train.py", lambda: (setup(args), train(args) if training else generate(args)), less)
 
 
 if __name__ == "__main__":
-    args = parse()
-    run_script("train.py", lambda: (setup(args), train(args)), "--checkpoint, --accumulate, --fsdp, more processes, or a smaller --seq_len")
+    main()
