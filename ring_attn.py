@@ -564,7 +564,7 @@ def merge_heads(shards, schedule):
     return merge([x.transpose(1, 2) for x in shards], schedule).transpose(1, 2).contiguous()
 
 
-RINGS = weakref.WeakValueDictionary()  # by number: operators take these numbers, as they cannot take objects
+RINGS = {}  # by number, while their group lives: operators take these numbers, as they cannot take objects
 RING_OF = weakref.WeakKeyDictionary()  # the Ring of each process group
 NUMBERS = itertools.count()
 
@@ -576,9 +576,10 @@ class Ring:
     """
 
     def __init__(self, group=None):
-        self.group_ref, self.rank, self.n_ranks = None, 0, 1
-        if group is not None:
-            self.group_ref = weakref.ref(group)  # only whoever made a group keeps it alive
+        self.group_ref, self.rank, self.n_ranks, self.number = None, 0, 1, next(NUMBERS)
+        RINGS[self.number] = self
+        if group is not None:  # only whoever made a group keeps it alive
+            self.group_ref = weakref.ref(group, functools.partial(forget_ring, self.number))
             self.rank, self.n_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.prev_rank, self.next_rank = (self.rank - 1) % self.n_ranks, (self.rank + 1) % self.n_ranks
         self.transport, self.why = None, "nothing has moved yet"
@@ -587,8 +588,6 @@ class Ring:
         self.tables = {}  # see on_device
         self.memory, self.retired = None, []  # SymmetricMemory, and those that CUDA graphs may still use
         self.waiter = None  # of the watchdog
-        self.number = next(NUMBERS)
-        RINGS[self.number] = self
 
     @property
     def group(self):
@@ -697,6 +696,10 @@ class Ring:
             if self.transport == "symmetric" and k.is_cuda and transport != "p2p":
                 reserve(self, k, backward)
                 self.settle(k.device, transport)
+
+
+def forget_ring(number, group_ref):
+    RINGS.pop(number, None)
 
 
 virtual_ring = functools.cache(VirtualRing)
@@ -1874,10 +1877,13 @@ def hopper_bwd(kernel, inputs, lse_delta, outputs, accumulators, q, k, hop, caus
     """inputs: resident, resident_dp, streamed, streamed_dp; outputs, accumulators: of acc and dv."""
     config = hopper_config(kernel, q.shape, k.shape[2], q.device, len(hop.rows), causal)
     resident, streamed, dims, grid, constants, options = config
-    tiles = [tma_descriptor(x, block) for x, block in zip(inputs, (resident, resident, streamed, streamed))]
-    tiles.append(tma_descriptor(lse_delta, (2, 1, streamed[1])) if kernel == "dkv" else None)
-    tiles += [tma_descriptor(x, resident) for x in outputs]
-    args = (*tiles, lse_delta, *accumulators, hop.table, sm_scale, *dims)
+    a, a_dp, b, b_dp = inputs
+    streamed_rows = tma_descriptor(lse_delta, (2, 1, streamed[1])) if kernel == "dkv" else None
+    args = (
+        tma_descriptor(a, resident), tma_descriptor(a_dp, resident), tma_descriptor(b, streamed),
+        tma_descriptor(b_dp, streamed), streamed_rows, *(tma_descriptor(x, resident) for x in outputs),
+        lse_delta, *accumulators, hop.table, sm_scale, *dims,
+    )  # fmt: skip
     depends = q.dtype, outputs[0].dtype, accumulators[0].dtype, streamed
     launch(hopper_bwd_kernel, q.device, depends, grid, args, constants, **options)
 
@@ -2420,13 +2426,13 @@ class FirstDerivative(torch.autograd.Function):
 
 def once(f, *inputs):
     """f() of a backward, a tuple of gradients, with an error where a second derivative is asked for
-    (create_graph=True). once_differentiable gives zeros there, unless the incoming gradient requires one
-    itself."""
+    (create_graph=True): once_differentiable gives zeros there unless the incoming gradient requires one."""
+    if not torch.is_grad_enabled():
+        return f()
     with torch.no_grad():
         grads = f()
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return FirstDerivative.apply(len(grads), *inputs, *grads)
-    return grads
+    needs_grad = any(x is not None and x.requires_grad for x in inputs)
+    return FirstDerivative.apply(len(grads), *inputs, *grads) if needs_grad else grads
 
 
 class RingAttention(torch.autograd.Function):
