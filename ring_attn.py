@@ -576,11 +576,13 @@ class Ring:
     """
 
     def __init__(self, group=None):
-        self.group_ref, self.rank, self.n_ranks, self.number = None, 0, 1, next(NUMBERS)
+        self.group_ref, self.rank, self.n_ranks, self.processes = None, 0, 1, [0]
+        self.number = next(NUMBERS)
         RINGS[self.number] = self
         if group is not None:  # only whoever made a group keeps it alive
             self.group_ref = weakref.ref(group, functools.partial(forget_ring, self.number))
             self.rank, self.n_ranks = dist.get_rank(group), dist.get_world_size(group)
+            self.processes = dist.get_process_group_ranks(group)
         self.prev_rank, self.next_rank = (self.rank - 1) % self.n_ranks, (self.rank + 1) % self.n_ranks
         self.transport, self.why = None, "nothing has moved yet"
         self.settled = None  # the type of device that the transport was chosen for
@@ -2300,9 +2302,12 @@ class Watchdog(threading.Thread):
         self.start()
 
     def run(self):
+        waiters = []
         while True:
             time.sleep(random.uniform(0.05, 0.15))  # at random, or it could meet a repeating pattern in step
-            for waiter in list(self.waiters):
+            with contextlib.suppress(RuntimeError):  # a waiter is added meanwhile
+                waiters = list(self.waiters)
+            for waiter in waiters:
                 number, now = waiter.number.value, time.monotonic()
                 if number == 0 or number != waiter.seen:
                     waiter.seen, waiter.since = number, now
@@ -2318,9 +2323,8 @@ watchdog = functools.cache(Watchdog)  # one per process
 
 def lost_message(ring, reason, seconds):
     what, hop, rank = reason
-    ranks = dist.get_process_group_ranks(ring.group) if dist.is_initialized() else list(range(ring.n_ranks))
     return (
-        f"rank {ring.rank} of the ring of processes {ranks} waited {seconds:.0f} s, at hop {hop} of "
+        f"rank {ring.rank} of the ring of processes {ring.processes} waited {seconds:.0f} s, at hop {hop} of "
         f"{ring.n_ranks - 1}, for {what} from rank {rank}, which has died, is stuck, or never made this call"
     )
 
