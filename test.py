@@ -71,9 +71,8 @@ from decode import KVCache, decode_attn, decode_part, merge_parts, sharded_decod
 from model import Attention, AttentionType, Config, Transformer
 from ring_attn import INT_MAX, SCHEDULES, Hop, HopRow, VirtualRing, merge, plan, positions, shard, unshard
 
-RANK, WORLD, LOCAL_RANK = (
-    int(os.environ.get(*x)) for x in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-)
+RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 DEVICE = torch.device("cuda", LOCAL_RANK) if GPU else torch.device("cpu")
 HOPPER = GPU and torch.cuda.get_device_capability(DEVICE)[0] == 9
 HERE = Path(__file__).resolve().parent
@@ -84,8 +83,7 @@ GROUPS = {1: None}  # size -> the process group of that size that this process i
 
 
 class Case(NamedTuple):
-    """A row of the output. run() returns (what, error, bound), or None; it raises where something is
-    wrong."""
+    """A row of the output. run() returns (what, error, bound) or None; it raises where something is wrong."""
 
     name: str
     run: Callable
@@ -141,7 +139,7 @@ def replaced(owner, name, value):
 
 
 def on_torch_path():
-    """On a CPU as users run it: through the torch path, not the interpreter."""
+    """As users run it on a CPU: through the torch path, not the interpreter."""
     return replaced(ring_attn, "INTERPRET", False)
 
 
@@ -151,8 +149,7 @@ def without_fill():
 
 
 def worst(rows):
-    """The row with the largest error / bound of (what, error, bound); AssertionError if one is above its
-    bound."""
+    """The row (what, error, bound) of the largest error / bound; AssertionError if one is above its bound."""
     rows = [(what, math.inf if math.isnan(error) else error, bound) for what, error, bound in rows]
     bad = "; ".join(f"{what} {error:.2e} > {bound:.2e}" for what, error, bound in rows if error > bound)
     require(not bad, bad)
@@ -197,29 +194,22 @@ def shared_folder(ring):
 
 
 def user_env(**more):
-    mine = (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_",
-        "MASTER_",
-        "GROUP_",
-        "ROLE_",
-        "TORCHELASTIC",
-        "TRITON_INTERPRET",
-        "OMP_",
-    )
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(mine)}
+    mine = "RANK WORLD_SIZE LOCAL_ MASTER_ GROUP_ ROLE_ TORCHELASTIC TRITON_INTERPRET OMP_".split()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(tuple(mine))}
     return kept | dict(PYTHONUNBUFFERED="1", OMP_NUM_THREADS="1") | more
 
 
-def call_script(name, *flags, n_ranks=1, cwd=HERE, timeout=180, **options):
-    """Run a file of this project. n_ranks: under torchrun."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"] if n_ranks > 1 else []
-    )
-    command = [sys.executable, *launcher, str(Path(cwd, name)), *map(str, flags)]
-    options = dict(capture_output=True, text=True, env=user_env(), cwd=cwd, timeout=timeout) | options
-    return subprocess.run(command, **options)
+def start_python(stderr, *args, before=(), env=None):
+    """Start Python, whose messages go to a file; what it prints is left out."""
+    streams = dict(stdout=subprocess.DEVNULL, stderr=open(stderr, "w"))
+    command = [*before, sys.executable, *map(str, args)]
+    return subprocess.Popen(command, env=env or user_env(), cwd=HERE, **streams)
+
+
+def call_python(*args, cwd=HERE, timeout=180, env=None):
+    """Run Python, in the folder of this file."""
+    options = dict(capture_output=True, text=True, env=env or user_env(), cwd=cwd, timeout=timeout)
+    return subprocess.run([sys.executable, *map(str, args)], **options)
 
 
 # runs jobs in forks of one process that has imported torch: each is cheap, and ends as any script does
@@ -252,18 +242,11 @@ print(json.dumps(found))
 
 
 def call_scripts(*jobs, n_ranks=1, timeout=120):
-    """Run jobs (file of this project, *flags) on n_ranks processes each: their return codes and outputs.
-    Faster than call_script, but without torchrun."""
+    """Run jobs (script, *flags) on n_ranks processes each: their return codes and outputs."""
     call = json.dumps((jobs, n_ranks, timeout))
-    done = call_python(SCRIPTS, call, timeout=timeout * len(jobs))
+    done = call_python("-c", SCRIPTS, call, timeout=timeout * len(jobs))
     require(done.returncode == 0, done.stderr[-1500:])
     return [SimpleNamespace(returncode=c, stdout=out, stderr=err) for c, out, err in json.loads(done.stdout)]
-
-
-def call_python(code, *args, timeout=180):
-    """Run Python code in the folder of this file."""
-    command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=user_env(), cwd=HERE, timeout=timeout)
 
 
 # -----------------------------------------------------------------------------
@@ -275,36 +258,26 @@ def make(B, T, H, HKV, D, dtype, seed=0):
     return [torch.randn(B, T, n, D, generator=g).to(DEVICE, dtype) for n in (H, HKV, HKV, H)]  # q, k, v, do
 
 
-def sdpa(q, k, v, do, causal):
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    expanded = (x.repeat_interleave(q.shape[2] // x.shape[2], 2).transpose(1, 2) for x in (q, k, v))
-    o = F.scaled_dot_product_attention(*expanded, is_causal=causal).transpose(1, 2)
-    return o.detach(), *torch.autograd.grad(o, (q, k, v), do)
-
-
-def dense_lse(q, k, causal):
-    s = (
-        torch.einsum("bmhd,bnhd->bhmn", q, k.repeat_interleave(q.shape[2] // k.shape[2], 2))
-        * q.shape[-1] ** -0.5
-    )
-    if causal:
-        s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1), -math.inf)
-    return s.logsumexp(-1)
+def sdpa(q, k, v, do, causal, dlse=None):
+    """(o, lse, dq, dk, dv) of torch's SDPA, lse at least float32. dlse: if the loss depends on lse, too."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    q, k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2).transpose(1, 2) for x in leaves)
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+    with torch.set_grad_enabled(dlse is not None):
+        q, k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k))
+        s = q @ k.mT * q.shape[-1] ** -0.5
+        if causal:
+            s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1), -math.inf)
+        lse = s.logsumexp(-1)
+    loss = (o, do) if dlse is None else ((o, lse), (do, dlse))
+    return o.detach(), lse.detach(), *torch.autograd.grad(loss[0], leaves, loss[1])
 
 
 def judge(got, q, k, v, do, causal):
     """got: (o, lse, dq, dk, dv) of the whole sequence, or of the first of them that were computed."""
-    (o, dq, dk, dv), lse = (
-        sdpa(*(x.double() for x in (q, k, v, do)), causal),
-        dense_lse(q.double(), k.double(), causal),
-    )
-    truth = o, lse, dq, dk, dv
-    (o, dq, dk, dv), lse = sdpa(q, k, v, do, causal), dense_lse(q.float(), k.float(), causal)
-    peer, times = (o, lse, dq, dk, dv), (2, 2, 3, 3, 3)
-    names = "o", "lse", "dq", "dk", "dv"
-    return worst(
-        [(n, error(a, t), c * error(p, t) + 1e-5) for n, a, t, p, c in zip(names, got, truth, peer, times)]
-    )
+    truth, peer = sdpa(*(x.double() for x in (q, k, v, do)), causal), sdpa(q, k, v, do, causal)
+    of_all = zip(("o", "lse", "dq", "dk", "dv"), got, truth, peer, (2, 2, 3, 3, 3))
+    return worst([(what, error(a, t), times * error(p, t) + 1e-5) for what, a, t, p, times in of_all])
 
 
 def run(q, k, v, do, schedule="contiguous", group=None, causal=True, backend=None, transport=None):
@@ -371,23 +344,19 @@ for schedule, n_ranks, causal in itertools.product(SCHEDULES, range(1, 9), (True
 # -----------------------------------------------------------------------------
 # properties of kernels and schedules
 
-LOW = dict(
-    torch=torch.float32, triton=torch.float32, gluon=torch.float16
-)  # the Hopper kernels take 16-bit inputs only
+# the Hopper kernels take 16-bit inputs only
+LOW = dict(torch=torch.float32, triton=torch.float32, gluon=torch.float16)
 
 
 def check_masked_rows(backend):
-    """Keys from position 5 on, queries 0..11: rows 0..4 see nothing and must end as o = 0, lse = -inf, dq =
-    0."""
+    """Keys from position 5 on, queries 0..11: rows 0..4 see nothing; their o and dq are 0, lse is -inf."""
     kernels = ring_attn.BACKENDS[backend]
     q, k, v, do = make(1, 12, 2, 1, 16, LOW[backend])
     row = HopRow(0, 1, 0, 5, 1, 0, INT_MAX, 0, 0)
     hop = Hop(source=0, rows=(row,), seen=(12,), send=(), recv=(), send_grad=(), recv_grad=())
     (hop,) = ring_attn.on_device((hop,), DEVICE)
     o, dq, dk, dv = (torch.empty_like(x) for x in (q, q, k, v))
-    o_acc, dq_acc = (
-        x if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32) for x in (o, dq)
-    )
+    o_acc, dq_acc = (x if x.dtype == torch.float32 else x.float() for x in (o, dq))
     dk_acc, dv_acc = (torch.empty_like(x, dtype=torch.float32) for x in (dk, dv))
     lse = torch.empty(1, 2, 12, device=DEVICE)
     kernels.forward(q, k, v, o, o_acc, lse, hop, True, 0.25)
@@ -398,27 +367,15 @@ def check_masked_rows(backend):
     require(empty, "rows without a key are not empty")
     require(not dk[:, 7:].any() and not dv[:, 7:].any(), "keys that no query sees have a gradient")
     # the other rows: query 5 + i sees keys 0..i
-    return judge(
-        (o[:, 5:], lse[..., 5:], dq[:, 5:], dk[:, :7], dv[:, :7]),
-        q[:, 5:],
-        k[:, :7],
-        v[:, :7],
-        do[:, 5:],
-        True,
-    )
+    got = o[:, 5:], lse[..., 5:], dq[:, 5:], dk[:, :7], dv[:, :7]
+    return judge(got, q[:, 5:], k[:, :7], v[:, :7], do[:, 5:], True)
 
 
 def check_lse_gradient(backend):
     """A loss of both o and lse: all three gradients."""
     q, k, v, do = make(2, 24, 4, 2, 16, torch.float32)
     dlse = torch.randn(2, 4, 24, device=DEVICE)
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    expanded = (x.repeat_interleave(4 // x.shape[2], 2).transpose(1, 2) for x in leaves)
-    true_o, true_lse = (
-        F.scaled_dot_product_attention(*expanded, is_causal=True).transpose(1, 2),
-        dense_lse(*leaves[:2], True),
-    )
-    truth = torch.autograd.grad((true_o, true_lse), leaves, (do.double(), dlse.double()))
+    _, _, *truth = sdpa(*(x.double() for x in (q, k, v, do)), True, dlse.double())
     leaves = [x.requires_grad_() for x in (q, k, v)]
     results = ring_attn.ring_attn(*leaves, "striped", VirtualRing(3), return_lse=True, backend=backend)
     got = torch.autograd.grad(results, leaves, (do, dlse))
@@ -426,8 +383,7 @@ def check_lse_gradient(backend):
 
 
 def check_autocast(backend):
-    """As SDPA does, float32 inputs are cast to autocast's dtype; 16-bit inputs give the bits that they give
-    without."""
+    """Float32 inputs are cast to autocast's dtype, as SDPA casts them; 16-bit inputs give the same bits."""
     low = torch.bfloat16 if GPU or backend == "torch" else torch.float16  # the interpreter has no bfloat16
     inputs, ring = make(1, 24, 4, 2, 16, torch.float32), VirtualRing(2)
     q, k, v, do = (x.to(low) for x in inputs)
@@ -435,16 +391,11 @@ def check_autocast(backend):
     with torch.autocast(DEVICE.type, low):
         from_float32 = run(*inputs[:3], do, "zigzag", ring, True, backend)
         same = run(q, k, v, do, "zigzag", ring, True, backend)
-    require(
-        from_float32[0].dtype == low and from_float32[2].dtype == torch.float32,
-        "o or dq has another dtype than SDPA's",
-    )
+    dtypes = from_float32[0].dtype, from_float32[2].dtype
+    require(dtypes == (low, torch.float32), f"o and dq are {dtypes}, not as SDPA's")
     same_bits(plain, same, "autocast changes results of its own dtype")
-    same_bits(
-        plain,
-        [x.to(y.dtype) for x, y in zip(from_float32, plain)],
-        "float32 inputs are not cast as SDPA casts them",
-    )
+    from_float32 = [x.to(y.dtype) for x, y in zip(from_float32, plain)]
+    same_bits(plain, from_float32, "float32 inputs are not cast as SDPA casts them")
 
 
 def check_same_bits(backend):
@@ -511,8 +462,7 @@ KNOWN = {"contiguous": (1 / 2, False), "striped": (1, True), "zigzag": (3 / 4, T
 
 
 def check_plans(schedule):
-    """What a rank sends is what its neighbour receives, keys that a query sees have arrived, and no more is
-    moved than is seen."""
+    """Ranks send what neighbours receive; keys that a query sees have arrived; no others are moved."""
     for n_ranks, causal, direction, T in itertools.product(range(1, 9), (True, False), (1, -1), (8, 512)):
         B, T = fit(schedule, 1, T)
         name, pulled = f"{schedule} x{n_ranks}", [0] * n_ranks
@@ -523,23 +473,18 @@ def check_plans(schedule):
             matches = hop.send == neighbour.recv and hop.send_grad == neighbour.recv_grad
             require(matches, f"{name}: sends do not match")
             for g, row in enumerate(hop.rows):
-                q_pos, k_pos = (
-                    ring_attn.layout_positions(ring_attn.Layout(*at), T) for at in (row[:3], row[3:6])
-                )
+                layouts = ring_attn.Layout(*row[:3]), ring_attn.Layout(*row[3:6])
+                q_pos, k_pos = (ring_attn.layout_positions(layout, T) for layout in layouts)
                 n = int((k_pos <= q_pos[-1]).sum()) if causal else T
-                require(
-                    hop.seen[g] == min(-(-n // 128) * 128, T),
-                    f"{name}: {hop.seen[g]} rows seen, not the tiles of {n}",
-                )
+                tiles = min(-(-n // 128) * 128, T)
+                require(hop.seen[g] == tiles, f"{name}: {hop.seen[g]} rows seen, not the tiles of {n}")
                 if T < 512:
                     work[r] += int((k_pos <= q_pos[:, None]).sum())
                 if j:
                     pulled[r] += hop.seen[g] * B // len(hop.rows)
-                    require(plans[r][j - 1].recv[g] >= hop.seen[g], f"{name}: keys are missing")
-                    require(
-                        j == 1 or plans[r][j - 1].recv_grad[g] == row.carry_grad,
-                        f"{name}: gradients are missing",
-                    )
+                    came = plans[r][j - 1]
+                    require(came.recv[g] >= hop.seen[g], f"{name}: keys are missing")
+                    require(j == 1 or came.recv_grad[g] == row.carry_grad, f"{name}: gradients are missing")
         moved = sum(sum(hop.recv) / len(hop.rows) / T for p in plans for hop in p)
         most = n_ranks * (n_ranks - 1)
         require(moved <= most, f"{name} moves {moved} shards, more than {most}")
@@ -550,16 +495,14 @@ def check_plans(schedule):
             share, balanced = KNOWN[schedule]
             if schedule == "contiguous" and direction == 1:
                 require(moved == most / 2, f"{name} moves {moved} shards, not half of {most}")
-            require(
-                T < 512 or sum(pulled) == share * B * T * most, f"{name} does not pull {share} of all keys"
-            )
+            all_pulled = sum(pulled) == share * B * T * most
+            require(T < 512 or all_pulled, f"{name} does not pull {share} of all keys")
             even = max(work) - min(work) <= 8 * n_ranks * len(plans[0][0].rows)
             require(T == 512 or n_ranks == 1 or even == balanced, f"{name}, balanced={balanced}: {work}")
 
 
 class ModelCopyStream:
-    """What ring_attn.CopyStream does, as two lists of operations that check_protocol takes in any order that
-    a GPU might."""
+    """What ring_attn.CopyStream does, as two lists of operations, for check_protocol."""
 
     def __init__(self, rank, base):
         self.rank, self.base, self.kernels, self.copies, self.events = rank, base, [], [], itertools.count()
@@ -585,11 +528,8 @@ class ModelCopyStream:
         self.copies.append(("copy", to, source, nbytes))
 
     def prepare(self, signals):
-        address = {
-            "signal": lambda rank, flag: self.base[rank] + 4 * flag,
-            "wait": lambda flag, reason: self.base[self.rank] + 4 * flag,
-        }
-        return [(kind, address[kind](*args)) for kind, *args in signals]
+        at = [(kind, args if kind == "signal" else (self.rank, args[0])) for kind, *args in signals]
+        return [(kind, self.base[rank] + 4 * flag) for kind, (rank, flag) in at]
 
     def run(self, prepared):
         self.copies += prepared
@@ -635,9 +575,8 @@ def check_protocol(schedule, n_ranks, seed, loops=8):
         for s, row, g in zip(ring_attn.batch_slices(B, len(hop.seen)), hop.rows, range(B)):
             truth = torch.zeros(T)
             for other in set(range(n_ranks)) - {rank}:
-                truth[: plan(schedule, other, n_ranks, T, True, 1)[(other - rank) % n_ranks].seen[g]] += (
-                    10.0**other
-                )
+                seen = plan(schedule, other, n_ranks, T, True, 1)[(other - rank) % n_ranks].seen
+                truth[: seen[g]] += 10.0**other
             for x in grads:
                 home = (x[s, : row.carry_grad, 0, 0] == truth[: row.carry_grad]).all()
                 require(home and not truth[row.carry_grad :].any(), f"{name}: gradients lack a rank's part")
@@ -715,28 +654,22 @@ def check_memory():
     seen, shard_size = set(), 2 * 4 * 2 * 16
 
     def spy(self, send, recv, *args):
-        require(
-            all(x.numel() == shard_size for x in recv),
-            f"a buffer of {[tuple(x.shape) for x in recv]} is no shard",
-        )
+        sizes = [x.numel() for x in recv]
+        require(set(sizes) <= {shard_size}, f"buffers of {sizes} elements, not {shard_size}")
         seen.update((self.rank, x.dtype, x.data_ptr()) for x in recv)
         return exchange(self, send, recv, *args)
 
     with replaced(ring_attn.VirtualRank, "exchange", spy) as exchange:
         run(*make(2, 8 * 4, 4, 2, 16, torch.float16), "zigzag", VirtualRing(8), True, "torch")
-    for dtype, most in (
-        (torch.float16, 2 * 2 * 2),
-        (torch.float32, 2 * 2),
-    ):  # k and v, two buffers, (forward, backward)
+    # two buffers each: k and v in 16 bits, forward and backward; dk and dv in float32
+    for dtype, most in ((torch.float16, 2 * 2 * 2), (torch.float32, 2 * 2)):
         counts = [sum(r == rank and d == dtype for r, d, _ in seen) for rank in range(8)]
-        require(
-            0 < min(counts) and max(counts) <= most, f"buffers of {dtype} by rank: {counts}, not 1 to {most}"
-        )
+        bounded = 0 < min(counts) and max(counts) <= most
+        require(bounded, f"buffers of {dtype} by rank: {counts}, not 1 to {most}")
 
 
 def check_operators():
-    """torch.library.opcheck: schemas, fakes (shapes, dtypes, strides) and autograd of both operators are
-    true."""
+    """torch.library.opcheck: schemas, fakes (shapes, dtypes, strides) and autograd of both operators."""
     for group, dtype in ((alone(), torch.float64), (VirtualRing(2), torch.float16)):
         q, k, v, do = (permuted(x, 1, 2) for x in make(2, 8, 4, 2, 16, dtype))
         options = ring_attn.resolve_ring(group).number, "zigzag", True, 0.25, "torch", None
@@ -767,13 +700,10 @@ def check_dispatcher():
 
     with replaced(ring_attn, "run_hops", spy) as run_hops:
         keep = functools.partial(create_selective_checkpoint_contexts, policy)
-        grads = torch.autograd.grad(
-            checkpoint(attn, q, k, v, use_reentrant=False, context_fn=keep), (q, k, v), do
-        )
-    require(
-        ran == [ring_attn.forward_hops, ring_attn.backward_hops],
-        f"under a checkpoint that keeps results it ran {ran}",
-    )
+        o = checkpoint(attn, q, k, v, use_reentrant=False, context_fn=keep)
+        grads = torch.autograd.grad(o, (q, k, v), do)
+    once = ran == [ring_attn.forward_hops, ring_attn.backward_hops]
+    require(once, f"under a checkpoint that keeps results it ran {ran}")
     same_bits(grads, torch.autograd.grad(attn(q, k, v), (q, k, v), do), "under a checkpoint")
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(q.detach(), do.detach())
@@ -803,17 +733,13 @@ def check_second_derivatives():
 def check_compiled():
     """One graph: o, lse and gradients as in eager, whichever of the two has one; other lengths, no_grad;
     errors when it runs; a VirtualRing that is made inside."""
-    ring, compiler = VirtualRing(2), "inductor" if GPU else "aot_eager"
+    made, compiler, backend = VirtualRing(2), "inductor" if GPU else "aot_eager", None if GPU else "torch"
 
-    def attn(q, k, v):
-        return ring_attn.ring_attn(
-            2 * q, k, v, "zigzag", ring, return_lse=True, backend=None if GPU else "torch"
-        )
+    def attn(q, k, v, ring=made):
+        return ring_attn.ring_attn(2 * q, k, v, "zigzag", ring, return_lse=True, backend=backend)
 
     def with_own_ring(q, k, v):
-        return ring_attn.ring_attn(
-            2 * q, k, v, "zigzag", VirtualRing(2), return_lse=True, backend=None if GPU else "torch"
-        )
+        return attn(q, k, v, VirtualRing(2))
 
     compiled = torch.compile(attn, fullgraph=True, backend=compiler)
     losses = (
@@ -830,11 +756,8 @@ def check_compiled():
         rows += [(what, error(a, b), 1e-5) for what, a, b in zip(("o", "lse", "dq", "dk", "dv"), *results)]
     with torch.no_grad():
         same_bits(compiled(*leaves), attn(*leaves), "under no_grad")
-        same_bits(
-            torch.compile(with_own_ring, backend=compiler)(*leaves),
-            attn(*leaves),
-            "a VirtualRing made inside",
-        )
+        inside = torch.compile(with_own_ring, backend=compiler)(*leaves)
+        same_bits(inside, attn(*leaves), "a VirtualRing made inside")
     raises(lambda: compiled(*(x[:, :7] for x in leaves)), "seq_len=7", "n_ranks=2")
     flash = torch.compile(ring_attn.flash_attn_func, fullgraph=True, backend="aot_eager")
     raises(lambda: flash(*leaves, bias=leaves[0]), "bias")
@@ -875,15 +798,11 @@ def check_tables():
                 results = run(*inputs, group=ring)
     for T in range(1, 2001):
         ring.on_device(plan("contiguous", 0, 1, 2 * T + 1, True, 1), DEVICE)
-        (
-            plan("contiguous", 0, 2, 2 * T + 1, True, 1),
-            plan("contiguous", 1, 2, 2 * T + 1, True, 1),
-        )  # nor by plans' own cache
+        for rank in (0, 1):  # fills the cache of plans as well
+            plan("contiguous", rank, 2, 2 * T + 1, True, 1)
     again = [hop.table for hop in ring.on_device(plan("contiguous", 0, 1, 64, True, 1), DEVICE)]
-    require(
-        all(a is b for a, b in zip(tables, again, strict=True)),
-        "after 2,000 other shapes a table is another tensor",
-    )
+    same = all(a is b for a, b in zip(tables, again, strict=True))
+    require(same, "after 2,000 other shapes a table is another tensor")
     if GPU:
         gc.collect()
         litter = [torch.full((16,), 10**6, dtype=torch.int32, device=DEVICE) for _ in range(4000)]
@@ -892,7 +811,7 @@ def check_tables():
         same_bits(results, truth, f"a graph replayed after 2,000 other shapes, {len(litter)} tensors")
 
 
-def check_copies():
+def check_copies(_):
     """deepcopy and pickle of a ring: copies share it."""
     ring = ring_attn.resolve_ring(None)
     require(copy.deepcopy([ring])[0] is ring, "deepcopy made another ring")
@@ -909,10 +828,8 @@ def check_million(T=2**20):
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     o, lse, dq, dk, dv = run(q, k, v, do)
-    peak = (torch.cuda.max_memory_allocated() - before) / q.nbytes
-    require(
-        peak < 4.5, f"forward and backward keep {peak:.1f} times the memory of q"
-    )  # o, dq, dk, dv, 3 float32 a row
+    peak = (torch.cuda.max_memory_allocated() - before) / q.nbytes  # o, dq, dk, dv, 3 float32 a row
+    require(peak < 4.5, f"forward and backward keep {peak:.1f} times the memory of q")
     scale, lse_error = D**-0.5, 0.0
     squares = {}  # (what, position): squared errors of ours and of the yardstick, summed over the heads
 
@@ -920,11 +837,8 @@ def check_million(T=2**20):
         return x.bfloat16().double()
 
     def note(what, i, got, truth, peer):
-        ours, theirs = squares.get((what, i), (0.0, 0.0))
-        squares[what, i] = (
-            ours + (got.double() - truth).square().sum().item(),
-            theirs + (peer - truth).square().sum().item(),
-        )
+        errors = torch.stack((got.double() - truth, peer - truth)).square().sum(1)
+        squares[what, i] = squares.get((what, i), 0) + errors.cpu()
 
     for h, i in itertools.product(range(H), (0, 1, T // 100, T // 2 - 1, T - 1)):
         seen_k, seen_v = (x[0, : i + 1, h].double() for x in (k, v))  # query i sees keys 0..i
@@ -941,24 +855,19 @@ def check_million(T=2**20):
         ds = p * (by_do @ v_i - (by_o * by_do).sum(1)) * scale
         note("dv", i, dv[0, i, h], p @ by_do, rounded(rounded(p) @ by_do))
         note("dk", i, dk[0, i, h], ds @ by_q, rounded(rounded(ds) @ by_q))
-    sampled = [
-        (f"{what} {i}", ours**0.5, 3 * theirs**0.5 + 1e-5) for (what, i), (ours, theirs) in squares.items()
-    ]
-    return worst([("lse", lse_error, 1e-4), *sampled])
+    rows = [("lse", lse_error, 1e-4)]
+    for (what, i), x in squares.items():
+        ours, theirs = x.sqrt().tolist()
+        rows.append((f"{what} {i}", ours, 3 * theirs + 1e-5))
+    return worst(rows)
 
 
 def check_work_tiles(kernel):
     """The programs of a Hopper kernel have each tile of each head once between them, and under a causal mask
     nearly as much to do as each other; where a head's keys fill L2 they work on one head at a time."""
     uneven = 0.0
-    shapes = (
-        (1, 8192, 32, 8),
-        (1, 16384, 16, 16),
-        (2, 4096, 24, 3),
-        (1, 65536, 32, 32),
-        (1, 70000, 7, 7),
-        (3, 100, 5, 5),
-    )
+    shapes = [(1, 8192, 32, 8), (1, 16384, 16, 16), (2, 4096, 24, 3)]
+    shapes += [(1, 65536, 32, 32), (1, 70000, 7, 7), (3, 100, 5, 5)]
     for n_sm, (B, T, H, HKV) in itertools.product((132, 78, 7), shapes):
         properties = SimpleNamespace(multi_processor_count=n_sm)
         with replaced(torch.cuda, "get_device_properties", lambda device, found=properties: found):
@@ -969,87 +878,62 @@ def check_work_tiles(kernel):
         n, program = np.arange(n_heads // l2_heads * waves), np.arange(P)[:, None]
         grid = dict(num_programs=lambda axis, P=P: P, program_id=lambda axis, p=program: p)
         gl = SimpleNamespace(where=np.where, minimum=np.minimum, **grid)
-        tile, head, exists = FunctionType(ring_attn.tile_scheduler.fn.__code__, {"gl": gl})(
-            n, n_tiles, l2_heads, waves
-        )
+        scheduler = FunctionType(ring_attn.tile_scheduler.fn.__code__, {"gl": gl})
+        tile, head, exists = scheduler(n, n_tiles, l2_heads, waves)
         tiles = np.sort((tile * n_heads + head)[exists])
-        name = f"{(B, T, H, HKV)} on {n_sm}"
+        name, most = f"{(B, T, H, HKV)} on {n_sm}", exists.sum(1).max()
         require(np.array_equal(tiles, np.arange(n_tiles * n_heads)), f"{name}: not every work tile once")
-        require(
-            l2_heads == 1 or (T, HKV) != (65536, 32),
-            f"keys of {l2_heads} heads at a time, one of which fills L2",
-        )
-        most = exists.sum(1).max()
-        require(
-            most <= triton.cdiv(len(tiles), P) + 1, f"{name}: a program has {most} of {len(tiles)} work tiles"
-        )
-        if len(n) >= 4:
-            work = (exists * (n_tiles - tile + 3)).sum(
-                1
-            )  # a work tile takes as long as its key tiles and about three more
+        single = l2_heads == 1 or (T, HKV) != (65536, 32)
+        require(single, f"{name}: keys of {l2_heads} heads at a time, one of which fills L2")
+        fair = most <= triton.cdiv(len(tiles), P) + 1
+        require(fair, f"{name}: a program has {most} of {len(tiles)} work tiles")
+        if len(n) >= 4:  # a work tile takes as long as its key tiles and about three more
+            work = (exists * (n_tiles - tile + 3)).sum(1)
             uneven = max(uneven, work.max() / work.mean() - 1)
     return worst([("work", uneven, 0.05)])
 
 
 def check_launches():
-    """What the launchers of the Hopper kernels pass on fits the kernels' signatures, name by name: constants
-    last."""
+    """What launchers pass to the Hopper kernels fits their signatures, name by name, constants last."""
     seen = []
     integers = "sm_scale", "B", "H", "G", "T", "GROUP_B", "L2_HEADS", "WAVES"
 
     def spy(kernel, device, depends, grid, args, constants, **options):
         given, name = dict(zip(kernel.arg_names, args)), kernel.__name__
         expected = list(kernel.arg_names[len(args) :])
-        require(
-            expected == list(constants),
-            f"{name}: {kernel.arg_names} against {len(args)} values and {list(constants)}",
-        )
+        require(expected == list(constants), f"{name}: constants {list(constants)}, not {expected}")
         for x, value in given.items():
-            kind = (
-                "tiles"
-                if hasattr(value, "block_shape")
-                else "pointer"
-                if isinstance(value, torch.Tensor)
-                else "number"
-            )
             if value is None:  # dq is one result, and its kernel streams no rows
-                require(
-                    not constants["DKV"] and x in ("lse_delta_desc", "dv_desc", "DV_ACC"), f"{name}: no {x}"
-                )
+                absent = x in ("lse_delta_desc", "dv_desc", "DV_ACC")
+                require(absent and not constants["DKV"], f"{name}: no {x}")
             else:
-                right = "tiles" if x.endswith("_desc") else "number" if x in integers else "pointer"
+                kind = "_desc" if hasattr(value, "block_shape") else isinstance(value, torch.Tensor)
+                right = "_desc" if x.endswith("_desc") else x not in integers
                 require(kind == right, f"{name}: {x} is {value}")
         seen.append((name, constants.get("DKV"), grid))
 
     ring_attn.hopper_config.cache_clear()
     properties = SimpleNamespace(multi_processor_count=10)
+    q, k, v, do = make(2, 200, 4, 2, 40, torch.float16)
+    (hop,) = ring_attn.on_device(plan("zigzag", 0, 1, 200, True, 1), DEVICE)
+    lse_delta, kernels = torch.zeros(2, 8, 256, device=DEVICE), ring_attn.BACKENDS["gluon"]
     try:
         with (
             replaced(ring_attn, "launch", spy),
             replaced(torch.cuda, "get_device_properties", lambda device: properties),
         ):
-            q, k, v, do = make(2, 200, 4, 2, 40, torch.float16)
-            (hop,), lse_delta = (
-                ring_attn.on_device(plan("zigzag", 0, 1, 200, True, 1), DEVICE),
-                torch.zeros(2, 8, 256, device=DEVICE),
-            )
-            kernels = ring_attn.BACKENDS["gluon"]
             kernels.forward(q, k, v, q, q.float(), lse_delta, hop, True, 0.5)
             kernels.dq(q, k, v, do, lse_delta, q, q.float(), hop, True, 0.5)
             kernels.dkv(q, k, v, do, lse_delta, k, v, k.float(), v.float(), hop, True, 0.5)
     finally:
         ring_attn.hopper_config.cache_clear()
-    expected = [
-        ("hopper_fwd_kernel", None, 10),
-        ("hopper_bwd_kernel", False, 10),
-        ("hopper_bwd_kernel", True, 8),
-    ]
-    require(seen == expected, f"{seen}")
+    backward = [("hopper_bwd_kernel", False, 10), ("hopper_bwd_kernel", True, 8)]
+    require(seen == [("hopper_fwd_kernel", None, 10), *backward], f"{seen}")
 
 
 def check_compile():
     """What this machine's Triton makes of the kernels for Hopper, GPU or not: see compile_kernels."""
-    done = call_script("test.py", "--compile_only", timeout=600)
+    done = call_python("test.py", "--compile_only", timeout=600)
     require(done.returncode == 0, (done.stdout + done.stderr)[-1500:])
 
 
@@ -1065,7 +949,7 @@ def check_fifth_schedule():
         code, first = (folder / "ring_attn.py").read_text(), "SCHEDULES = {\n"
         require(code.count(first) == 1, f"ring_attn.py has no {first!r}")
         (folder / "ring_attn.py").write_text(code.replace(first, first + FIFTH))
-        done = call_script("test.py", "--filter", "fifth x2", cwd=folder)
+        done = call_python("test.py", "--filter", "fifth x2", cwd=folder)
         cases, last = re.findall(r"^(.*fifth x2.*) ok$", done.stdout, re.M), done.stdout.splitlines()[-1:]
         passed = done.returncode == 0 and len(cases) >= 4 and last == [f"{len(cases)} passed, 0 failed"]
         require(passed, (done.stdout + done.stderr)[-2000:])
@@ -1088,12 +972,8 @@ for schedule in SCHEDULES:
     local(f"positions, shard, merge: {schedule}", check_positions, schedule)
     local(f"plans, sends match receives: {schedule}", check_plans, schedule)
     for n_ranks in (2, 3, 5):
-        local(
-            f"symmetric memory, operations in any order: {schedule} x{n_ranks}",
-            check_protocols,
-            schedule,
-            n_ranks,
-        )
+        name = f"symmetric memory, operations in any order: {schedule} x{n_ranks}"
+        local(name, check_protocols, schedule, n_ranks)
 local("a schedule is one row", check_fifth_schedule)
 local("buffers per rank", check_memory)
 local("operators under opcheck", check_operators)
@@ -1102,7 +982,7 @@ local("second derivatives are refused", check_second_derivatives)
 local("compiled, with lse", check_compiled)
 local("rings and agreements do not pile up", check_bounds)
 local("tables stay where they are", check_tables)
-real("copies of a ring share it", lambda ring: check_copies())
+real("copies of a ring share it", check_copies)
 
 # -----------------------------------------------------------------------------
 # decoding, against flex_attention: eager, in float64 for the truth and in the dtype at hand for the yardstick
@@ -1173,14 +1053,9 @@ def scale_by_head(score, b, h, q_idx, kv_idx, slopes):
     return score * slopes[h]
 
 
-causal_mask, dilated, never, sparse = (
-    causal_jit.fn,
-    dilated_jit.fn,
-    never_jit.fn,
-    sparse_jit.fn,
-)  # the same in Python
-JIT = {alibi: alibi_jit, softcap: softcap_jit, same_doc: same_doc_jit}
-JIT |= {causal_mask: causal_jit, dilated: dilated_jit, never: never_jit, sparse: sparse_jit}
+JIT = {x.fn: x for x in (causal_jit, dilated_jit, never_jit, sparse_jit)}  # the same in Python
+causal_mask, dilated, never, sparse = JIT
+JIT |= {alibi: alibi_jit, softcap: softcap_jit, same_doc: same_doc_jit}
 JIT |= {left_pad: left_pad_jit, scale_by_head: scale_jit}
 LOW_DECODE = torch.bfloat16 if GPU else torch.float16
 
@@ -1239,27 +1114,15 @@ class Decode(NamedTuple):
         return decode_attn(self.q, self.k if k is None else k, self.v if v is None else v, **options)
 
 
-def make_decode(
-    dtype,
-    M,
-    H,
-    HKV,
-    D,
-    lengths,
-    causal=True,
-    score_mod=None,
-    mask_mod=None,
-    aux=(),
-    window=None,
-    sink=None,
-    N=None,
-    seed=0,
-):
+def make_qkv(dtype, B, M, N, H, HKV, D, seed=0):
+    g, shapes = torch.Generator().manual_seed(seed), ((M, H), (N, HKV), (N, HKV))
+    return [torch.randn(B, n, n_heads, D, generator=g).to(DEVICE, dtype) for n, n_heads in shapes]
+
+
+def make_decode(dtype, M, H, HKV, D, lengths, causal=True, score_mod=None, mask_mod=None, aux=(), window=None,
+                sink=None, N=None, seed=0):  # fmt: skip
     B, N = len(lengths), N or max(lengths)
-    g = torch.Generator().manual_seed(seed)
-    shapes = (M, H), (N, HKV), (N, HKV)
-    q, k, v = (torch.randn(B, n, n_heads, D, generator=g).to(DEVICE, dtype) for n, n_heads in shapes)
-    L = ints(*lengths)
+    (q, k, v), L = make_qkv(dtype, B, M, N, H, HKV, D, seed), ints(*lengths)
     n_sink, logits = (0, sink) if isinstance(sink, torch.Tensor) else (sink or 0, None)
     flexed = []
     for exact in (torch.float64, dtype):
@@ -1280,9 +1143,8 @@ def make_decode(
         require(zero, "a query without a key is not empty")
         truth, got, peer = (x.double().masked_fill(empty, 0.0) for x in (true_lse, lse, peer_lse))
         lse_bound = (2 * error(peer, truth) if dtype != torch.float32 else 0) + 1e-5
-        return worst(
-            [("o", error(o, true_o), 2 * error(peer_o, true_o) + 1e-5), ("lse", error(got, truth), lse_bound)]
-        )
+        row = "o", error(o, true_o), 2 * error(peer_o, true_o) + 1e-5
+        return worst([row, ("lse", error(got, truth), lse_bound)])
 
     options = dict(causal=causal, score_mod=score_mod, mask_mod=mask_mod, aux=aux, window=window, sink=sink)
     return Decode(q, k, v, L, options, judge_decode)
@@ -1300,8 +1162,7 @@ def check_decode(backend, *args, n_splits=None, **options):
 
 
 def check_block_mask(backend, mask_mod, by_batch, by_head, size, dtype, M, H, HKV, D, lengths, N):
-    """The BlockMask that flex makes of a mask, for a cache of N tokens; and one whose full blocks all are
-    partial ones."""
+    """The BlockMask that flex makes of a mask, for a cache of N tokens; and one of partial blocks only."""
     call = make_decode(dtype, M, H, HKV, D, lengths, mask_mod=mask_mod, N=N)
     L = call.lengths.long()
 
@@ -1312,19 +1173,12 @@ def check_block_mask(backend, mask_mod, by_batch, by_head, size, dtype, M, H, HK
     blocks = create_block_mask(mask, *shape, device=DEVICE, BLOCK_SIZE=(M, size))
     require(mask_mod is dilated or blocks.full_kv_num_blocks.sum() > 0, "the case has no full block")
     n_blocks = blocks.kv_indices.shape[-1]
-    everyone = (
-        torch.full_like(blocks.kv_num_blocks, n_blocks),
-        ints(*range(n_blocks)).expand_as(blocks.kv_indices).contiguous(),
-    )
-    partial = BlockMask.from_kv_blocks(*everyone, BLOCK_SIZE=(M, size), mask_mod=mask)
-    rows = [call.judge(*call(backend, block_mask=x)) for x in (blocks, partial)]
-    return worst(
-        rows
-        + [
-            call.judge(*virtual_decode(call, backend, n_ranks, block_mask=blocks))
-            for n_ranks in ((2, 4) if GPU else (2,))
-        ]
-    )
+    indices = ints(*range(n_blocks)).expand_as(blocks.kv_indices).contiguous()
+    tables = torch.full_like(blocks.kv_num_blocks, n_blocks), indices
+    partial = BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=(M, size), mask_mod=mask)
+    results = [call(backend, block_mask=x) for x in (blocks, partial)]
+    results += [virtual_decode(call, backend, n_ranks, block_mask=blocks) for n_ranks in (2, 4)[: 1 + GPU]]
+    return worst([call.judge(*result) for result in results])
 
 
 def check_skipped_blocks(backend):
@@ -1335,21 +1189,24 @@ def check_skipped_blocks(backend):
     at = dict(shape=(1, 1, 1, -1))
     tables = ints(0, shape=(1, 1, 1)), ints(0, 0, 0, **at), ints(2, shape=(1, 1, 1)), ints(2, 0, 1, **at)
     blocks = BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=(128, 32))
-    got = decode_attn(
-        q, k, v, block_mask=blocks, mask_mod=never_jit if backend == "triton" else never, backend=backend
-    )
+    got = decode_attn(q, k, v, block_mask=blocks, **for_backend(dict(mask_mod=never), backend))
     seen = (torch.cat((x[:, 64:], x[:, :32]), 1) for x in (k, v))
     require((got - decode_attn(q, *seen, backend=backend)).abs().max() < 1e-2, "blocks are mixed up")
     require(got.isfinite().all(), "a block that is not named was read")
 
 
 def virtual_decode(call, backend, n_ranks, **more):
-    """What n_ranks ranks find, each in its stripe, merged: o, lse."""
+    """striped() of a call."""
     options = call.given(backend) | dict(cache_seqlens=call.lengths) | more
     logits = options.pop("sink") if isinstance(options["sink"], torch.Tensor) else None
-    stripes = [[stripe(x, rank, n_ranks) for x in (call.k, call.v)] for rank in range(n_ranks)]
-    parts = [decode_part(call.q, k, v, rank, n_ranks, **options) for rank, (k, v) in enumerate(stripes)]
-    return merge_parts(torch.stack(parts), logits, call.q.dtype)
+    return striped(call.q, call.k, call.v, n_ranks, logits, **options)
+
+
+def striped(q, k, v, n_ranks, logits=None, **options):
+    """What n_ranks ranks find, each in its stripe, merged: o, lse."""
+    stripes = [[stripe(x, rank, n_ranks) for x in (k, v)] for rank in range(n_ranks)]
+    parts = [decode_part(q, *mine, rank, n_ranks, **options) for rank, mine in enumerate(stripes)]
+    return merge_parts(torch.stack(parts), logits, q.dtype)
 
 
 def stripe(x, rank, n_ranks):
@@ -1384,26 +1241,20 @@ def check_cache_layouts(backend):
     rows = [call.judge(*strided(backend, permuted(call.k, 1, 2), permuted(call.v, 1, 2)))]
     rows += [call.judge(*strided(backend, amid_nan(call.k, 1, 10, 1, 8), amid_nan(call.v, 1, 10, 1, 8)))]
     one = make_decode(LOW_DECODE, 1, 4, 4, 32, (60,))
-    got = decode_attn(
-        *(x.expand(3, -1, -1, -1) for x in (one.q, one.k, one.v)), return_lse=True, backend=backend
-    )
+    expanded = (x.expand(3, -1, -1, -1) for x in (one.q, one.k, one.v))
+    got = decode_attn(*expanded, return_lse=True, backend=backend)
     return worst([*rows, one.judge(*(x[2:] for x in got))])
 
 
 def check_wild_values(backend):
-    """Lengths outside of the cache are clipped, unless debug is on (on a CPU it always is): nothing outside
-    is read."""
+    """Lengths outside of the cache are clipped: nothing outside is read; debug=True and CPUs refuse them."""
     call = make_decode(LOW_DECODE, 1, 4, 2, 32, (64, 64, 64))
     wild = dict(cache_seqlens=ints(64, 65, -1))
     raises(lambda: call(backend, debug=True, **wild), "cache_seqlens[1]=65", "0..64")
     pages = call.k.reshape(-1, 32, 2, 32)[:3]
     paged = dict(k=pages, v=pages, page_table=ints(0, 1, 1, 2, 2, 3, shape=(3, 2)), cache_seqlens=None)
-    tables = (
-        ints(9, shape=(1, 1, 1)),
-        ints(0, 1, shape=(1, 1, 1, -1)),
-        ints(-3, shape=(1, 1, 1)),
-        ints(7, -7, shape=(1, 1, 1, -1)),
-    )
+    at = dict(shape=(1, 1, 1, -1))
+    tables = ints(9, shape=(1, 1, 1)), ints(0, 1, **at), ints(-3, shape=(1, 1, 1)), ints(7, -7, **at)
     blocked = dict(block_mask=BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=(128, 32)), cache_seqlens=None)
     raises(lambda: call(backend, debug=True, **blocked), "block_mask.kv_num_blocks", "0..2")
     raises(lambda: call(backend, debug=True, **paged), "page_table[2, 1]=3", "0..2")
@@ -1428,14 +1279,11 @@ def in_pages(k, v, page_size, fill, n_unused, seed):
     return pages, table
 
 
-def check_unseen(
-    backend, poison, dtype, M, H, HKV, D, lengths, N, n_ranks=1, page_size=None, block_size=None, **options
-):
+def check_unseen(backend, poison, dtype, M, H, HKV, D, lengths, N, n_ranks=1, page_size=None, block_size=None,
+                 **options):  # fmt: skip
     """Whatever no query of the call may see may hold nan, in keys and values: the result keeps its bits."""
-    B, g = len(lengths), torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(B, n, h, D, generator=g).to(DEVICE, dtype) for n, h in ((M, H), (N, HKV), (N, HKV))
-    )
+    B = len(lengths)
+    q, k, v = make_qkv(dtype, B, M, N, H, HKV, D)
     L, pad = ints(*lengths), ints(*[3, 70, 0, 11][:B])
     mask_mod, window, sink = (options.get(name) for name in ("mask_mod", "window", "sink"))
     sizes = (B, (-1, 1, 1, 1)), (H, (-1, 1, 1)), (N, (-1,))
@@ -1452,11 +1300,9 @@ def check_unseen(
     if block_size:  # every second block is full, the others partial, the last one not named at all
         n_blocks, tables = -(-N // block_size), []
         for first in (1, 0):
-            named = ints(*range(first, n_blocks - 1, 2))
-            tables += [
-                ints(len(named), shape=(1, 1, 1)),
-                F.pad(named, (0, n_blocks - len(named)))[None, None, None],
-            ]
+            named = ints(*range(first, n_blocks - 1, 2), shape=(1, 1, 1, -1))
+            n_named = named.shape[-1]
+            tables += [ints(n_named, shape=(1, 1, 1)), F.pad(named, (0, n_blocks - n_named))]
         options["block_mask"] = BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=(128, block_size))
         seen = torch.where((j // block_size) % 2 == 0, unmasked, seen) & (j // block_size < n_blocks - 1)
     hidden = ~seen.any(dim=2).view(B, HKV, H // HKV, N).any(dim=2).transpose(1, 2)  # (B, N, HKV)
@@ -1470,29 +1316,22 @@ def check_unseen(
         if n_ranks == 1:
             results.append(decode_attn(q, *kv, return_lse=True, **options))
         else:
-            stripes = [[stripe(x, rank, n_ranks) for x in kv] for rank in range(n_ranks)]
-            parts = [decode_part(q, *mine, rank, n_ranks, **options) for rank, mine in enumerate(stripes)]
-            results.append(merge_parts(torch.stack(parts), None, dtype))
+            results.append(striped(q, *kv, n_ranks, **options))
     require(results[0][0].isfinite().all(), "the result is not finite")
     same_bits(*results, "what no query sees")
 
 
 def check_decode_refusals():
     """Gradients of what has none, odd numbers and nested tensors."""
-    backend = "triton" if GPU or ring_attn.INTERPRET else "torch"
     q, k = torch.randn(2, 1, 4, 16, device=DEVICE), torch.randn(2, 32, 2, 16, device=DEVICE)
-    sink, slopes = (
-        torch.nn.Parameter(torch.zeros(4, device=DEVICE)),
-        torch.ones(4, device=DEVICE, requires_grad=True),
-    )
-    attn = functools.partial(decode_attn, q, k, k, backend=backend)
+    sink, slopes = (torch.ones(4, device=DEVICE, requires_grad=True) for _ in range(2))
+    attn = functools.partial(decode_attn, q, k, k, backend="triton")
     with torch.no_grad():
-        parts = torch.stack([decode_part(q, k, k, rank, 2, backend=backend) for rank in range(2)])
-    scaled = dict(score_mod=scale_jit if backend == "triton" else scale_by_head, aux=(slopes,))
+        parts = torch.stack([decode_part(q, k, k, rank, 2, backend="triton") for rank in range(2)])
     for name, call in (
         ("sink", lambda: attn(sink=sink)),
-        ("aux[0]", lambda: attn(**scaled)),
-        ("sink", lambda: sharded_decode_attn(q, k, k, sink=sink, backend=backend, group=alone())),
+        ("aux[0]", lambda: attn(score_mod=scale_jit, aux=(slopes,))),
+        ("sink", lambda: sharded_decode_attn(q, k, k, sink=sink, backend="triton", group=alone())),
         ("sink", lambda: merge_parts(parts, sink)),
     ):
         raises(call, f"{name} requires a gradient", "no_grad")
@@ -1504,35 +1343,29 @@ def check_decode_refusals():
     raises(lambda: attn(sm_scale=True), "sm_scale=True")
     attn(sm_scale=1.0)
     raises(lambda: attn(sm_scale=True), "sm_scale=True")  # 1.0 == True, and is another key
+    ragged = [torch.randn(n, 2, 16, device=DEVICE) for n in (3, 5)]
     for layout in (torch.jagged, torch.strided):
-        bad = torch.nested.nested_tensor(
-            [torch.randn(n, 2, 16, device=DEVICE) for n in (3, 5)], layout=layout
-        )
+        bad = torch.nested.nested_tensor(ragged, layout=layout)
         way_out = "is a nested tensor", "to_padded_tensor(x, 0.0)"
         raises(lambda bad=bad: decode_attn(q, bad, bad), *way_out)
         raises(lambda bad=bad: decode_attn(bad, k, k), *way_out)
         raises(lambda bad=bad: attn(cache_seqlens=bad), "cache_seqlens")
         fixed = torch.nested.to_padded_tensor(bad, 0.0)  # the way out works
-        require(
-            decode_attn(q, fixed, fixed, cache_seqlens=ints(3, 5)).isfinite().all(),
-            "the way out does not work",
-        )
+        o = decode_attn(q, fixed, fixed, cache_seqlens=ints(3, 5))
+        require(o.isfinite().all(), "the way out does not work")
 
 
 @on_torch_path()
 def check_mods_made_per_call():
-    """Functions that are made for every call: each is used itself, and decode.py keeps a bounded number of
-    them."""
+    """Functions that are made for every call are not mistaken for each other, nor are all of them kept."""
     q, k = torch.randn(1, 1, 2, 16), torch.randn(1, 8, 1, 16)
 
     def first(limit):
         return lambda b, h, q_idx, kv_idx: kv_idx < limit
 
     for limit in (*range(1, 9), *range(8, 0, -1)):
-        got, expected = (
-            decode_attn(q, k, k, mask_mod=first(limit)),
-            decode_attn(q, k[:, :limit], k[:, :limit]),
-        )
+        got = decode_attn(q, k, k, mask_mod=first(limit))
+        expected = decode_attn(q, k[:, :limit], k[:, :limit])
         require((got - expected).abs().max() < 1e-5, f"another function's answer for limit={limit}")
     mod = first(3)
     decode_attn(q, k, k, mask_mod=mod)
@@ -1556,10 +1389,8 @@ def check_jit_mods():
 
         return mod
 
-    require(
-        decode.kind_of(made(3)) == decode.kind_of(made(3)) != decode.kind_of(made(4)),
-        "kinds of @triton.jit functions",
-    )
+    a, b, other = (decode.kind_of(made(window)) for window in (3, 3, 4))
+    require(a == b != other, "kinds of @triton.jit functions")
 
 
 def check_capture():
@@ -1602,31 +1433,23 @@ def check_decode_graph():
 def check_decode_offsets():
     """A cache of more than 2**31 elements, by its length, its heads and its batch."""
     rows = []
-    for B, N, n, heads_first in (
-        (1, 2**21 + 100, 1, False),
-        (1, 2**21 + 100, 1, True),
-        (2**21 // 1024 + 2, 1024, 2, False),
-    ):
+    long = 2**21 + 100
+    for B, N, n, heads_first in ((1, long, 1, False), (1, long, 1, True), (2050, 1024, 2, False)):
         shape = (B, 16, N, 128) if heads_first else (B, N, 16, 128)
         k, v = (torch.empty(shape, dtype=torch.bfloat16, device=DEVICE).normal_() for _ in range(2))
         k, v = (x.transpose(1, 2) for x in (k, v)) if heads_first else (k, v)
         q = torch.randn(B, 1, 16, 128, dtype=torch.bfloat16, device=DEVICE)
         o, lse = decode_attn(q, k, v, window=300, return_lse=True)
-        tail = q[-n:], k[-n:, -300:], v[-n:, -300:]
-        qt, kt, vt = (x.double().transpose(1, 2) for x in tail)
-        truth = F.scaled_dot_product_attention(qt, kt, vt).transpose(1, 2)
-        peer = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in tail)).transpose(1, 2)
-        true_lse = (torch.einsum("bhmd,bhnd->bhmn", qt, kt) * 128**-0.5).logsumexp(-1)
-        rows += [
-            ("o", error(o[-n:], truth), 2 * error(peer, truth) + 1e-5),
-            ("lse", error(lse[-n:], true_lse), 1e-4),
-        ]
+        tail = q[-n:], k[-n:, -300:], v[-n:, -300:], q[-n:]
+        truth, true_lse, *_ = sdpa(*(x.double() for x in tail), False)
+        peer, *_ = sdpa(*tail, False)
+        rows.append(("o", error(o[-n:], truth), 2 * error(peer, truth) + 1e-5))
+        rows.append(("lse", error(lse[-n:], true_lse), 1e-4))
         del k, v
     return worst(rows)
 
 
 def check_decode_errors():
-    backend = "triton" if GPU or ring_attn.INTERPRET else "torch"
     q, k = torch.randn(2, 1, 4, 16, device=DEVICE), torch.randn(2, 32, 2, 16, device=DEVICE)
 
     def call(q=q, k=k, **options):
@@ -1660,15 +1483,14 @@ def check_decode_errors():
     refused("cache_seqlens[1]=-1", cache_seqlens=ints(2, -1), debug=True)
     refused("page_table", "(2, max_pages)", page_table=ints(1, 2))
     refused("aux must be a tuple", aux=[q])
-    good = alibi_jit if backend == "triton" else alibi
-    refused("score_mod takes 7 arguments and is given 5", "kv_idx", score_mod=good, backend=backend)
-    refused("mask_mod takes 7 arguments and is given 5", "aux[0]", mask_mod=good, aux=(k,), backend=backend)
-    if backend == "triton":
-        refused("strides", "last must be 1", k=permuted(k, 1, 3))
-        refused("score_mod", "@triton.jit", score_mod=softcap)
+    refused("score_mod takes 7 arguments and is given 5", "kv_idx", score_mod=alibi_jit, backend="triton")
+    words = "mask_mod takes 7 arguments and is given 5", "aux[0]"
+    refused(*words, mask_mod=alibi_jit, aux=(k,), backend="triton")
+    refused("strides", "last must be 1", k=permuted(k, 1, 3))
+    refused("score_mod", "@triton.jit", score_mod=softcap)
     refused("score_mod", "plain function", score_mod=softcap_jit, backend="torch")
     refused("score_mod=5", score_mod=5)
-    masked = dict(mask_mod=causal_jit if backend == "triton" else causal_mask, backend=backend)
+    masked = dict(mask_mod=causal_jit, backend="triton")
 
     def blocks(*shape):
         return dict(block_mask=create_block_mask(causal_mask, *shape, device=DEVICE, BLOCK_SIZE=16))
@@ -1690,8 +1512,7 @@ def check_decode_errors():
 
 @on_torch_path()
 def check_stream(ring, kind):
-    """A model that decodes through its cache finds what it finds by running everything again; chunks of
-    tokens too, until the cache is full."""
+    """Decoding through a cache, also in chunks of tokens and until it is full, equals running all again."""
     rank, n_ranks = ring.rank, ring.n_ranks
     torch.manual_seed(0)
     config = Config(n_layers=2, dim=64, dim_per_head=16, n_kv_heads=2, seq_len=64)
@@ -1715,16 +1536,12 @@ def check_stream(ring, kind):
 
     for temperature in (0, 0.8):
         options = dict(generator=generator(), graph=GPU and n_ranks == 1)
-        text, again, pick = (
-            model.generate(tokens[:, :7], 12, temperature, **options),
-            tokens[:, :7],
-            generator(),
-        )
+        text = model.generate(tokens[:, :7], 12, temperature, **options)
+        again, pick = tokens[:, :7], generator()
         with torch.no_grad():
             for _ in range(12):  # the full context for every token
-                again = torch.cat(
-                    (again, reference.sample(reference(again)[:, -1], temperature, None, pick)), 1
-                )
+                token = reference.sample(reference(again)[:, -1], temperature, None, pick)
+                again = torch.cat((again, token), 1)
         require(torch.equal(text, again), f"temperature {temperature}: {text.tolist()} and {again.tolist()}")
     raises(lambda: model.generate(tokens, 3, cache=model.new_cache(2, 42)), "the cache is full", "43 more")
     raises(lambda: model.generate(tokens, 3, temperature=-1), "temperature=-1")
@@ -1758,70 +1575,56 @@ def check_sharded(ring, backend, *args, **options):
     return call.judge(*got)
 
 
-SHAPES = [
-    (1, 4, 4, 16, (33, 0, 1)),
-    (1, 6, 2, 64, (200, 64, 5)),
-    (2, 32, 1, 24, (70, 1, 2)),
-    (4, 8, 2, 80, (130,)),
-]
-SHAPES += [(17, 5, 1, 128, (60, 9)), (1, 3, 1, 256, (65, 64)), (40, 4, 2, 33, (90,))]
-LONG = (
-    [(1, 8, 2, 128, (5000, 17, 1024)), (3, 32, 4, 128, (4096, 4096)), (70, 8, 8, 96, (333, 64, 1))]
-    if GPU
-    else []
-)
-slopes, docs = (
-    torch.tensor([0.25, 0.05], device=DEVICE),
-    torch.arange(4 * 256, device=DEVICE).view(4, 256) // 37,
-)
-MODS = dict(score_mod=alibi, mask_mod=same_doc, aux=(slopes, docs))
+SHAPES = [(1, 4, 4, 16, (33, 0, 1)), (1, 6, 2, 64, (200, 64, 5)), (2, 32, 1, 24, (70, 1, 2))]
+SHAPES += [(4, 8, 2, 80, (130,)), (17, 5, 1, 128, (60, 9)), (1, 3, 1, 256, (65, 64)), (40, 4, 2, 33, (90,))]
+if GPU:
+    SHAPES += [(1, 8, 2, 128, (5000, 17, 1024)), (3, 32, 4, 128, (4096, 4096)), (70, 8, 8, 96, (333, 64, 1))]
+docs = torch.arange(4 * 256, device=DEVICE).view(4, 256) // 37
+MODS = dict(score_mod=alibi, mask_mod=same_doc, aux=(torch.tensor([0.25, 0.05], device=DEVICE), docs))
 for backend in ("torch", "triton"):
 
     def decoding(name, *args, f=check_decode, backend=backend, **options):
         local(f"decode {backend} {name}", f, backend, *args, **options)
 
-    for dtype, (M, H, HKV, D, lengths) in itertools.product((torch.float32, LOW_DECODE), SHAPES + LONG):
+    low, full = LOW_DECODE, torch.float32
+    for dtype, (M, H, HKV, D, lengths) in itertools.product((full, low), SHAPES):
         decoding(f"M{M} {H}/{HKV} D{D} {lengths} {str(dtype)[6:]}", dtype, M, H, HKV, D, lengths)
-    decoding("full", LOW_DECODE, 5, 6, 2, 32, (90, 3, 0), causal=False)
-    decoding("window", LOW_DECODE, 3, 6, 2, 32, (200, 39, 2), window=40)
-    decoding("window of 1", LOW_DECODE, 1, 2, 1, 16, (200, 1), window=1)
-    decoding("window and sink tokens", LOW_DECODE, 4, 6, 2, 32, (200, 45, 3), window=40, sink=5)
-    decoding("window and many sink tokens", LOW_DECODE, 1, 2, 2, 16, (300, 100), window=20, sink=150)
-    decoding(
-        "sink logits", LOW_DECODE, 2, 6, 2, 32, (100, 3, 0), sink=torch.linspace(-2, 3, 6, device=DEVICE)
-    )
+    decoding("full", low, 5, 6, 2, 32, (90, 3, 0), causal=False)
+    decoding("window", low, 3, 6, 2, 32, (200, 39, 2), window=40)
+    decoding("window of 1", low, 1, 2, 1, 16, (200, 1), window=1)
+    decoding("window and sink tokens", low, 4, 6, 2, 32, (200, 45, 3), window=40, sink=5)
+    decoding("window and many sink tokens", low, 1, 2, 2, 16, (300, 100), window=20, sink=150)
+    decoding("sink logits", low, 2, 6, 2, 32, (100, 3, 0), sink=torch.linspace(-2, 3, 6, device=DEVICE))
     alibi_only, docs_only = (dict(MODS, **{name: None}) for name in ("mask_mod", "score_mod"))
-    decoding("alibi by key/value head", torch.float32, 3, 6, 2, 32, (200, 17, 0), **alibi_only)
-    decoding("softcap", LOW_DECODE, 1, 6, 2, 32, (200, 17), score_mod=softcap)
-    decoding("documents", LOW_DECODE, 3, 6, 2, 32, (200, 37, 150), **docs_only)
-    decoding("documents, alibi, window", torch.float32, 2, 6, 2, 32, (200, 37, 150), window=90, **MODS)
+    decoding("alibi by key/value head", full, 3, 6, 2, 32, (200, 17, 0), **alibi_only)
+    decoding("softcap", low, 1, 6, 2, 32, (200, 17), score_mod=softcap)
+    decoding("documents", low, 3, 6, 2, 32, (200, 37, 150), **docs_only)
+    decoding("documents, alibi, window", full, 2, 6, 2, 32, (200, 37, 150), window=90, **MODS)
     for n_splits in (1, 2, 7, 16):
-        decoding(f"n_splits={n_splits}", LOW_DECODE, 2, 6, 2, 32, (150, 20, 0), n_splits=n_splits)
-    striped = functools.partial(decoding, f=check_stripes)
+        decoding(f"n_splits={n_splits}", low, 2, 6, 2, 32, (150, 20, 0), n_splits=n_splits)
+    over = functools.partial(decoding, f=check_stripes)
     for n_ranks in (1, 2, 3, 8):
-        striped(f"striped over {n_ranks}", n_ranks, LOW_DECODE, 3, 6, 2, 32, (203, 17, 1, 0))
-    shape = 3, torch.float32, 2, 6, 2, 32, (203, 150, 1)
-    striped("striped over 3, window and sink tokens", *shape, window=80, sink=4)
-    striped("striped over 3, mods and sink logits", *shape, sink=torch.ones(6, device=DEVICE), **MODS)
-    blocked, shape = (
-        functools.partial(decoding, f=check_block_mask),
-        (LOW_DECODE, 2, 6, 2, 32, (190, 64, 3), 200),
-    )
-    blocked("block mask causal, blocks of 32", causal_mask, True, False, 32, *shape)
-    blocked("block mask causal, blocks of 48", causal_mask, True, False, 48, *shape)
-    blocked("block mask causal by head, blocks of 64", causal_mask, True, True, 64, *shape)
-    blocked(
-        "block mask dilated by head, blocks of 16", dilated, True, True, 16, *shape[:-2], (100, 64, 3), 112
-    )
-    blocked("block mask for all", causal_mask, False, False, 32, torch.float32, 3, 6, 2, 32, (150, 150), 160)
+        over(f"striped over {n_ranks}", n_ranks, low, 3, 6, 2, 32, (203, 17, 1, 0))
+    shape = 3, full, 2, 6, 2, 32, (203, 150, 1)
+    over("striped over 3, window and sink tokens", *shape, window=80, sink=4)
+    over("striped over 3, mods and sink logits", *shape, sink=torch.ones(6, device=DEVICE), **MODS)
+    heads, lengths = (2, 6, 2, 32), ((190, 64, 3), 200)
+    for title, *args in (
+        ("causal, blocks of 32", causal_mask, True, False, 32, low, *heads, *lengths),
+        ("causal, blocks of 48", causal_mask, True, False, 48, low, *heads, *lengths),
+        ("causal by head, blocks of 64", causal_mask, True, True, 64, low, *heads, *lengths),
+        ("dilated by head, blocks of 16", dilated, True, True, 16, low, *heads, (100, 64, 3), 112),
+        ("for all", causal_mask, False, False, 32, full, 3, 6, 2, 32, (150, 150), 160),
+    ):
+        decoding(f"block mask {title}", *args, f=check_block_mask)
     decoding("reads named blocks only", f=check_skipped_blocks)
     for page_size in (7, 16, 64):
-        decoding(f"pages of {page_size}", page_size, LOW_DECODE, f=check_pages)
-    decoding("pages of 16, striped over 2", 16, torch.float32, 2, f=check_pages)
+        decoding(f"pages of {page_size}", page_size, low, f=check_pages)
+    decoding("pages of 16, striped over 2", 16, full, 2, f=check_pages)
     decoding("cache layouts amid nan", f=check_cache_layouts)
     decoding("wild lengths and pages", f=check_wild_values)
-    low, single, padded = LOW_DECODE, (torch.float32, 1, 2, 1, 16, (4,), 4), dict(mask_mod=left_pad)
-    two, shape = (200, 150), (2, 6, 2, 32)
+    single, shape, two = (full, 1, 2, 1, 16, (4,), 4), heads, (200, 150)
+    padded, holes = dict(mask_mod=left_pad), dict(mask_mod=sparse)
     for poison, title, args, options in (
         (math.nan, "left padding of one", single, padded),
         (math.inf, "left padding of one", single, padded),
@@ -1830,14 +1633,9 @@ for backend in ("torch", "triton"):
         (math.nan, "window, 64 rows", (low, 9, 4, 2, 32, (90, 50), 100), dict(window=30)),
         (math.inf, "left padding", (low, *shape, (200, 150, 9), 210), padded),
         (math.nan, "left padding, 64 rows", (low, 9, 4, 2, 64, (90, 80), 100), padded),
-        (math.nan, "left padding, full", (torch.float32, *shape, two, 200), dict(padded, causal=False)),
-        (math.nan, "holes by head", (low, 1, 3, 3, 32, (200, 77), 200), dict(mask_mod=sparse)),
-        (
-            math.inf,
-            "holes and window",
-            (torch.float32, *shape, (200, 77), 200),
-            dict(mask_mod=sparse, window=50, sink=4),
-        ),
+        (math.nan, "left padding, full", (full, *shape, two, 200), dict(padded, causal=False)),
+        (math.nan, "holes by head", (low, 1, 3, 3, 32, (200, 77), 200), holes),
+        (math.inf, "holes and window", (full, *shape, (200, 77), 200), dict(holes, window=50, sink=4)),
         (math.nan, "pages", (low, *shape, (200, 0, 77), 210), dict(page_size=16, window=30)),
         (math.inf, "pages, left padding", (low, *shape, (200, 0, 77), 210), dict(padded, page_size=16)),
         (math.nan, "striped", (low, *shape, (200, 150, 9), 210), dict(padded, n_ranks=3, window=90)),
@@ -1848,8 +1646,7 @@ for backend in ("torch", "triton"):
         decoding(f"hidden {poison} {title}", poison, *args, f=check_unseen, **options)
 local("decode refuses gradients, odd numbers, nested tensors", check_decode_refusals)
 local("decode with functions made for every call", check_mods_made_per_call)
-jit_kinds = "needs compiled @triton.jit functions" if ring_attn.INTERPRET else None
-local("decode: kinds of @triton.jit functions", check_jit_mods, needs=jit_kinds)
+local("decode: kinds of @triton.jit functions", check_jit_mods, needs="GPU")  # compiled ones
 local("decode.capture", check_capture, needs="GPU")
 local("decode in a CUDA graph", check_decode_graph, needs="GPU")
 local("decode offsets beyond 2**31", check_decode_offsets, needs="GPU")
@@ -1902,33 +1699,26 @@ def check_errors():
     ragged = torch.nested.nested_tensor([x[0], x[1, :5]], layout=torch.jagged)
     refused("to_padded_tensor", args=[ragged] * 3)
     dense = ragged.to_padded_tensor(0.0)  # the way out that the message names
-    scaled = [
-        ring_attn.ring_attn(dense, x, x, group=alone(), sm_scale=s)
-        for s in (0.25, np.float32(0.25), np.float64(0.25))
-    ]
+    attn = functools.partial(ring_attn.ring_attn, dense, x, x, group=alone())
+    scaled = [attn(sm_scale=number) for number in (0.25, np.float32(0.25), np.float64(0.25))]
     same_bits(scaled[1:], scaled[:1] * 2, "sm_scale from numpy")
-    raises(lambda: ring_attn.flash_attn_func(x, x, x, x, True, 1.0), "bias", "None")
-    raises(lambda: positions("zigzag", 2, 2, 8), "rank=2")
-    raises(lambda: positions("spiral", 0, 2, 8), "spiral")
-    raises(lambda: shard(x, "striped", 0, 3), "seq_len=8", "n_ranks=3")
-    raises(lambda: shard(x[:1], "step", 0, 2), "B=1")
-    raises(lambda: shard(x, "striped", 0, 0), "n_ranks=0")
-    raises(lambda: VirtualRing(0), "n_ranks=0")
-    raises(lambda: unshard(x, "striped", ring2), "VirtualRing")
-    raises(lambda: unshard(x[0, 0, 0], "striped", alone()), "(B, T, ...)")
+    for f, args, *words in (
+        (ring_attn.flash_attn_func, (x, x, x, x, True, 1.0), "bias", "None"),
+        (positions, ("zigzag", 2, 2, 8), "rank=2"),
+        (positions, ("spiral", 0, 2, 8), "spiral"),
+        (shard, (x, "striped", 0, 3), "seq_len=8", "n_ranks=3"),
+        (shard, (x[:1], "step", 0, 2), "B=1"),
+        (shard, (x, "striped", 0, 0), "n_ranks=0"),
+        (VirtualRing, (0,), "n_ranks=0"),
+        (unshard, (x, "striped", ring2), "VirtualRing"),
+        (unshard, (x[0, 0, 0], "striped", alone()), "(B, T, ...)"),
+    ):
+        raises(functools.partial(f, *args), *words)
 
 
 def check_model_errors():
-    good = dict(
-        dim=64,
-        dim_per_head=16,
-        seq_len=96,
-        rank=0,
-        n_ranks=1,
-        dropout=0.0,
-        causal=True,
-        attn_type=AttentionType.ZIGZAG,
-    )
+    good = dict(dim=64, dim_per_head=16, seq_len=96, rank=0, n_ranks=1, dropout=0.0, causal=True)
+    good["attn_type"] = AttentionType.ZIGZAG
 
     def refused(*words, **changed):
         raises(lambda: Attention(**good | changed), *words)
@@ -2005,13 +1795,12 @@ def check_real(ring, schedule, causal, backend, dtype, B, T, H, HKV, D):
     """A real ring against the truth, and against a virtual ring, whose bits must be the same."""
     B, T = fit(schedule, B, T)
     inputs = make(B, ring.n_ranks * T, H, HKV, D, dtype, seed=T)
-    got = run(*(shard(x, schedule, ring.rank, ring.n_ranks) for x in inputs), schedule, ring, causal, backend)
-    o, lse, *grads = got
-    lse = unshard(lse.transpose(1, 2), schedule, ring).transpose(1, 2)
-    joined = [unshard(o, schedule, ring), lse, *(unshard(x, schedule, ring) for x in grads)]
-    same_bits(
-        joined, run(*inputs, schedule, VirtualRing(ring.n_ranks), causal, backend), "real and virtual ring"
-    )
+    mine = (shard(x, schedule, ring.rank, ring.n_ranks) for x in inputs)
+    o, lse, *grads = run(*mine, schedule, ring, causal, backend)
+    o, lse, *grads = (unshard(x, schedule, ring) for x in (o, lse.transpose(1, 2), *grads))
+    joined = o, lse.transpose(1, 2), *grads
+    virtual = run(*inputs, schedule, VirtualRing(ring.n_ranks), causal, backend)
+    same_bits(joined, virtual, "real and virtual ring")
     return judge(joined, *inputs, causal)
 
 
@@ -2026,8 +1815,7 @@ def check_one_ring(ring):
 
 
 def check_transports(ring, schedule, causal):
-    """Both transports give the same bits, forward and backward, and so does a forward that is run again
-    (checkpointing)."""
+    """Both transports give the same bits, forward and backward; and so does a checkpointed forward."""
     for dtype, H, HKV, D in ((torch.bfloat16, 6, 2, 64), (torch.float32, 2, 2, 40)):
         inputs = make(*fit(schedule, 2, 1000), H, HKV, D, dtype, seed=RANK)
         p2p, symmetric = (run(*inputs, schedule, ring, causal, transport=t) for t in ("p2p", "symmetric"))
@@ -2041,25 +1829,22 @@ def check_transports(ring, schedule, causal):
 
 
 def check_other_device(ring, schedule):
-    """Tensors on this rank's GPU while another one is the current device, on a ring that has to make its
-    memory then."""
+    """Tensors on this rank's GPU while another one is the current device."""
     other = torch.device("cuda", (DEVICE.index + 1) % torch.cuda.device_count())
-    inputs = make(
-        1, 4096, 4, 4, 128, torch.bfloat16, seed=RANK
-    )  # larger than what other cases have made room for
+    # larger than what other cases have made room for: the ring has to make its memory then
+    inputs = make(1, 4096, 4, 4, 128, torch.bfloat16, seed=RANK)
     with torch.cuda.device(other):
         there = run(*inputs, schedule, ring)
     same_bits(there, run(*inputs, schedule, ring), "with another current device")
 
 
 def check_reuse(ring, times=1000):
-    """Symmetric memory, one call after another: other inputs, schedules and masks, on two streams that are
-    not ordered, kernels and copies held up at random; every result checked."""
+    """Symmetric memory, one call after another: other inputs, schedules and masks, on two streams without an
+    order, kernels and copies held up at random; every result checked."""
     together, own = random.Random(0), random.Random(RANK)
     inputs = [make(2, 256, 4, 2, 64, torch.bfloat16, seed=100 * RANK + i) for i in range(4)]
-    kinds = list(
-        itertools.product(range(4), (s for s in SCHEDULES if fit(s, 2, 256) == (2, 256)), (True, False))
-    )
+    fitting = [s for s in SCHEDULES if fit(s, 2, 256) == (2, 256)]
+    kinds = list(itertools.product(range(4), fitting, (True, False)))
     truth = {(i, s, causal): run(*inputs[i], s, ring, causal, transport="p2p") for i, s, causal in kinds}
     run(*inputs[0], "zigzag", ring, transport="symmetric")
     streams, wrong = [torch.cuda.Stream(), torch.cuda.Stream()], torch.zeros(2, device=DEVICE)
@@ -2081,8 +1866,7 @@ def check_reuse(ring, times=1000):
 
 
 def check_ring_graph(ring):
-    """Forward and backward of a ring over symmetric memory as a CUDA graph, replayed on other inputs, with
-    eager calls in between."""
+    """A ring over symmetric memory as a CUDA graph, replayed on other inputs, with eager calls in between."""
     inputs = [make(2, 256, 4, 2, 64, torch.bfloat16, seed=100 * RANK + i) for i in range(3)]
     static = [x.clone() for x in inputs[0]]
     with without_fill():
@@ -2099,17 +1883,13 @@ def check_ring_graph(ring):
 
 
 def check_launches_on_ring(ring, schedule):
-    """Forward: one kernel for each hop that has something to do. Backward: two for each, and one for the
-    preprocessing."""
+    """Forward: a kernel for each hop that has something to do. Backward: two for each, and preprocessing."""
     from torch.profiler import ProfilerActivity, profile
 
     B, T = fit(schedule, 2, 512)
     q, k, v, do = make(B, T, 4, 2, 128, torch.bfloat16, seed=RANK)
-    leaves, hops = (
-        [x.requires_grad_() for x in (q, k, v)],
-        plan(schedule, ring.rank, ring.n_ranks, T, True, 1),
-    )
-    visible = sum(hop.visible for hop in hops)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    visible = sum(hop.visible for hop in plan(schedule, ring.rank, ring.n_ranks, T, True, 1))
 
     def forward(*tensors):
         return ring_attn.ring_attn(*tensors, schedule, ring)
@@ -2132,10 +1912,8 @@ def check_choice(ring):
     """Which transport a machine gets, and why; a transport that cannot be had."""
 
     def gpu(i, **changed):
-        return (
-            dict(lacks=None, host="a", gpu=f"gpu{i}", reads={f"gpu{j}": True for j in range(4) if j != i})
-            | changed
-        )
+        reads = {f"gpu{j}": True for j in range(4) if j != i}
+        return dict(lacks=None, host="a", gpu=f"gpu{i}", reads=reads) | changed
 
     choose, blind = ring_attn.choose_transport, {f"gpu{j}": False for j in range(4)}
     require(choose([gpu(0), gpu(1)])[0] == "symmetric", "two GPUs that read each other")
@@ -2148,25 +1926,17 @@ def check_choice(ring):
         ([gpu(0), gpu(1, lacks="no driver")], "no driver"),
         ([ring_attn.transport_facts(torch.device("cpu"))] * 2, "CPU"),
     ):
-        require(
-            choose(facts)[0] == "p2p" and why in choose(facts)[1],
-            f"{choose(facts)}, not p2p because of {why}",
-        )
+        chosen, reason = choose(facts)
+        require(chosen == "p2p" and why in reason, f"{chosen} because of {reason}, not p2p because of {why}")
     q = torch.randn(1, 8, 2, 16)
 
     def refused(*words, q=q, **options):
-        raises(
-            lambda: ring_attn.ring_attn(q, q, q, **dict(schedule="striped", backend="torch") | options),
-            *words,
-        )
+        attn = functools.partial(ring_attn.ring_attn, q, q, q, "striped", backend="torch")
+        raises(lambda: attn(**options), *words)
 
-    refused("carrier pigeon", "p2p", "symmetric", group=alone(), transport="carrier pigeon")
-    raises(
-        lambda: ring_attn.keys_moved("zigzag", 4, 512, transport="carrier pigeon"),
-        "carrier pigeon",
-        "p2p",
-        "symmetric",
-    )
+    words, pigeon = ("carrier pigeon", "p2p", "symmetric"), dict(transport="carrier pigeon")
+    refused(*words, group=alone(), **pigeon)
+    raises(lambda: ring_attn.keys_moved("zigzag", 4, 512, **pigeon), *words)
     refused("p2p", "VirtualRing", "leave it out", group=VirtualRing(2), transport="p2p")
     if WORLD > 1 and not GPU:
         refused("symmetric", "CPU", "p2p", group=ring, transport="symmetric")
@@ -2177,14 +1947,12 @@ def check_choice(ring):
 
 
 def check_watchdog():
-    """One watchdog, two waiters: it is quiet while what they wait for changes, and names the one that is
-    stuck."""
+    """One watchdog, two waiters: it is quiet while what they wait for changes, and names what is stuck."""
     said, ended, waiters = io.StringIO(), threading.Event(), []
     for reason in (("keys", 1, 3), ("gradients", 2, 5)):
         waiters.append(ring_attn.Waiter.__new__(ring_attn.Waiter))
-        known = dict(
-            ring=ring_attn.Ring(), reasons=[None, reason], number=ctypes.c_int32(0)
-        )  # a GPU writes the number
+        number = ctypes.c_int32(0)  # which a GPU writes
+        known = dict(ring=ring_attn.Ring(), reasons=[None, reason], number=number)
         vars(waiters[-1]).update(known, seen=0, since=time.monotonic(), timeout=1.0)
 
     def leave(code):
@@ -2202,11 +1970,9 @@ def check_watchdog():
         require(not ended.is_set(), "it ends a process whose waits are answered")
         waiters[1].number.value = 1
         require(ended.wait(10), "it lets a process wait for ever")
-    words = "at hop 2 of", "for gradients from rank 5"
-    require(
-        all(w in said.getvalue() for w in words) and "rank 3" not in said.getvalue(),
-        f"it says {said.getvalue()!r}",
-    )
+    said = said.getvalue()
+    named = "at hop 2 of" in said and "for gradients from rank 5" in said and "rank 3" not in said
+    require(named, f"it says {said!r}")
 
 
 LOST_RANK = """
@@ -2234,14 +2000,12 @@ print("gradients without rank 1", x.grad.sum().item())
 
 
 def check_lost_rank(how, transport):
-    """Rank 1 dies, or does not call the backward: rank 0 must end by itself, in time, and say which ring, hop
-    and rank."""
+    """Rank 1 dies, or does not call the backward: rank 0 must end in time and name the ring, hop and rank."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", LOST_RANK, "1", how, transport, f"{folder}/store"]
-        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        other = subprocess.Popen(command, cwd=HERE, env=user_env(), **quiet)
+        args = how, transport, f"{folder}/store"
+        other = start_python(os.devnull, "-c", LOST_RANK, 1, *args)
         try:
-            done = call_python(LOST_RANK, 0, how, transport, f"{folder}/store", timeout=90)
+            done = call_python("-c", LOST_RANK, 0, *args, timeout=90)
         finally:
             other.kill(), other.wait()
     said = done.stdout + done.stderr
@@ -2250,30 +2014,11 @@ def check_lost_rank(how, transport):
         require(words in said, f"it does not say {words!r}: {said[-1500:]}")
 
 
-# forks once torch is imported, so that many short runs cost little; each process then ends as any script does
 ENDS = """
-import gc, os, sys, tempfile, weakref, torch, torch.distributed as dist, ring_attn
+import gc, sys, weakref, torch, torch.distributed as dist, ring_attn
 from model import Attention, AttentionType
-runs, n_ranks, folder = 3, 4, tempfile.mkdtemp()
-gc.freeze()
-for run in range(runs):
-    pids = []
-    for rank in range(n_ranks):
-        pid = os.fork()
-        if pid == 0:
-            break
-        pids.append(pid)
-    if pid == 0:
-        break
-    for pid in pids:
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        if code:
-            print("a process ended with", code)
-            sys.exit(1)
-else:
-    print("all ended well")
-    sys.exit(0)
-dist.init_process_group("gloo", init_method=f"file://{folder}/{run}", rank=rank, world_size=n_ranks)
+dist.init_process_group("gloo")
+rank, n_ranks = dist.get_rank(), dist.get_world_size()
 subgroup = dist.new_group(range(n_ranks))
 x = torch.randn(2, 16, 2, 16).requires_grad_()
 for schedule in ring_attn.SCHEDULES:
@@ -2293,11 +2038,11 @@ if any(group() is not None for group in groups):
 
 
 def check_script_ends():
-    """A script that ends as torch's do, with destroy_process_group, exits with 0 every time; no ring keeps a
-    group alive."""
-    done = call_python(ENDS)
-    ended = done.returncode == 0 and done.stdout.strip() == "all ended well"
-    require(ended, f"{done.returncode}: {done.stdout[-500:]} {done.stderr[-1500:]}")
+    """A script that ends with destroy_process_group exits with 0 every time; no ring keeps a group alive."""
+    with shared_folder(alone()) as folder:
+        (folder / "ends.py").write_text(ENDS)
+        for done in call_scripts(*[(str(folder / "ends.py"),)] * 3, n_ranks=4):
+            require(done.returncode == 0, f"{done.returncode}: {done.stdout[-500:]} {done.stderr[-1500:]}")
 
 
 def check_unshard(ring, schedule):
@@ -2319,8 +2064,8 @@ def check_attention(ring, kind):
     """Attention under every type: outputs and gradients of the same weights as under SDPA on one process."""
     torch.manual_seed(0)
     n_ranks, S = ring.n_ranks, 24 * ring.n_ranks
-    options = dict(n_kv_heads=2, rope_theta=1e4, group=ring)
-    attn = Attention(64, 16, S, ring.rank, n_ranks, 0.0, True, AttentionType.SDPA, **options).to(DEVICE)
+    args = 64, 16, S, ring.rank, n_ranks, 0.0, True, AttentionType.SDPA
+    attn = Attention(*args, n_kv_heads=2, rope_theta=1e4, group=ring).to(DEVICE)
     x, dy = torch.randn(2, 2, S, 64, device=DEVICE).unbind()
     results = []
     for attn.attn_type in (AttentionType.SDPA, kind):
@@ -2334,12 +2079,17 @@ def check_attention(ring, kind):
     return worst([(what, error(a, b), 1e-4) for what, a, b in zip(("y", "dx", "dqkv", "do_proj"), *results)])
 
 
+def small_model(ring, T, kind=AttentionType.ZIGZAG, **options):
+    """A Transformer for sequences of T tokens a rank."""
+    torch.manual_seed(0)
+    config = Config(n_layers=2, dim=32, dim_per_head=16, n_kv_heads=1, seq_len=T * ring.n_ranks)
+    return Transformer(config, ring.rank, ring.n_ranks, kind, **dict(group=ring) | options).to(DEVICE)
+
+
 def check_compiled_model(ring, kind, autocast):
     """A compiled Transformer, in one graph, equals the eager one: loss and gradients."""
-    torch.manual_seed(0)
-    config = Config(n_layers=2, dim=32, dim_per_head=16, n_kv_heads=1, seq_len=16 * ring.n_ranks)
-    model = Transformer(config, ring.rank, ring.n_ranks, kind, ring).to(DEVICE)
-    text = torch.randint(256, (2, 2, config.seq_len), device=DEVICE)
+    model = small_model(ring, 16, kind)
+    text = torch.randint(256, (2, 2, 16 * ring.n_ranks), device=DEVICE)
     tokens, targets = (model.blocks[0].attn.shard(x) for x in text)
     compiled = torch.compile(model, fullgraph=True, backend="inductor" if GPU else "aot_eager")
     results, low = [], torch.float16 if ring_attn.INTERPRET else torch.bfloat16
@@ -2347,11 +2097,9 @@ def check_compiled_model(ring, kind, autocast):
         with torch.autocast(DEVICE.type, low, enabled=autocast):
             loss = f(tokens, targets)
         results.append([loss, *torch.autograd.grad(loss, model.parameters())])
-    sizes = [max(1e-3, b.abs().max().item()) for b in results[0]]
     bound = 5e-2 if autocast else 1e-4
-    return worst(
-        [("loss, grad", error(a, b) / size, bound) for a, b, size in zip(results[-1], results[0], sizes)]
-    )
+    errors = [error(a, b) / max(1e-3, b.abs().max().item()) for a, b in zip(results[-1], results[0])]
+    return worst([("loss, grad", x, bound) for x in errors])
 
 
 for name, f in (("which transport, and why", check_choice), ("one Ring per group", check_one_ring)):
@@ -2385,31 +2133,16 @@ for schedule, causal, n_ranks in itertools.product(SCHEDULES, (True, False), SIZ
             shape = torch.bfloat16, 2, T, H, HKV, D
             real(f"{name} T{T} D{D} bfloat16", check_real, *args, None, *shape, ring=n_ranks)
     else:
-        real(
-            f"{name} torch float32", check_real, *args, "torch", torch.float32, 2, 20, 6, 2, 24, ring=n_ranks
-        )
+        args += "torch", torch.float32, 2, 20, 6, 2, 24
+        real(f"{name} torch float32", check_real, *args, ring=n_ranks)
         if causal:
-            real(
-                f"{name} triton float16",
-                check_real,
-                *args,
-                "triton",
-                torch.float16,
-                1,
-                10,
-                2,
-                1,
-                16,
-                ring=n_ranks,
-            )
+            args = schedule, causal, "triton", torch.float16, 1, 10, 2, 1, 16
+            real(f"{name} triton float16", check_real, *args, ring=n_ranks)
 for n_ranks in SIZES:
     for kind in (t for t in AttentionType if t is not AttentionType.SDPA):
         real(f"Attention {kind.name} x{n_ranks} equals SDPA", check_attention, kind, ring=n_ranks)
-    for kind, autocast in (
-        (AttentionType.FLASH, False),
-        (AttentionType.ZIGZAG, False),
-        (AttentionType.ZIGZAG, True),
-    ):
+    flash, zigzag = AttentionType.FLASH, AttentionType.ZIGZAG
+    for kind, autocast in ((flash, False), (zigzag, False), (zigzag, True)):
         name = f"compiled {kind.name} x{n_ranks}{' autocast' * autocast} equals eager"
         real(name, check_compiled_model, kind, autocast, ring=n_ranks)
     for backend in ("triton",) if GPU else ("torch", "triton"):
@@ -2417,7 +2150,7 @@ for n_ranks in SIZES:
         real(name, check_sharded, backend, LOW_DECODE, 3, 4, 2, 32, (long, 1, 0), ring=n_ranks)
         shape = backend, torch.float32, 1, 2, 1, 32, (long, 1)
         real(f"{name} window and sink tokens", check_sharded, *shape, window=60, sink=4, ring=n_ranks)
-    kind = AttentionType.FLASH if n_ranks == 1 else AttentionType.STRIPED
+    kind = flash if n_ranks == 1 else AttentionType.STRIPED
     real(f"a model decodes through its cache x{n_ranks}", check_stream, kind, ring=n_ranks)
 
 # -----------------------------------------------------------------------------
@@ -2429,8 +2162,8 @@ TINY = [*MODEL, "--steps=20", "--eval_batches=2", "--log_every=20"]
 
 
 def trained(ring, out, *flags, tiny=TINY):
-    """train.train in the run folder `out`, without its output: (losses, validation loss)."""
-    args = train.parse([f"--out={out}", *tiny, *flags])
+    """train.train in the run folder `out`, on the text beside it: (losses, validation loss)."""
+    args = train.parse([f"--out={out}", *(tiny and [f"--data={out.parent / 'text'}", *tiny]), *flags])
     with on_torch_path(), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
         return train.train(args, ring)
 
@@ -2448,26 +2181,25 @@ def apart(a, b):
 def trained_alone(batch_size):
     """What every split of the same batches must find: SDPA on one process."""
     with shared_folder(alone()) as folder:
-        flags = f"--data={folder / 'text'}", f"--batch_size={batch_size}", "--schedule=sdpa"
-        return trained(alone(), folder / "run", *flags)
+        return trained(alone(), folder / "run", f"--batch_size={batch_size}", "--schedule=sdpa")
 
 
 def check_train(ring, schedule):
-    """20 steps on a ring equal 20 steps under SDPA on one process, and, on GPUs, 20 over p2p; 10 + 10 resumed
-    ones equal 20, to the last bit."""
+    """20 steps on a ring equal 20 under SDPA on one process, and on GPUs 20 over p2p; 10 + 10 resumed ones
+    equal 20, to the last bit."""
     expected, expected_val = trained_alone(4)
     with shared_folder(ring) as folder:
-        flags = f"--data={folder / 'text'}", f"--schedule={schedule}"
-        losses, val = trained(ring, folder / "run", *flags)
-        trained(ring, folder / "parts", *flags, "--stop_after=10")
+        flag = f"--schedule={schedule}"
+        losses, val = trained(ring, folder / "run", flag)
+        trained(ring, folder / "parts", flag, "--stop_after=10")
         tail, _ = resumed(ring, folder / "parts")
-        over_p2p = (
-            [trained(ring, folder / "p2p", *flags, "--transport=p2p")[0]] if GPU and ring.n_ranks > 1 else []
-        )
+        rows = []
+        if GPU and ring.n_ranks > 1:
+            over_p2p, _ = trained(ring, folder / "p2p", flag, "--transport=p2p")
+            rows = [("p2p", apart(over_p2p, expected), 1e-4)]
     # on CUDA the embedding's gradient adds in any order
     require(GPU or tail == losses[10:], f"resumed losses differ: {tail} and {losses[10:]}")
     require(len(losses) == 20 and losses[-1] < losses[0] - 0.5, f"it does not learn: {losses}")
-    rows = [("p2p", apart(x, expected), 1e-4) for x in over_p2p]
     return worst([("loss", apart(losses, expected), 1e-4), ("val", abs(val - expected_val), 1e-4), *rows])
 
 
@@ -2486,46 +2218,33 @@ def check_meshes(ring):
     resumes to the bit, and on one process."""
     expected, expected_val = trained_alone(8)
     splits = {f"{WORLD // R}x{R}": [f"--ring_size={R}"] for R in (1, 2, 4, 8) if WORLD % R == 0}
+    two = math.gcd(WORLD, 2)
     # step wants two sequences in each ring
-    splits["step"] = [
-        "--schedule=step",
-        f"--ring_size={max(math.gcd(WORLD, 2), WORLD // 2)}",
-        "--accumulate=2",
-    ]
-    memory = splits["fsdp"] = [
-        f"--ring_size={math.gcd(WORLD, 2)}",
-        "--fsdp",
-        "--checkpoint",
-        "--accumulate=2",
-    ]
+    splits["step"] = ["--schedule=step", f"--ring_size={max(two, WORLD // 2)}", "--accumulate=2"]
+    memory = splits["fsdp"] = [f"--ring_size={two}", "--fsdp", "--checkpoint", "--accumulate=2"]
     rows = []
     with shared_folder(ring) as folder:
-        flags = f"--data={folder / 'text'}", "--batch_size=8"
         for name, split in splits.items():
-            losses, val = trained(None, folder / name, *flags, *split)
+            losses, val = trained(None, folder / name, "--batch_size=8", *split)
             rows += [(name, apart(losses, expected), 1e-4), (name, abs(val - expected_val), 1e-4)]
-        trained(None, folder / "parts", *flags, *memory, "--stop_after=10")
+        trained(None, folder / "parts", "--batch_size=8", *memory, "--stop_after=10")
         own = folder / f"alone{RANK}"
         shutil.copytree(folder / "parts", own)
         ring.gather(None)  # all have copied it
         tail, _ = resumed(None, folder / "parts")
         if not GPU:
             require(tail == losses[10:], f"resumed losses differ: {tail} and {losses[10:]}")
-            same_bits(
-                *(tensors_of(read_state(folder / name)) for name in ("parts", "fsdp")),
-                "resumed weights, moments",
-            )
+            parts, whole = (tensors_of(read_state(folder / name)) for name in ("parts", "fsdp"))
+            same_bits(parts, whole, "resumed weights, moments")
         tail, _ = resumed(alone(), own)
     return worst([*rows, ("alone", apart(tail, expected[10:]), 1e-4)])
 
 
 @on_torch_path()
 def check_train_memory(ring):
-    """Activation checkpointing and losses in pieces: the same gradients to the bit, and not one exchange
-    more."""
-    torch.manual_seed(0)
-    config = Config(n_layers=2, dim=32, dim_per_head=16, n_kv_heads=1, seq_len=32 * ring.n_ranks)
-    model = Transformer(config, ring.rank, ring.n_ranks, AttentionType.ZIGZAG, ring).to(DEVICE)
+    """Activation checkpointing and losses in pieces: the same gradients to the bit, and no exchange more."""
+    # over symmetric memory there is nothing to count
+    model = small_model(ring, 32, transport="p2p" if ring.n_ranks > 1 else None)
     tokens, targets = torch.randint(256, (2, 2, 32), device=DEVICE)
     results, counts, most = [], [], []
 
@@ -2561,9 +2280,7 @@ def check_ignored_targets(ring):
     """A target of -100 does not count: training and evaluation divide by the targets that do, over all ranks
     and micro batches; a rank that has none adds 0."""
     torch.manual_seed(0)
-    model = Transformer(
-        Config(n_layers=1, dim=32, dim_per_head=16, rope_theta=None)
-    )  # None: no rotary embedding
+    model = Transformer(Config(n_layers=1, dim=32, dim_per_head=16, rope_theta=None))  # no rotary embedding
     tokens, targets = torch.randint(256, (2, 2, 16))
     targets[:, 5:] = -100
     with on_torch_path():
@@ -2576,7 +2293,7 @@ def check_ignored_targets(ring):
         return tokens, targets
 
     with shared_folder(ring) as folder, replaced(train, "get_batch", masked) as get_batch:
-        flags = f"--data={folder / 'text'}", "--stop_after=8", "--eval_every=8"
+        flags = "--stop_after=8", "--eval_every=8"
         expected, expected_val = trained(alone(), folder / f"alone{RANK}", *flags, "--schedule=sdpa")
         losses, val = trained(ring, folder / "ring", *flags, "--schedule=contiguous", "--accumulate=2")
     return worst([("loss", apart(losses, expected), 1e-4), ("val", abs(val - expected_val), 1e-4)])
@@ -2584,11 +2301,8 @@ def check_ignored_targets(ring):
 
 @on_torch_path()
 def check_model_copies(ring):
-    """deepcopy, AveragedModel and torch.save of a model on a ring: copies share the group, a pickle leaves it
-    out."""
-    torch.manual_seed(0)
-    config = Config(n_layers=1, dim=32, dim_per_head=16, n_kv_heads=1, seq_len=16 * ring.n_ranks)
-    model = Transformer(config, ring.rank, ring.n_ranks, AttentionType.ZIGZAG, ring.group).to(DEVICE)
+    """deepcopy, AveragedModel and torch.save of a model on a ring: the copies give the same logits."""
+    model = small_model(ring, 16, group=ring.group)
     tokens, file = torch.randint(256, (2, 16), device=DEVICE), io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -2598,12 +2312,11 @@ def check_model_copies(ring):
 
 
 def check_run_folder(ring):
-    """The newest whole checkpoint is taken, what is wrong with others is said; --keep; a full disk; the
-    record of numbers."""
+    """The newest whole checkpoint is taken, and log.txt says why others are not; --keep; a full disk."""
     with shared_folder(ring) as folder:
-        out, data = folder / "run", f"--data={folder / 'text'}"
-        all_steps, _ = trained(ring, folder / "whole", data, "--log_every=4")
-        trained(ring, out, data, "--save_every=4", "--keep=3", "--stop_after=14", "--log_every=4")
+        out = folder / "run"
+        all_steps, _ = trained(ring, folder / "whole", "--log_every=4")
+        trained(ring, out, "--save_every=4", "--keep=3", "--stop_after=14", "--log_every=4")
         kept = [f.name for f in train.checkpoints(out)]
         require(kept == [f"ckpt-{n:08}.pt" for n in (14, 12, 8)], f"kept {kept}")
         ring.gather(None)  # all have looked
@@ -2614,9 +2327,7 @@ def check_run_folder(ring):
             (out / "ckpt.tmp").write_text("of a run that was killed")
         ring.gather(None)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(
-            resource.RLIMIT_FSIZE, (700_000, limits[1])
-        )  # as a disk that is full from there on
+        resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, limits[1]))  # as if the disk were full then
         try:
             words = "ckpt-00000013.pt: [Errno 27] File too large", "MiB are free", "ckpt-00000012.pt is whole"
             raises(lambda: resumed(ring, out, "--stop_after=13"), "cannot write", *words)
@@ -2629,12 +2340,10 @@ def check_run_folder(ring):
             opening = f"==== train.py\n{Path(train.__file__).read_text()}==== model.py\n"
             opens = said.startswith(opening) and said.count(opening) == 1
             require(opens, "log.txt does not open with the source, once")
-            refused = (
-                "ckpt-00000014.pt is not a checkpoint of train.py, or not a whole one",
-                "ckpt-00000016.pt is not",
-            )
-            for words in (*refused, "resumed at step 12", "commit ", "train.py ", "loss by position"):
-                require(words in said, f"log.txt does not say {words!r}")
+            words = ["ckpt-00000014.pt is not a checkpoint of train.py, or not a whole one"]
+            words += ["ckpt-00000016.pt is not", "resumed at step 12", "commit ", "train.py "]
+            for text in (*words, "loss by position"):
+                require(text in said, f"log.txt does not say {text!r}")
             files = [f / "metrics.csv" for f in (folder / "whole", out)]
             tables = [[line.split(",") for line in file.read_text().splitlines()] for file in files]
             steps = [" ".join(row[0] for row in table if row[1]) for table in tables]
@@ -2647,13 +2356,10 @@ def check_train_stops(ring):
     """A signal to one rank: all save the same step and return. Something not finite on one rank: all raise,
     the last checkpoint stays."""
     with shared_folder(ring) as folder:
-        data = f"--data={folder / 'text'}"
-        undisturbed, _ = trained(ring, folder / "whole", data)
+        undisturbed, _ = trained(ring, folder / "whole")
         for number in (signal.SIGTERM, signal.SIGINT):
-            out, handlers = (
-                folder / number.name,
-                {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)},
-            )
+            out = folder / number.name
+            handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
 
             def rate(step, args, number=number):
                 if step == 6 and RANK == WORLD - 1:
@@ -2665,7 +2371,7 @@ def check_train_stops(ring):
                 signal.signal(n, handler)
             try:
                 with replaced(train, "learning_rate", rate) as learning_rate:
-                    losses, _ = trained(ring, out, data)
+                    losses, _ = trained(ring, out)
                 after = {n: signal.getsignal(n) for n in handlers}
             finally:
                 for n, handler in handlers.items():
@@ -2682,30 +2388,22 @@ def check_train_stops(ring):
             loss = forward(self, tokens, *args, **options)
             return loss * (math.nan if self.training and next(steps) == 6 and RANK == bad else 1.0)
 
-        words = (
-            "step 7",
-            f"loss of rank {bad}",
-            "begin at bytes [",
-            "text",
-            "ckpt-00000006.pt is the last good",
-        )
+        last = "ckpt-00000006.pt is the last good"
+        words = "step 7", f"loss of rank {bad}", "begin at bytes [", "text", last
         with replaced(Transformer, "forward", broken) as forward:
-            raises(lambda: trained(ring, out, data, "--save_every=3"), *words)
+            raises(lambda: trained(ring, out, "--save_every=3"), *words)
         tensors = tensors_of(read_state(out))
         require(tensors and all(x.isfinite().all() for x in tensors), "the last checkpoint is not finite")
-        raises(
-            lambda: trained(ring, folder / "inf", data, "--lr=1e30", "--warmup=0"),
-            "is not finite",
-            "no checkpoint",
-        )
+        flags = "--lr=1e30", "--warmup=0"
+        raises(lambda: trained(ring, folder / "inf", *flags), "is not finite", "no checkpoint")
 
 
 def check_train_errors(ring):
     with shared_folder(ring) as folder:
-        text, short, empty, blank = (folder / name for name in ("text", "short", "empty", "blank"))
+        short, empty, blank = (folder / name for name in ("short", "empty", "blank"))
 
         def refused(*words, flags=()):
-            raises(lambda: trained(ring, folder / "a", f"--data={text}", *flags), *words)
+            raises(lambda: trained(ring, folder / "a", *flags), *words)
 
         def rewrite(content):
             ring.gather(None)
@@ -2733,7 +2431,7 @@ def check_train_errors(ring):
             refused("B=1", "--batch_size=4", flags=["--schedule=step", "--accumulate=4"])
         refused("--batch_size=4", "--accumulate=3", "use 6", flags=["--accumulate=3"])
         refused("--keep=0", flags=["--keep=0"])
-        trained(ring, folder / "a", f"--data={text}", "--stop_after=2")
+        trained(ring, folder / "a", "--stop_after=2")
         file = folder / "a/ckpt-00000002.pt"
         saved = file.read_bytes()
         refused("already holds a checkpoint", "--resume")
@@ -2748,28 +2446,19 @@ def check_train_errors(ring):
 
 
 # a run of 30 steps that a script takes some seconds for
-SMALL = [
-    *MODEL,
-    *"--device=cpu --steps=30 --eval_batches=1 --log_every=1 --save_every=4 --dropout=0.1".split(),
-]
+SMALL = MODEL + "--device=cpu --steps=30 --eval_batches=1 --log_every=1 --save_every=4 --dropout=0.1".split()
 
 
 def done_steps(out):
     """The steps that log.txt tells of, over all starts of a run."""
-    log = out / "log.txt"
-    return (
-        [int(x) for x in re.findall(r"^step (\d+)/\d+ \| loss", log.read_text(), re.M)]
-        if log.exists()
-        else []
-    )
+    log = (out / "log.txt").read_text() if (out / "log.txt").exists() else ""
+    return [int(x) for x in re.findall(r"^step (\d+)/\d+ \| loss", log, re.M)]
 
 
 def same_end(out, quiet, after):
     """Two runs must have ended with the same losses, weights and moments, bit for bit."""
-    a, b = (
-        [line.split(",")[:3] for line in (f / "metrics.csv").read_text().splitlines()[-2:]]
-        for f in (out, quiet)
-    )
+    tables = ((f / "metrics.csv").read_text().splitlines() for f in (out, quiet))
+    a, b = ([line.split(",")[:3] for line in table[-2:]] for table in tables)
     require(a == b, f"after {after} it ends with {a}, undisturbed with {b}")
     same_bits(tensors_of(read_state(out)), tensors_of(read_state(quiet)), f"weights, moments after {after}")
 
@@ -2782,21 +2471,23 @@ def worker_of(launcher, rank):
                 return int(pid)
 
 
+def wait_steps(n, out, processes, seconds=180):
+    """Wait until log.txt has n steps, over all starts, or a process has ended; returns whether it has n."""
+    limit = time.monotonic() + seconds
+    while len(done_steps(out)) < n and time.monotonic() < limit and all(p.poll() is None for p in processes):
+        time.sleep(0.005)
+    return len(done_steps(out)) >= n
+
+
 def check_kills(n_kills, n_ranks=2, flags=(), seed=0, record=lambda *_: None):
     """kill -9 of random ranks at random steps, up to three a run: torchrun starts them again, and every run
     ends with the undisturbed losses and weights, bit for bit. record(run, rank, step) is told of each
     kill."""
-    rng, launcher = (
-        random.Random(seed),
-        ["-m", "torch.distributed.run", f"--nproc_per_node={n_ranks}", "--max-restarts=3"],
-    )
+    rng, torchrun = random.Random(seed), ("-m", "torch.distributed.run", "--standalone", "--max-restarts=3")
 
     def start(out):
-        script = str(HERE / "train.py"), f"--out={out}", f"--data={out.parent / 'text'}", *SMALL, *flags
-        streams = dict(stdout=subprocess.DEVNULL, stderr=open(f"{out}.stderr", "w"))
-        return subprocess.Popen(
-            [sys.executable, *launcher, "--standalone", *script], env=user_env(), **streams
-        )
+        run = f"--out={out}", f"--data={out.parent / 'text'}", *SMALL, *flags
+        return start_python(f"{out}.stderr", *torchrun, f"--nproc_per_node={n_ranks}", "train.py", *run)
 
     with shared_folder(alone()) as folder:
         quiet, killed = folder / "quiet", []
@@ -2806,18 +2497,8 @@ def check_kills(n_kills, n_ranks=2, flags=(), seed=0, record=lambda *_: None):
             process = start(out)
             try:
                 for _ in range(min(3, n_kills - len(killed))):
-                    n_seen = len(done_steps(out))
-                    rank, after = (
-                        rng.randrange(n_ranks),
-                        rng.randrange(1, 15),
-                    )  # steps of this start to see first
-                    limit = time.monotonic() + 180
-                    while (
-                        len(done_steps(out)) - n_seen < after
-                        and process.poll() is None
-                        and time.monotonic() < limit
-                    ):
-                        time.sleep(0.005)
+                    rank = rng.randrange(n_ranks)
+                    wait_steps(len(done_steps(out)) + rng.randrange(1, 15), out, [process])
                     time.sleep(rng.random() * 0.05)  # anywhere in a step, or in a checkpoint
                     pid = worker_of(process.pid, rank) if process.poll() is None else None
                     if pid is None or done_steps(out)[-1] == 30:
@@ -2835,19 +2516,9 @@ def check_kills(n_kills, n_ranks=2, flags=(), seed=0, record=lambda *_: None):
 def train_process(rank, folder, *flags, before=(), **env):
     """train.py as rank `rank` of 2, without torchrun; its messages go to the file stderr{rank}."""
     env = dict(MASTER_ADDR="localhost", MASTER_PORT="29577", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1") | env
-    env |= dict(RANK=str(rank), WORLD_SIZE="2")
-    command = [*before, sys.executable, str(HERE / "train.py"), f"--out={folder / 'run'}", *flags]
-    streams = dict(stdout=subprocess.DEVNULL, stderr=open(folder / f"stderr{rank}", "w"))
-    return subprocess.Popen(command, env=user_env(**env), **streams)
-
-
-def until_step(step, out, processes):
-    limit = time.monotonic() + 120
-    while (
-        len(done_steps(out)) < step and time.monotonic() < limit and all(p.poll() is None for p in processes)
-    ):
-        time.sleep(0.01)
-    require(len(done_steps(out)) >= step, f"no step {step} in 120 s")
+    env = user_env(**env, RANK=str(rank), WORLD_SIZE="2")
+    args = "train.py", f"--out={folder / 'run'}", *flags
+    return start_python(folder / f"stderr{rank}", *args, before=before, env=env)
 
 
 def check_stopped_rank():
@@ -2856,12 +2527,10 @@ def check_stopped_rank():
         flags = f"--data={folder / 'text'}", *SMALL, "--steps=3000", "--timeout=5"
         processes = [train_process(rank, folder, *flags, MASTER_PORT="29578") for rank in (0, 1)]
         try:
-            until_step(3, folder / "run", processes)
+            require(wait_steps(3, folder / "run", processes), "no step 3")
             processes[1].send_signal(signal.SIGSTOP)
             code, said = processes[0].wait(90), (folder / "stderr0").read_text()
-            require(
-                code not in (0, None) and "[1]" in said, f"{code}: it does not name rank 1: {said[-1500:]}"
-            )
+            require(code and "[1]" in said, f"{code}: it does not name rank 1: {said[-1500:]}")
         finally:
             for process in processes:
                 process.kill(), process.wait()
@@ -2872,7 +2541,7 @@ def check_output():
     with shared_folder(alone()) as folder:
         run, ascii_only = f"--out={folder / 'run'}", user_env(PYTHONIOENCODING="ascii")
         flags = f"--data={folder / 'text'}", *SMALL, "--steps=1", "--sample_tokens=60"
-        done = call_script("train.py", run, *flags, env=ascii_only)
+        done = call_python("train.py", run, *flags, env=ascii_only)
         require(done.returncode == 0, f"an output in ASCII: {done.stderr[-1500:]}")
         command = f"{sys.executable} train.py {run} --device=cpu --generate=ab --max_tokens=100 | head -c 1"
         done = subprocess.run(command, shell=True, capture_output=True, text=True, env=user_env(), cwd=HERE)
@@ -2882,20 +2551,17 @@ def check_output():
 
 def no_hosts():
     """Why this machine cannot play two hosts; None if it can."""
-    name = f"ring{os.getpid()}"
+    calls = [["ip", "netns", word, f"ring{os.getpid()}"] for word in ("add", "del")]
     try:
-        codes = [
-            subprocess.run(["ip", "netns", word, name], capture_output=True).returncode
-            for word in ("add", "del")
-        ]
-        return "may not make network namespaces" if any(codes) else None
+        failed = any([subprocess.run(call, capture_output=True).returncode for call in calls])
+        return "may not make network namespaces" if failed else None
     except OSError:
         return "needs ip, of iproute2"
 
 
 def check_two_hosts():
     """Two hosts, in two network namespaces, one process each. Their link is cut: both end with an error, in
-    time. Then they resume, and end as one host of two processes does."""
+    time. They resume, and end as one host of two processes does."""
     hosts, links = ([f"{name}{os.getpid()}{x}" for x in "ab"] for name in ("ring", "v"))
 
     def ip(*words):
@@ -2917,25 +2583,13 @@ def check_two_hosts():
         try:
             for name in hosts:
                 ip("netns", "add", name)
-            ip(
-                "link",
-                "add",
-                links[0],
-                "netns",
-                hosts[0],
-                "type",
-                "veth",
-                "peer",
-                "name",
-                links[1],
-                "netns",
-                hosts[1],
-            )
+            ends = [(links[i], "netns", hosts[i]) for i in (0, 1)]
+            ip("link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1])
             for i in (0, 1):
                 inside(i, "addr", "add", f"10.77.0.{i + 1}/24", "dev", links[i])
                 inside(i, "link", "set", links[i], "up"), inside(i, "link", "set", "lo", "up")
             processes = [start(i, *flags) for i in (0, 1)]
-            until_step(9, out, processes)
+            require(wait_steps(9, out, processes), "no step 9")
             inside(1, "link", "set", links[1], "down")
             began = time.monotonic()
             codes = [p.wait(90) for p in processes]
@@ -2972,40 +2626,30 @@ real("copies of a model on a ring", check_model_copies, ranks=2)
 
 
 def check_command_line():
-    usage = [
-        ("train.py", "--data=/no/such/file", "--device=cpu"),
-        ("train.py", "--schedule=spiral"),
-        ("train.py", "--help"),
-    ]
-    missing, spiral, usage = call_scripts(*usage)
+    calls = ["--data=/no/such/file", "--device=cpu"], ["--schedule=spiral"], ["--help"]
+    missing, spiral, usage = call_scripts(*(("train.py", *flags) for flags in calls))
     last = missing.stderr.strip().splitlines()[-1]
     told = missing.returncode == 2 and last.startswith("train.py: error: --data=/no/such/file does not exist")
     require(told and "Traceback" not in missing.stderr, missing.stderr)
     require(spiral.returncode == 2 and "invalid choice" in spiral.stderr, spiral.stderr)
     lines = usage.stdout.splitlines()
     require(any("--stop_after" in line for line in lines), "--help does not help")
-    size = len(lines), max(map(len, lines))
-    require(
-        size <= (60, 120) and size[1] <= 120,
-        f"--help does not fit a screen: {size[0]} lines of up to {size[1]}",
-    )
+    height, width = len(lines), max(map(len, lines))
+    require(height <= 60 and width <= 120, f"--help does not fit a screen: {height} lines of up to {width}")
     code = """if True:
         import torch, train
         def f(): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 GiB.')
         train.run_script('train.py', f, 'less')"""
-    done = call_python(code)
+    done = call_python("-c", code)
     said = "train.py: rank 0 is out of memory; use less. CUDA out of memory. Tried to allocate 1 GiB."
     require(done.returncode == 1 and done.stderr.strip() == said, done.stderr)
 
 
 def check_generate():
-    """train.py --generate continues a prompt from a checkpoint: the same text on 1 and 2 processes, another
-    one with another seed."""
+    """train.py --generate continues a prompt from a checkpoint: on 1 and 2 processes with the same text."""
     with shared_folder(alone()) as folder:
-        out = folder / "run"
-        trained(
-            alone(), out, f"--data={folder / 'text'}", "--stop_after=2", "--schedule=flash", "--device=cpu"
-        )
+        out, flags = folder / "run", ("--stop_after=2", "--schedule=flash", "--device=cpu")
+        trained(alone(), out, *flags)
         (file,) = train.checkpoints(out)
         state = torch.load(file, weights_only=True)
         torch.save(state | dict(args=state["args"] | dict(n_kv_heads=1)), folder / "other.pt")
@@ -3015,9 +2659,8 @@ def check_generate():
         (on_two,) = call_scripts((*base, "--seed=1"), n_ranks=2)
         require(a.returncode == b.returncode == on_two.returncode == 0, a.stderr + on_two.stderr)
         require(a.stdout == on_two.stdout != b.stdout, f"{[x.stdout for x in (a, on_two, b)]}")
-        require(
-            a.stdout.startswith("ab cd") and "prefill 5 tokens" in a.stderr and "GB/s" in a.stderr, a.stderr
-        )
+        require(a.stdout.startswith("ab cd"), a.stdout)
+        require("prefill 5 tokens" in a.stderr and "GB/s" in a.stderr, a.stderr)
         bad = {
             f"--out={folder / 'other.pt'}": ("weights of another shape", "qkv_proj"),
             f"--out={folder / 'short.pt'}": ("short.pt is not a checkpoint",),
@@ -3027,64 +2670,45 @@ def check_generate():
             "--prompt_file=/no/such/file": ("/no/such/file",),
             "--temperature=-1": ("--temperature=-1",),
         }
-        for (flag, words), done in zip(
-            bad.items(), call_scripts(*((*base, flag) for flag in bad)), strict=True
-        ):
-            told = (
-                done.returncode == 2 and "Traceback" not in done.stderr and "train.py: error" in done.stderr
-            )
-            require(told and all(w in done.stderr for w in words), f"{flag}: {done.stderr}")
+        ran = call_scripts(*((*base, flag) for flag in bad))
+        for (flag, words), done in zip(bad.items(), ran, strict=True):
+            told = done.returncode == 2 and all(w in done.stderr for w in ("train.py: error", *words))
+            require(told and "Traceback" not in done.stderr, f"{flag}: {done.stderr}")
 
 
 def check_bench():
     """One row of bench.py, whose last line is JSON; a filter that fits nothing is told what there is."""
-    runs = (
-        [("memory 32k", 1)]
-        if GPU
-        else [("schedule zigzag", 1), ("decode ragged", 1), ("sharded decode 2k", 2)]
-    )
-    for row, n_ranks in runs:
+    on_cpu = ("schedule zigzag", 1), ("decode ragged", 1), ("sharded decode 2k", 2)
+    for row, n_ranks in [("memory 32k", 1)] if GPU else on_cpu:
         (done,) = call_scripts(("bench.py", "--quick", f"--filter={row}"), n_ranks=n_ranks, timeout=300)
         require(done.returncode == 0, (done.stdout + done.stderr)[-1500:])
         found = json.loads(done.stdout.strip().splitlines()[-1])
         require({r["name"] for r in found["rows"]} == {row} and found["n_ranks"] == n_ranks, done.stdout)
         require(any(line.startswith(row) for line in done.stdout.splitlines()), done.stdout)
     (done,) = call_scripts(("bench.py", "--filter=nonesuch"))
-    told = (
-        done.returncode == 2
-        and "nonesuch" in done.stderr
-        and "D64" in done.stderr
-        and "Traceback" not in done.stderr
-    )
-    require(told, done.stderr)
+    told = done.returncode == 2 and all(w in done.stderr for w in ("nonesuch", "D64"))
+    require(told and "Traceback" not in done.stderr, done.stderr)
 
 
 def check_readme():
-    """The README's Python runs as it stands, block after block; its commands name flags that there are; its
-    pictures exist."""
+    """The README's Python runs as it stands, block after block; the flags of its commands and its pictures
+    exist."""
     text = (HERE / "README.md").read_text()
-    pictures, blocks = (
-        re.findall(r"\((assets/\w+\.svg)\)", text),
-        re.findall(r"^```python\n(.*?)^```", text, re.M | re.S),
-    )
+    pictures = re.findall(r"\((assets/\w+\.svg)\)", text)
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
     require("assets/schedules.svg" in pictures, "README.md does not show the schedules")
     require(all((HERE / picture).exists() for picture in pictures), f"one of {pictures} is missing")
-    commands = re.findall(
-        r"^(?:.*&& |    )?(?:python|torchrun|\S+=\S+ torchrun)[^#\n]*?(\w+\.py)([^#\n]*)",
-        text.replace("\\\n", " "),
-        re.M,
-    )
-    require(
-        {script for script, _ in commands} >= {"train.py", "test.py", "bench.py"},
-        f"README.md has no commands: {commands}",
-    )
+    command = r"^(?:.*&& |    )?(?:python|torchrun|\S+=\S+ torchrun)[^#\n]*?(\w+\.py)([^#\n]*)"
+    commands = re.findall(command, text.replace("\\\n", " "), re.M)
+    missing = {"train.py", "test.py", "bench.py"} - {script for script, _ in commands}
+    require(not missing, f"README.md has no commands of {missing}")
     scripts = sorted({script for script, flags in commands if "--" in flags})
     helps = dict(zip(scripts, call_scripts(*((script, "--help") for script in scripts)), strict=True))
     for script, flags in commands:
         for flag in re.findall(r"--\w+", flags):
             require(flag in helps[script].stdout.split(), f"README.md: {script} has no {flag}")
     require(len(blocks) >= 2, "README.md has no recipes")
-    done = call_python("\n".join(blocks))
+    done = call_python("-c", "\n".join(blocks))
     require(done.returncode == 0, done.stderr[-1500:])
 
 
@@ -3128,9 +2752,8 @@ def read_schedules(path, schedules, n_ranks=4):
     require(len(strips) == len(held), f"{len(strips)} strips, not {len(held)}")
     for (top, strip), ranks in zip(sorted(strips.items()), held):
         step = 400 / len(ranks)
-        drawn = [
-            [r for left, right, r in strip if left < 16 + step * (i + 0.5) < right] for i in range(len(ranks))
-        ]
+        centers = [16 + step * (i + 0.5) for i in range(len(ranks))]
+        drawn = [[r for left, right, r in strip if left < center < right] for center in centers]
         require(drawn == [[r] for r in ranks], f"the strip at {top} is {drawn}, not {ranks}")
     areas = [shaded_area(x["d"]) / 400 for tag, x, _ in tags if tag == "path" and x["d"].endswith("Z")]
     for schedule in schedules:
@@ -3148,9 +2771,7 @@ def read_schedules(path, schedules, n_ranks=4):
 
 def leaves(x, *at):
     """(path, part) of all parts of nested tuples."""
-    return (
-        [leaf for i, y in enumerate(x) for leaf in leaves(y, *at, i)] if isinstance(x, tuple) else [(at, x)]
-    )
+    return [z for i, y in enumerate(x) for z in leaves(y, *at, i)] if isinstance(x, tuple) else [(at, x)]
 
 
 def compiled(kernel, types, constants, **options):
@@ -3178,10 +2799,8 @@ def compiled(kernel, types, constants, **options):
             command = [tools / ptxas, "-v", "-arch=sm_90a", ptx, "-o", Path(folder, "again.cubin")]
             again = subprocess.run(command, capture_output=True, text=True)
             if again.returncode == 0:
-                sass = subprocess.run(
-                    [tools / "cuobjdump", "--dump-sass", cubin], capture_output=True, text=True, check=True
-                )
-                return sass.stdout, again.stderr
+                command = [tools / "cuobjdump", "--dump-sass", cubin]
+                return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL), again.stderr
     raise RuntimeError(f"no ptxas takes what triton made of {kernel.__name__}: {again.stderr[:500]}")
 
 
@@ -3191,27 +2810,21 @@ def inspect_loops(sass):
     where the wait for the product was in the next iteration."""
     instructions = re.finditer(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)
     code = [(int(m[1], 16), re.sub(r"^@!?U?P\d+ +", "", m[2].strip())) for m in instructions]
-    end = max(
-        at for at, op in code if op.startswith("EXIT")
-    )  # behind it are slow paths of waits, which branch back as well
+    end = max(at for at, op in code if op.startswith("EXIT"))  # slow paths of waits follow, and branch back
 
     def n_products(lo, hi):
         return sum("HGMMA" in op for at, op in code if lo <= at <= hi)
 
-    branches = [
-        (int(m[1], 16), at) for at, op in code if at < end and (m := re.match(r"BRA.*?0x([0-9a-f]+)", op))
-    ]
-    back = [(lo, hi) for lo, hi in branches if lo < hi and n_products(lo, hi)]
-    inner = [
-        (lo, hi) for lo, hi in back if not any((lo, hi) != (a, b) and lo <= a and b <= hi for a, b in back)
-    ]
+    branches = [(at, re.match(r"BRA.*?0x([0-9a-f]+)", op)) for at, op in code if at < end]
+    back = [(int(m[1], 16), at) for at, m in branches if m]
+    back = [(lo, hi) for lo, hi in back if lo < hi and n_products(lo, hi)]
     products = spills = overwritten = 0
-    for lo, hi in inner:
+    for lo, hi in back:
+        if any((lo, hi) != (a, b) and lo <= a and b <= hi for a, b in back):
+            continue  # not an innermost loop
         body = [op for at, op in code if lo <= at <= hi]
-        products, spills = (
-            products + n_products(lo, hi),
-            spills + sum(op.startswith(("STL", "LDL")) for op in body),
-        )
+        products += n_products(lo, hi)
+        spills += sum(op.startswith(("STL", "LDL")) for op in body)
         groups, group = [], set()  # registers that products read, by group that one wait covers
         for op in body + body:  # twice: what one iteration leaves in flight meets the next one
             if m := re.match(r"HGMMA\S* R\d+, (?:R(\d+), )?", op):
@@ -3220,9 +2833,7 @@ def inspect_loops(sass):
                     groups, group = groups + [group], set()
             elif m := re.search(r"DEPBAR\.LE gsb0, 0x(\d)", op):
                 groups = groups[len(groups) - int(m[1]) :] if len(groups) > int(m[1]) else groups
-            elif (m := re.match(r"(\S+) (?:U?P\d, )?R(\d+),", op)) and not op.startswith(
-                ("ST", "SYNCS", "RED")
-            ):
+            elif m := re.match(r"(?!ST|SYNCS|RED)(\S+) (?:U?P\d, )?R(\d+),", op):
                 width = 4 if ".128" in m[1] else 2 if ".64" in m[1] or ".WIDE" in m[1] else 1
                 written = set(range(int(m[2]), int(m[2]) + width))
                 overwritten += any(written & read for read in (*groups, group))
@@ -3257,9 +2868,8 @@ def compile_kernels():
         bad |= name.startswith("hopper fwd") and under_products(sass) < 32
         bad |= any(int(barrier, 16) >= ring_attn.NAMED_BARRIERS.value for barrier in barriers)
         good &= not bad
-        used, spilled = (
-            (re.findall(x, said) or ["?"])[-1] for x in (r"Used (\d+) registers", r"(\d+) bytes spill stores")
-        )
+        found = (re.findall(x, said) for x in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
+        used, spilled = ((x or ["?"])[-1] for x in found)
         numbers = f"{used:>4} {spilled:>5}   {products:3} {spills:3} {overwritten:3}"
         print(f"{name:32} {numbers}{' SERIALIZED' * serial}{' BAD' * bad}", flush=True)
 
@@ -3280,21 +2890,13 @@ def compile_kernels():
                 function = ring_attn.hopper_bwd_kernel
                 constants["DKV"] = kernel == "dkv"
                 types |= dict.fromkeys(("resident_desc", "resident_dp_desc", "out_desc"), resident)
-                types |= dict.fromkeys(("streamed_desc", "streamed_dp_desc"), streamed) | dict(
-                    LSE_DELTA="*fp32"
-                )
+                types |= dict(streamed_desc=streamed, streamed_dp_desc=streamed, LSE_DELTA="*fp32")
                 if kernel == "dkv":
                     lse_delta = tile(0, 0, "fp32", [2, 1, rows])
                     types |= dict(lse_delta_desc=lse_delta, dv_desc=resident, DV_ACC="*fp32")
             options = dict(num_warps=4, maxnreg={2: 168, 3: 128}[consumers])
-            report(
-                f"hopper {kernel} D{D} {'causal' if causal else 'full'}",
-                True,
-                function,
-                types,
-                constants,
-                **options,
-            )
+            name = f"hopper {kernel} D{D} {'causal' if causal else 'full'}"
+            report(name, True, function, types, constants, **options)
     for kernel, D in itertools.product(ring_attn.TILES, (64, 128, 256)):
         BLOCK_M, BLOCK_N, num_warps, num_stages = ring_attn.TILES[kernel][D]
         function = getattr(ring_attn, f"{kernel}_kernel")
@@ -3309,9 +2911,8 @@ def compile_kernels():
         options = dict(num_warps=num_warps, num_stages=num_stages)
         report(f"portable {kernel} D{D} causal", D < 256, function, types, constants, **options)
     known = dict(SEQLENS="*i32", PAGES="*i32", SINK="*fp32", LSE="*fp32", PARTS="*fp32", sm_scale="fp32")
-    known |= dict.fromkeys(("Q", "K", "V", "O"), "*bf16") | dict.fromkeys(
-        ("stride_q", "stride_k", "stride_v"), ("i32",) * 3
-    )
+    known |= dict.fromkeys(("Q", "K", "V", "O"), "*bf16")
+    known |= dict.fromkeys(("stride_q", "stride_k", "stride_v"), ("i32",) * 3)
     known["sizes"] = decode.Sizes(*["i32"] * len(decode.Sizes._fields))
     usual = dict(CAUSAL=True, WINDOWED=False, TILES_PER_BLOCK=0, MAX_GROUPS=1, PDL=True)
     usual |= dict(HEAD_DIM=128, BLOCK_D=128, BLOCK_M=16, BLOCK_N=64)
@@ -3330,15 +2931,12 @@ def compile_kernels():
         constants = usual | changed
         absent = {"AUX", "SCORE_MOD", "MASK_MOD", "SEQLENS", "PAGES", "SINK", *constants} - set(given)
         tables = decode.BlockTables(*["*i32"] * n_tables, *["constexpr"] * (4 - n_tables))
-        types = {x: known.get(x, "i32") for x in decode.decode_kernel.arg_names if x not in absent} | dict(
-            blocks=tables
-        )
+        types = {x: known.get(x, "i32") for x in decode.decode_kernel.arg_names if x not in absent}
+        types["blocks"] = tables
         options = dict(num_warps=4, num_stages=5 if "PAGES" in given else 3)
         sass, said = compiled(decode.decode_kernel, types, constants, **options)
-        ahead, stores = (
-            len(re.findall(r"LDGSTS\S*\.128", sass)),
-            int(re.findall(r"(\d+) bytes spill stores", said)[0]),
-        )
+        ahead = len(re.findall(r"LDGSTS\S*\.128", sass))
+        stores = int(re.findall(r"(\d+) bytes spill stores", said)[0])
         bad = ahead < 16 or stores > 64  # keys and values are copied ahead, 16 bytes at a time
         good &= not bad
         used = re.findall(r"Used (.*?) registers", said)[0]
@@ -3346,12 +2944,9 @@ def compile_kernels():
     return good
 
 
-for name, f in (
-    ("train.py", check_command_line),
-    ("train.py --generate", check_generate),
-    ("bench.py", check_bench),
-):
-    local(f"{name} at the command line", f)
+local("train.py at the command line", check_command_line)
+local("train.py --generate at the command line", check_generate)
+local("bench.py at the command line", check_bench)
 local("the README", check_readme)
 local("assets/schedules.svg", check_schedules_picture)
 local("train names a rank that is stopped", check_stopped_rank)
@@ -3368,18 +2963,12 @@ def kill_runs(n_kills, seed):
     """Kills in turn in a ring, in shards without one, and in both."""
     kinds = (2, ()), (2, ("--ring_size=1", "--fsdp")), (4, ("--ring_size=2", "--fsdp", "--checkpoint"))
     for i, (n_ranks, flags) in enumerate(kinds):
-        share, title = (
-            n_kills // len(kinds) + (i < n_kills % len(kinds)),
-            f"{n_ranks} ranks {' '.join(flags)}",
-        )
+        share, began = n_kills // len(kinds) + (i < n_kills % len(kinds)), time.perf_counter()
         if share:
-            began = time.perf_counter()
-            told = functools.partial(print, title, "killed: run, rank, after step")
-            check_kills(share, n_ranks, flags, seed + i, told)
-            ends = (
-                f"every run ended with the undisturbed loss, bit for bit, {time.perf_counter() - began:.0f} s"
-            )
-            print(f"{share} kills, {ends}", flush=True)
+            title = f"{n_ranks} ranks {' '.join(flags)}", "killed: run, rank, after step"
+            check_kills(share, n_ranks, flags, seed + i, functools.partial(print, *title))
+            ends = "every run ended with the undisturbed loss, bit for bit"
+            print(f"{share} kills, {ends}, {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def execute(case, *args):
@@ -3394,8 +2983,7 @@ def execute(case, *args):
 
 
 def verdict(results):
-    """Of a case, from what each rank has, None if it took no part: "ok", "FAILED", or "skipped" where it ran
-    nowhere."""
+    """Of a case, from what each rank has, None if it took no part. "skipped": it ran nowhere."""
     ran = [result for result in results if result]
     return "skipped" if not ran else "FAILED" if any(failure for _, _, failure, _ in ran) else "ok"
 
@@ -3405,14 +2993,11 @@ def report(results):
     ran = {rank: result for rank, result in enumerate(results) if result}
     (name, *_), seconds = next(iter(ran.values())), max(s for *_, s in ran.values())
     row = max((row for _, row, _, _ in ran.values() if row), key=lambda r: r[1] / r[2], default=None)
-    numbers = (
-        f"{row[0]:>6} {row[1]:9.1e} {row[2]:9.1e} {row[1] / row[2]:6.2f}"
-        if row
-        else "     -         -         -      -"
-    )
+    numbers = "     -         -         -      -"
+    if row:
+        numbers = f"{row[0]:>6} {row[1]:9.1e} {row[2]:9.1e} {row[1] / row[2]:6.2f}"
     lines = [f"{name:62} {numbers} {seconds:5.1f} {verdict(results)}"]
     print("\n".join(lines + [f"    rank {rank}: {r[2]}" for rank, r in ran.items() if r[2]]), flush=True)
-    return row[1] / row[2] if row else 0.0
 
 
 def check_runner():
@@ -3442,34 +3027,26 @@ def take_turns(ring, cases):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--filter", default="", help="run only the cases whose name contains this")
-    parser.add_argument(
-        "--compile_only", action="store_true", help="compile the kernels for Hopper and say what they cost"
-    )
-    parser.add_argument(
-        "--kill", type=int, default=0, metavar="N", help="train with N kills of random ranks, on CPUs"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of --kill")
+    flag = parser.add_argument
+    flag("--filter", default="", help="run only the cases whose name contains this")
+    flag("--compile_only", action="store_true", help="compile the kernels for Hopper and say what they cost")
+    flag("--kill", type=int, default=0, metavar="N", help="train with N kills of random ranks, on CPUs")
+    flag("--seed", type=int, default=0, help="of --kill")
     args = parser.parse_args()
     if args.compile_only:
         sys.exit(not compile_kernels())
     if args.kill:
         return kill_runs(args.kill, args.seed)
     warnings.filterwarnings("ignore")
-    torch.use_deterministic_algorithms(
-        True, warn_only=True
-    )  # and with it, every torch.empty is filled with nan
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills every torch.empty with nan, too
     torch.backends.cuda.matmul.allow_tf32 = False
     if GPU:
         torch.cuda.set_device(LOCAL_RANK)
     if "RANK" in os.environ:
-        device_id = DEVICE if GPU else None
-        dist.init_process_group(
-            "nccl" if GPU else "gloo", device_id=device_id, timeout=timedelta(seconds=300)
-        )
-        for size in {1, 2, 4, 8, WORLD} & set(
-            range(WORLD + 1)
-        ):  # the first WORLD // size * size processes, in rings
+        options = dict(device_id=DEVICE if GPU else None, timeout=timedelta(seconds=300))
+        dist.init_process_group("nccl" if GPU else "gloo", **options)
+        for size in sorted({n for n in (1, 2, 4, 8, WORLD) if n <= WORLD}):
+            # rings of the first WORLD // size * size processes
             for first in range(0, WORLD // size * size, size):
                 group = dist.new_group(range(first, first + size))
                 if first <= RANK < first + size:
@@ -3499,9 +3076,8 @@ def main():
         group = case.ring in GROUPS
         result = execute(case, ring_attn.resolve_ring(GROUPS[case.ring])) if group else None
         said = everyone.gather((case.name, result))
-        if any(
-            not isinstance(x, tuple) or x[0] != case.name for x in said
-        ):  # another rank is amid the collectives of a case
+        # otherwise another rank is amid the collectives of a case
+        if not all(isinstance(x, tuple) and x[0] == case.name for x in said):
             ended = f"rank {RANK} ended it with {result and result[2] or 'no error'}"
             sys.exit(f"{case.name}: the ranks are out of step; {ended}")
         results = [result for _, result in said]
