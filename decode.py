@@ -238,7 +238,6 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, sm_
         L = tl.maximum(tl.minimum(tl.load(SEQLENS + b), sizes.CAPACITY), 0)
     n = n_before(L, sizes)
     sink, skipped, _ = tile_ranges(L, sizes, BLOCK_N)
-    windows = n_before(L - sizes.M - sizes.WINDOW + 1, sizes)  # the first key in the window of any query
     n_full = 0  # blocks
     if blocks.full_kv_num_blocks is not None:
         n_full = load_count(blocks.full_kv_num_blocks + group, True, sizes)
@@ -263,52 +262,60 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, sm_
     begin, end = tiles * split // splits, tiles * (split + 1) // splits
     if PAGES is not None:
         PAGES += b * sizes.MAX_PAGES
-        start = first_key(begin, group, n_full, sink, skipped, blocks, sizes, TILES_PER_BLOCK, BLOCK_N)
-        page = load_pages(PAGES, start, n, sizes, BLOCK_N)
-    for t in tl.range(begin, end):
-        start = first_key(t, group, n_full, sink, skipped, blocks, sizes, TILES_PER_BLOCK, BLOCK_N)
-        j = start + offs_n
-        exists = (j >= 0) & (j < n)
-        if TILES_PER_BLOCK > 0:
-            exists = exists & (j < (start // sizes.BLOCK_SIZE + 1) * sizes.BLOCK_SIZE)
-        if PAGES is None:
-            k_row = start.to(tl.int64) * stride_k[1] + offs_n * stride_k[1]
-            v_row = start.to(tl.int64) * stride_v[1] + offs_n * stride_v[1]
-        else:
-            page = tl.maximum(tl.minimum(page, sizes.N_PAGES - 1), 0).to(tl.int64)  # must not lead outside
-            k_row = page * stride_k[0] + j % sizes.PAGE_SIZE * stride_k[1]
-            v_row = page * stride_v[0] + j % sizes.PAGE_SIZE * stride_v[1]
-            # load the next tile's pages now: otherwise the copies of its keys would wait for them
-            next_t = tl.minimum(t + 1, end - 1)
-            start = first_key(next_t, group, n_full, sink, skipped, blocks, sizes, TILES_PER_BLOCK, BLOCK_N)
+    for AGAIN in tl.static_range(2 if WINDOWED or MASK_MOD is not None else 1):
+        if AGAIN:  # with the values that no query sees as zeros, if one was nan or inf: 0 * nan is nan
+            again = tl.max((acc != acc).to(tl.int32)) > 0
+            begin = tl.where(again, begin, end)
+            m_i = tl.where(again, -float("inf"), m_i)
+            l_i = tl.where(again, 0.0, l_i)
+            acc = tl.where(again, 0.0, acc)
+        if PAGES is not None:
+            start = first_key(begin, group, n_full, sink, skipped, blocks, sizes, TILES_PER_BLOCK, BLOCK_N)
             page = load_pages(PAGES, start, n, sizes, BLOCK_N)
-        if WINDOWED:  # what no query sees may be nan
-            exists = exists & ((j >= windows) | (j < n_before(sizes.N_SINK, sizes)))
-        k = tl.load(K + k_row[:, None], mask=exists[:, None] & in_d, other=0.0)  # [BLOCK_N, BLOCK_D]
-        v = tl.load(V + v_row[:, None], mask=exists[:, None] & in_d, other=0.0)  # [BLOCK_N, BLOCK_D]
-        s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        kv_pos = sizes.RANK + sizes.N_RANKS * j
-        kv_idx = tl.maximum(tl.minimum(kv_pos, L - 1), 0)[None, :]
-        if SCORE_MOD is not None:
-            s = SCORE_MOD(s * sm_scale, b, head[:, None], q_idx, kv_idx, *AUX) * LOG2E
-        else:
-            s *= sm_scale * LOG2E
-        seen = exists[None, :] & (kv_pos[None, :] < (q_end[:, None] if CAUSAL else q_end))
-        seen = seen & ((kv_pos[None, :] > q_pos[:, None] - sizes.WINDOW) | (kv_pos < sizes.N_SINK)[None, :])
-        if MASK_MOD is not None:
-            allowed = MASK_MOD(b, head[:, None], q_idx, kv_idx, *AUX)
+        for t in tl.range(begin, end, num_stages=1 if AGAIN else None):
+            start = first_key(t, group, n_full, sink, skipped, blocks, sizes, TILES_PER_BLOCK, BLOCK_N)
+            j = start + offs_n
+            exists = (j >= 0) & (j < n)
             if TILES_PER_BLOCK > 0:
-                allowed = allowed | (t < n_full * TILES_PER_BLOCK)
-            seen = seen & allowed
-            v = zero_unseen(v, seen)  # it may be nan, and 0 * nan is nan
-        s = tl.where(seen, s, -float("inf"))
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        shift = tl.where(m_new == -float("inf"), 0.0, m_new)  # no key seen yet: exp2(-inf - 0) is 0, not nan
-        p = tl.math.exp2(s - shift[:, None])
-        alpha = tl.math.exp2(m_i - shift)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # [BLOCK_M, BLOCK_D]
-        m_i = m_new
+                exists = exists & (j < (start // sizes.BLOCK_SIZE + 1) * sizes.BLOCK_SIZE)
+            if PAGES is None:
+                k_row = start.to(tl.int64) * stride_k[1] + offs_n * stride_k[1]
+                v_row = start.to(tl.int64) * stride_v[1] + offs_n * stride_v[1]
+            else:
+                page = tl.maximum(tl.minimum(page, sizes.N_PAGES - 1), 0).to(tl.int64)  # one that exists
+                k_row = page * stride_k[0] + j % sizes.PAGE_SIZE * stride_k[1]
+                v_row = page * stride_v[0] + j % sizes.PAGE_SIZE * stride_v[1]
+                # load the next tile's pages now: otherwise the copies of its keys would wait for them
+                t2 = tl.minimum(t + 1, end - 1)  # the tile after
+                start = first_key(t2, group, n_full, sink, skipped, blocks, sizes, TILES_PER_BLOCK, BLOCK_N)
+                page = load_pages(PAGES, start, n, sizes, BLOCK_N)
+            k = tl.load(K + k_row[:, None], mask=exists[:, None] & in_d, other=0.0)  # [BLOCK_N, BLOCK_D]
+            v = tl.load(V + v_row[:, None], mask=exists[:, None] & in_d, other=0.0)  # [BLOCK_N, BLOCK_D]
+            s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            kv_pos = sizes.RANK + sizes.N_RANKS * j
+            kv_idx = tl.maximum(tl.minimum(kv_pos, L - 1), 0)[None, :]
+            if SCORE_MOD is not None:
+                s = SCORE_MOD(s * sm_scale, b, head[:, None], q_idx, kv_idx, *AUX) * LOG2E
+            else:
+                s *= sm_scale * LOG2E
+            seen = exists[None, :] & (kv_pos[None, :] < (q_end[:, None] if CAUSAL else q_end))
+            in_window = kv_pos[None, :] > q_pos[:, None] - sizes.WINDOW
+            seen = seen & (in_window | (kv_pos < sizes.N_SINK)[None, :])
+            if MASK_MOD is not None:
+                allowed = MASK_MOD(b, head[:, None], q_idx, kv_idx, *AUX)
+                if TILES_PER_BLOCK > 0:
+                    allowed = allowed | (t < n_full * TILES_PER_BLOCK)
+                seen = seen & allowed
+            if AGAIN:
+                v = zero_unseen(v, seen)
+            s = tl.where(seen, s, -float("inf"))
+            m_new = tl.maximum(m_i, tl.max(s, 1))
+            shift = tl.where(m_new == -float("inf"), 0.0, m_new)  # no key seen yet: exp2(-inf - 0), not nan
+            p = tl.math.exp2(s - shift[:, None])
+            alpha = tl.math.exp2(m_i - shift)
+            l_i = l_i * alpha + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # [BLOCK_M, BLOCK_D]
+            m_i = m_new
 
     if splits == 1:
         row = (b * sizes.M + m) * sizes.H + head
