@@ -238,6 +238,7 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, sm_
         L = tl.maximum(tl.minimum(tl.load(SEQLENS + b), sizes.CAPACITY), 0)
     n = n_before(L, sizes)
     sink, skipped, _ = tile_ranges(L, sizes, BLOCK_N)
+    windows = n_before(L - sizes.M - sizes.WINDOW + 1, sizes)  # the first key in the window of any query
     n_full = 0  # blocks
     if blocks.full_kv_num_blocks is not None:
         n_full = load_count(blocks.full_kv_num_blocks + group, True, sizes)
@@ -262,8 +263,8 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, sm_
     begin, end = tiles * split // splits, tiles * (split + 1) // splits
     if PAGES is not None:
         PAGES += b * sizes.MAX_PAGES
-    for AGAIN in tl.static_range(2 if WINDOWED or MASK_MOD is not None else 1):
-        if AGAIN:  # with the values that no query sees as zeros, if one was nan or inf: 0 * nan is nan
+    for AGAIN in tl.static_range(1 if MASK_MOD is None else 2):
+        if AGAIN:  # if an unseen value was nan or inf, with zeros in place of the unseen: 0 * nan is nan
             again = tl.max((acc != acc).to(tl.int32)) > 0
             begin = tl.where(again, begin, end)
             m_i = tl.where(again, -float("inf"), m_i)
@@ -286,9 +287,13 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, sm_
                 k_row = page * stride_k[0] + j % sizes.PAGE_SIZE * stride_k[1]
                 v_row = page * stride_v[0] + j % sizes.PAGE_SIZE * stride_v[1]
                 # load the next tile's pages now: otherwise the copies of its keys would wait for them
-                t2 = tl.minimum(t + 1, end - 1)  # the tile after
-                start = first_key(t2, group, n_full, sink, skipped, blocks, sizes, TILES_PER_BLOCK, BLOCK_N)
+                next_t = tl.minimum(t + 1, end - 1)
+                start = first_key(
+                    next_t, group, n_full, sink, skipped, blocks, sizes, TILES_PER_BLOCK, BLOCK_N
+                )
                 page = load_pages(PAGES, start, n, sizes, BLOCK_N)
+            if WINDOWED:  # a value that no query sees may be nan, and 0 * nan is nan
+                exists = exists & ((j >= windows) | (j < n_before(sizes.N_SINK, sizes)))
             k = tl.load(K + k_row[:, None], mask=exists[:, None] & in_d, other=0.0)  # [BLOCK_N, BLOCK_D]
             v = tl.load(V + v_row[:, None], mask=exists[:, None] & in_d, other=0.0)  # [BLOCK_N, BLOCK_D]
             s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
@@ -491,6 +496,8 @@ def make_config(call):
     shared |= dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
     CHUNK, num_warps = (64, 4) if merge_grid <= n_sm else (16, 2)  # few large programs, or many small ones
     options, merge_options = dict(num_warps=4, num_stages=num_stages), dict(num_warps=num_warps)
+    if windowed and BLOCK_M == 16 and not large:
+        options["maxnreg"] = 128  # else one program less fits an SM: 4k keys in L2 took 11 us, not 9
     if pdl:
         options["launch_pdl"] = merge_options["launch_pdl"] = True
     constants, merge_constants = constants | shared, shared | dict(CHUNK=CHUNK)
