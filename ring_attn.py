@@ -1,7 +1,7 @@
 """Ring attention: exact attention over sequences longer than one GPU holds.
 
-Every rank (process) holds the queries, keys and values of its own T tokens, its shard. Keys and values travel
-round the ring of ranks, one shard per hop, and each hop folds them into a running softmax, per query row:
+Every rank (process) holds queries, keys and values of T tokens, its shard. Keys and values travel round the
+ring of ranks, one shard per hop, and each hop folds them into a running softmax, per query row:
 
     lse = log sum_j exp(s_j)            s_j = sm_scale * q . k_j
     o   = sum_j exp(s_j - lse) v_j
@@ -68,8 +68,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = constexpr(math.log2(math.e))
 INT_MAX = 2**31 - 1
-PAD = "pad it, or change the number of ranks"
-ROW_PAD = constexpr(128)  # a multiple of every tile's rows. Rows move, and lse and delta are padded, in these
+PAD_HINT = "pad it, or change the number of ranks"
+ROW_PAD = constexpr(128)  # keys move, and lse and delta are padded, in such blocks of rows: whole tiles
 
 # =============================================================================
 # Part I: the algorithm
@@ -87,7 +87,7 @@ def reference_fwd(q, k, v, o, lse, q_pos, k_pos, sm_scale):
     """Fold keys and values into the softmax state (o, lse) of the queries and return the new state.
 
     q, o (B, M, H, D), lse (B, H, M), k, v (B, N, HKV, D). q_pos (M,), k_pos (N,): query i sees key j where
-    k_pos[j] <= q_pos[i]; both None: every key. Computes in the dtype of o, float32 or float64.
+    k_pos[j] <= q_pos[i]; q_pos None: every key. Computes in the dtype of o, float32 or float64.
     """
     G = q.shape[2] // k.shape[2]
     q, o = (rearrange(x.to(o.dtype), "b m (h g) d -> b h g m d", g=G) for x in (q, o))
@@ -128,6 +128,9 @@ class Layout(NamedTuple):
     stride: int
     jump: int
 
+    def position(self, i, T):
+        return self.start + self.stride * i + self.jump * (i >= T // 2)
+
 
 class Schedule(NamedTuple):
     batch_groups: int  # the batch is cut into this many equal groups, each with a layout of its own
@@ -151,19 +154,18 @@ def batch_slices(B, n_groups):
 
 
 def rank_layouts(schedule, rank, n_ranks, T):
-    """One Layout per batch group; a ring of one has a single group under every schedule."""
-    return SCHEDULES[schedule].layouts(rank, n_ranks, T)[: 1 if n_ranks == 1 else None]
+    """One Layout per batch group."""
+    layouts = SCHEDULES[schedule].layouts(rank, n_ranks, T)
+    return layouts[:1] if n_ranks == 1 else layouts  # all are 0..T-1 on a ring of one, which takes any B
 
 
 def layout_positions(layout, T, device=None):  # (T,) int64
-    i = torch.arange(T, device=device)
-    return layout.start + layout.stride * i + layout.jump * (i >= T // 2)
+    return layout.position(torch.arange(T, device=device), T)
 
 
 def positions(schedule, rank, n_ranks, T, B=1, device=None):
     """Global positions of a rank's T tokens: (1, T) int64, or (B, T) under a schedule that splits the batch,
-    such as step, which needs B. Raises ValueError where the schedule, rank, T or B do not fit.
-    """
+    such as step, which needs B. Raises ValueError where the schedule, rank, T or B do not fit."""
     check_schedule(schedule, n_ranks, T, B)
     if not 0 <= rank < n_ranks:
         raise ValueError(f"{rank=} must be in 0..{n_ranks - 1}")
@@ -179,9 +181,9 @@ def shard(x, schedule, rank, n_ranks):
     """
     B, S = x.shape[:2]
     if n_ranks < 1 or S % n_ranks:
-        raise ValueError(f"seq_len={S} must be a multiple of {n_ranks=}; {PAD}")
-    pos = positions(schedule, rank, n_ranks, S // n_ranks, B, x.device)  # (1 or B, T)
-    return x[:, pos[0]] if len(pos) == 1 else x[torch.arange(B, device=x.device)[:, None], pos]
+        raise ValueError(f"seq_len={S} must be a multiple of {n_ranks=}; {PAD_HINT}")
+    rows = torch.arange(B, device=x.device)[:, None]
+    return x[rows, positions(schedule, rank, n_ranks, S // n_ranks, B, x.device)]
 
 
 def merge(shards, schedule):
@@ -196,11 +198,11 @@ def merge(shards, schedule):
 
 # -----------------------------------------------------------------------------
 # plan: what each rank does at each hop. Positions increase with the local index, so the keys that a query
-# sees under a causal mask are the first ones of a shard: how many is all that there is to know
+# sees under a causal mask are the first ones of a shard, and a count describes them
 
 
 class HopRow(NamedTuple):
-    """What kernels read about one batch group at one hop: nine integers; part II names the columns."""
+    """What kernels read about one batch group at one hop."""
 
     q_start: int  # 0..2: Layout of the queries
     q_stride: int
@@ -212,9 +214,13 @@ class HopRow(NamedTuple):
     carry: int  # rows of (o, lse), or of dq, that hold the result of earlier hops: 0 or T
     carry_grad: int  # rows of dk, dv, from the first on, that hold what other ranks added
 
+    def positions(self, T, device=None):
+        """Those of the queries and those of the keys, (T,) each."""
+        return [layout_positions(Layout(*layout), T, device) for layout in (self[:3], self[3:6])]
+
 
 class Hop(NamedTuple):
-    """What one rank does at one hop; made by `plan`. Tuples have one entry per batch group."""
+    """What one rank does at one hop. Tuples have one entry per batch group."""
 
     source: int  # the rank whose keys and values are at hand
     rows: tuple  # HopRows
@@ -232,69 +238,57 @@ class Hop(NamedTuple):
 
 
 def n_visible(q_layout, k_layout, T):
-    """How many of the T keys of k_layout the last of T queries of q_layout sees under a causal mask, rounded
-    up to whole tiles: kernels read these, and multiply what no query sees by 0, which must not be nan."""
-    last = q_layout.start + q_layout.stride * (T - 1) + q_layout.jump * (T - 1 >= T // 2)
-    first_half = (last - k_layout.start) // k_layout.stride + 1
-    second_half = (last - k_layout.start - k_layout.jump - k_layout.stride * (T // 2)) // k_layout.stride + 1
+    """How many of T keys the last of T queries sees under a causal mask, rounded up to whole tiles. Kernels
+    read whole tiles, and multiply values that no query sees by 0: those rows must hold numbers, not nan."""
+    ahead = q_layout.position(T - 1, T) - k_layout.start
+    first_half = ahead // k_layout.stride + 1
+    second_half = (ahead - k_layout.jump) // k_layout.stride + 1 - T // 2
     n = min(max(first_half, 0), T // 2) + min(max(second_half, 0), T - T // 2)
     return min(-(-n // ROW_PAD.value) * ROW_PAD.value, T)
 
 
 @functools.lru_cache(maxsize=4096)
 def plan(schedule, rank, n_ranks, T, causal, direction):
-    """The hops of one rank: a tuple of n_ranks Hops. Hop 0 works on the rank's own keys.
+    """The hops of one rank: a tuple of n_ranks Hops. Hop 0 works on its own keys, those it holds at first.
 
     direction 1 (forward): keys move to the next rank, hop j has those of rank - j. direction -1 (backward):
-    keys and the gradients added up for them move to the previous rank, hop j has those of rank + j; the
-    gradients of the own keys come home after hop n_ranks - 1 and are finished last.
+    keys and their gradients move to the previous rank, hop j has those of rank + j; the gradients of the own
+    keys come home after hop n_ranks - 1 and are finished last.
     """
     R = n_ranks
     layouts = [rank_layouts(schedule, r, R, T) for r in range(R)]
-    groups = range(len(layouts[0]))
     sources = [(rank - direction * j) % R for j in range(R)]
 
-    def seen(q_rank, k_rank, g):
-        return n_visible(layouts[q_rank][g], layouts[k_rank][g], T) if causal else T
-
-    def seen_at(source, stops):  # the most rows seen by a rank that holds source's keys at one of these hops
+    def most_seen(source, stops):  # by batch group, by the ranks that hold the keys of `source` at these hops
         ranks = [(source + direction * j) % R for j in stops]
-        return tuple(max((seen(r, source, g) for r in ranks), default=0) for g in groups)
-
-    def first_key(source, g):
-        layout = layouts[source][g]  # if T is 1, its only token is in the second half
-        return layout.start + layout.jump * (T // 2 == 0) if causal else -1
+        most = [0] * len(layouts[0])
+        for r, (g, k_layout) in itertools.product(ranks, enumerate(layouts[source])):
+            most[g] = max(most[g], n_visible(layouts[r][g], k_layout, T) if causal else T)
+        return tuple(most)
 
     hops = []
     for j, source in enumerate(sources):
-        arriving = (rank - direction * (j + 1)) % R
-        carry_grad = seen_at(source, range(1, j if j else R))  # the own keys are finished last
+        later, earlier, arriving = range(j + 1, R), range(1, j + 1), (source - direction) % R
+        # added by the ranks before this one; to the own keys, whose turn comes last, by all other ranks
+        carry_grad = most_seen(source, range(1, j or R))
         rows = []
-        for g in groups:
-            next_start = min((first_key(s, g) for s in sources[j + 1 :]), default=INT_MAX)
-            carry = T if j else 0
-            rows.append(HopRow(*layouts[rank][g], *layouts[source][g], next_start, carry, carry_grad[g]))
-        hops.append(
-            Hop(
-                source=source,
-                rows=tuple(rows),
-                seen=tuple(seen(rank, source, g) for g in groups),
-                send=seen_at(source, range(j + 1, R)),
-                recv=seen_at(arriving, range(j + 1, R)),
-                send_grad=seen_at(source, range(1, j + 1)),
-                recv_grad=seen_at(arriving, range(1, j + 1)),
-            )
-        )
+        for g, layout in enumerate(layouts[rank]):
+            first_keys = [layouts[s][g].position(0, T) if causal else -1 for s in sources[j + 1 :]]
+            next_start, carry = min(first_keys, default=INT_MAX), T if j else 0
+            rows.append(HopRow(*layout, *layouts[source][g], next_start, carry, carry_grad[g]))
+        # send, recv, send_grad, recv_grad
+        moves = [most_seen(s, stops) for stops in (later, earlier) for s in (source, arriving)]
+        hops.append(Hop(source, tuple(rows), most_seen(source, [j]), *moves))
     return tuple(hops)
 
 
 def keys_moved(schedule, n_ranks, T, B=1, causal=True, transport="symmetric"):
-    """How many rows (tokens of one sequence) of keys and values each rank receives in a forward: a list
-    by rank, in whole tiles of 128.
+    """Rows (tokens of one sequence) of keys and values that each rank receives in a forward: a list by rank.
 
-    transport "symmetric": only what its queries see. "p2p": what it or a rank after it sees. Full attention,
-    and striped under any mask, move (n_ranks - 1) * T * B. Under a causal mask "symmetric" moves half of that
-    under contiguous and step on average, three quarters under zigzag. Raises ValueError as `positions` does.
+    transport "symmetric": what its queries see, in whole tiles of 128; "p2p": also what a rank after it sees.
+    Full attention, and striped under any mask, move (n_ranks - 1) * T * B. Under a causal mask "symmetric"
+    moves half of that under contiguous and step on average, three quarters under zigzag. Raises ValueError as
+    `positions` does.
     """
     check_schedule(schedule, n_ranks, T, B)
     check_transport(transport)
@@ -307,12 +301,12 @@ def keys_moved(schedule, n_ranks, T, B=1, causal=True, transport="symmetric"):
 
 
 # -----------------------------------------------------------------------------
-# hop loops. Generators: each `yield` is where a virtual ring lets its other ranks catch up
+# hop loops: generators. At each `yield` a virtual ring lets other ranks catch up; the last yields the result
 
 
 class Backend(NamedTuple):
-    """The kernels of one hop; read torch_fwd, torch_preprocess, torch_dq and torch_dkv. They keep acc, dk_acc
-    and dv_acc, float32, from hop to hop, and write o, dq, dk and dv, which may be the same tensors."""
+    """The functions of one hop: torch_fwd, torch_preprocess, torch_dq, torch_dkv, or kernels. Sums stay in
+    acc, dk_acc, dv_acc, float32, between hops; complete ones go to o, dq, dk, dv. Both may be one tensor."""
 
     forward: Callable
     preprocess: Callable
@@ -334,12 +328,13 @@ def forward_hops(ring, q, k, v, schedule, causal, sm_scale, backend, transport):
             BACKENDS[backend].forward(q, k_hop, v_hop, o, acc, lse, hop, causal, sm_scale)
         yield
     link.finish()
-    return o, lse
+    yield o, lse
 
 
 def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, backend, transport):
-    """dq, dk, dv. The own keys come first for dq and last for dk, dv. So the first keys arrive under dq of
-    the own ones, and gradients travel under dq of the same hop and are home after n_ranks - 1 hops."""
+    """dq, dk, dv. Hop 0 computes dq from the own keys; meanwhile the next keys arrive. Every later hop adds
+    to dk, dv of its keys, sends them on, and computes dq while they travel. After the last hop, dk, dv of the
+    own keys have come home, and this rank adds its part."""
     kernels = BACKENDS[backend]
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -361,14 +356,14 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, b
     home = [accumulator(x, acc_dtype, 1, backend) for x in (dk, dv)] if alone else link.grads(ring.n_ranks)
     kernels.dkv(q, k, v, do, lse_delta, dk, dv, *home, hops[0], causal, sm_scale)
     link.finish()
-    return dq, dk, dv
+    yield dq, dk, dv
 
 
 def accumulator(x, acc_dtype, n_hops, backend):
-    """Where hops keep x in acc_dtype until it is complete: x itself if it has that dtype."""
+    """Where hops keep the sum for x, in acc_dtype, until it is complete: x itself if it has that dtype."""
     if x.dtype == acc_dtype:
         return x
-    if n_hops == 1 and backend != "torch":
+    if n_hops == 1 and backend != "torch":  # kernels keep the sum of a single hop in registers
         return unused_argument(acc_dtype, x.device)
     return torch.empty(x.shape, dtype=acc_dtype, device=x.device)
 
@@ -385,7 +380,7 @@ def unused_argument(dtype, device):
 def torch_blocks(hop, B, T, causal, device, block=512):
     """Blocks of queries and the keys that they see: (batch slice, query slice, key slice, q_pos, k_pos)."""
     for row, b in zip(hop.rows, batch_slices(B, len(hop.rows))):
-        q_pos, k_pos = (layout_positions(Layout(*layout), T, device) for layout in (row[:3], row[3:6]))
+        q_pos, k_pos = row.positions(T, device)
         for start in range(0, T, block):
             m = slice(start, min(start + block, T))
             n = int((k_pos <= q_pos[m][-1]).sum()) if causal else T
@@ -404,7 +399,7 @@ def torch_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
 
 
 def torch_preprocess(o, do, lse, dlse):
-    """lse and delta = rowsum(do * o) - dlse: a gradient of lse enters ds = p * (dp - delta) like that."""
+    """lse and delta = rowsum(do * o) - dlse; so a gradient of lse, too, enters ds = p * (dp - delta)."""
     delta = einsum(o.to(lse.dtype), do.to(lse.dtype), "b t h d, b t h d -> b h t")
     return lse, delta if dlse is None else delta - dlse
 
@@ -433,31 +428,31 @@ def torch_dkv(q, k, v, do, lse_delta, dk, dv, dk_acc, dv_acc, hop, causal, sm_sc
 
 # -----------------------------------------------------------------------------
 # the p2p transport. A transport is a class; a hop loop makes an object of it, its `link`, with four methods:
-#   keys(j)      k, v of hop j, arrived; those of hop j + 1 are on their way when it returns
-#   grads(j)     where dk, dv of hop j are added to those of earlier ranks; at the end those of the own keys
-#   pass_on(j)   the gradients of hop j are complete: on to the next rank
-#   finish()     no other rank uses this rank's memory any more
+#   keys(j)      k, v of hop j, which have arrived; starts to move those of hop j + 1
+#   grads(j)     dk, dv of the keys of hop j, as earlier ranks left them; grads(n_ranks): of the own keys
+#   pass_on(j)   sends dk, dv of hop j on; this rank has added its part
+#   finish()     after this, no other rank reads or writes this rank's memory
 
 
 class P2P:
-    """Neighbours pass shards of keys on by send and receive (NCCL or gloo, any number of hosts). A rank holds
-    at most two shards of other ranks, and two of gradients."""
+    """Neighbours pass keys on by send and receive (NCCL or gloo, any number of hosts). A rank holds at most
+    two shards of other ranks, and two of gradients."""
 
     def __init__(self, ring, schedule, k, v, causal, direction, acc_dtype=None):
-        """direction as in `plan`. acc_dtype: the dtype of gradients on the way, if there will be any."""
+        """acc_dtype: the dtype of gradients on the way, if there will be any."""
         self.ring, self.kv, self.direction = ring, (k, v), direction
         self.hops = plan(schedule, ring.rank, ring.n_ranks, k.shape[1], causal, direction)
-        n_buffers = min(2, len(self.hops) - 1)
-        self.kv_staging = [[torch.empty_like(x) for x in (k, v)] for _ in range(n_buffers)]
-        n_buffers = 2 if n_buffers and acc_dtype else 0
-        self.grad_staging = [[torch.empty_like(x, dtype=acc_dtype) for x in (k, v)] for _ in range(n_buffers)]
+        n_kv = min(2, ring.n_ranks - 1)
+        self.kv_staging = [[torch.empty_like(x) for x in (k, v)] for _ in range(n_kv)]
+        n_grad = 2 if n_kv and acc_dtype else 0
+        self.grad_staging = [[torch.empty_like(x, dtype=acc_dtype) for x in (k, v)] for _ in range(n_grad)]
 
     def keys(self, j):
         hop = self.hops[j]
         if j > 0:
             self.wait_keys()
             self.kv = self.kv_staging[(j - 1) % 2]
-        if j < len(self.hops) - 1:  # posted before the kernel of this hop, which it overlaps
+        if j < len(self.hops) - 1:  # posted before the kernel of this hop, under which they move
             send, recv = first_rows(self.kv, hop.send), first_rows(self.kv_staging[j % 2], hop.recv)
             self.wait_keys = self.ring.exchange(send, recv, self.direction, ("keys", j + 1))
         return self.kv
@@ -477,26 +472,25 @@ class P2P:
 
 
 def first_rows(tensors, rows):
-    """Contiguous views of the first rows[g] rows of each sequence of batch group g; tensors (B, T, ...)."""
+    """Contiguous views of the first rows[g] tokens of each sequence of batch group g; tensors (B, T, ...)."""
     B, T = tensors[0].shape[:2]
     if all(n == T for n in rows):
         return list(tensors)
     views = []
-    for x, (group, n) in itertools.product(tensors, list(zip(batch_slices(B, len(rows)), rows))):
+    for x, (group, n) in itertools.product(tensors, zip(batch_slices(B, len(rows)), rows)):
         if n:
             views += [x[group]] if n == T else [x[b, :n] for b in range(group.start, group.stop)]
     return views
 
 
 # -----------------------------------------------------------------------------
-# rings: who the ranks are. All of them virtual, in one process, or one process each
+# rings: who the ranks are, all in one process or a process each
 
 
 class VirtualRing:
-    """A ring of n_ranks on one device, in one process: the same hop loops, in lockstep.
+    """A ring of n_ranks on one device, in one process: the same hop loops, in lockstep. For tests.
 
-    Pass it as `group`; q, k, v then hold all S tokens, and so does o. For tests and for reading. Two of the
-    same size are the same ring to operators, which know it by the number -n_ranks.
+    Pass it as `group`; q, k, v then hold all S tokens, and so does o. Operators take its number, -n_ranks.
     """
 
     def __init__(self, n_ranks):
@@ -507,11 +501,9 @@ class VirtualRing:
         self.agreed, self.tables = {}, {}
 
     def on_device(self, hops, device):
-        """hops with their tables on the device. The ring keeps them, since CUDA graphs go on reading them."""
-        found = self.tables.get((hops, device))
-        if found is None:
-            found = self.tables[hops, device] = on_device(hops, device)
-        return found
+        """hops with their tables on the device, which the ring keeps, as CUDA graphs go on reading them."""
+        key = hops, device
+        return self.tables.get(key) or self.tables.setdefault(key, on_device(hops, device))
 
     def agree(self, signature, problem):
         if problem:
@@ -521,22 +513,16 @@ class VirtualRing:
         pass
 
     def run(self, hops, tensors, schedule, *args):
-        mail, loops, results = {}, {}, [None] * self.n_ranks
+        mail, loops = {}, []
         for rank in range(self.n_ranks):
-            cut = [x if x is None else shard_heads(x, schedule, rank, self.n_ranks) for x in tensors]
-            loops[rank] = hops(VirtualRank(self, rank, mail), *cut, schedule, *args)
-        while loops:
-            for rank, loop in list(loops.items()):
-                try:
-                    next(loop)
-                except StopIteration as end:
-                    results[rank] = end.value
-                    del loops[rank]
-        return tuple(merge_heads(shards, schedule) for shards in zip(*results))
+            cut = [x if x is None else swap(shard(swap(x), schedule, rank, self.n_ranks)) for x in tensors]
+            loops.append(hops(VirtualRank(self, rank, mail), *cut, schedule, *args))
+        *_, results = zip(*loops)  # takes all ranks one hop further at a time
+        return tuple(swap(merge([swap(x) for x in shards], schedule)) for shards in zip(*results))
 
 
 class VirtualRank:
-    """One rank of a VirtualRing, in one hop loop. Its shards move as in p2p, through `mail`."""
+    """One rank of a VirtualRing, in one hop loop. Its shards move as in P2P, through `mail`."""
 
     def __init__(self, ring, rank, mail):
         self.rank, self.n_ranks, self.on_device = rank, ring.n_ranks, ring.on_device
@@ -547,49 +533,41 @@ class VirtualRank:
 
     def exchange(self, send, recv, direction, what):
         number, source = self.n_posted, (self.rank - direction) % self.n_ranks
-        self.mail[self.rank, number] = send  # the neighbour's exchange of the same number takes it
+        self.mail[self.rank, number] = send  # for the neighbour's exchange of the same number
         self.n_posted += 1
         return lambda: [x.copy_(y) for x, y in zip(recv, self.mail.pop((source, number)), strict=True)]
 
 
-def shard_heads(x, *args):
-    """`shard` of (B, S, H, D), or of (B, H, S)."""
-    return shard(x, *args) if x.ndim == 4 else shard(x.transpose(1, 2), *args).transpose(1, 2).contiguous()
+def swap(x):
+    """(B, H, T) as (B, T, H), for `shard` and `merge`, and back. (B, T, H, D) stays."""
+    return x if x.ndim == 4 else x.transpose(1, 2).contiguous()
 
 
-def merge_heads(shards, schedule):
-    """`merge` of (B, T, H, D), or of (B, H, T)."""
-    if shards[0].ndim == 4:
-        return merge(shards, schedule)
-    return merge([x.transpose(1, 2) for x in shards], schedule).transpose(1, 2).contiguous()
-
-
-RINGS = {}  # by number, while their group lives: operators take these numbers, as they cannot take objects
-RING_OF = weakref.WeakKeyDictionary()  # the Ring of each process group
-NUMBERS = itertools.count()
+RINGS = weakref.WeakValueDictionary()  # by number, which operators take, as they cannot take objects
+RING_OF = weakref.WeakKeyDictionary()  # the Ring of each process group, while that lives
+RING_NUMBERS = itertools.count()
 
 
 class Ring:
-    """The processes of `group` in rank order, or this process alone. `resolve_ring` makes one per group.
+    """The processes of `group`, or this process alone. `resolve_ring` makes one per group.
 
     transport: "p2p" or "symmetric", chosen by the first call on more than one rank; why: the reason.
     """
 
     def __init__(self, group=None):
         self.group_ref, self.rank, self.n_ranks, self.processes = None, 0, 1, [0]
-        self.number = next(NUMBERS)
+        self.number = next(RING_NUMBERS)
         RINGS[self.number] = self
-        if group is not None:  # only whoever made a group keeps it alive
-            self.group_ref = weakref.ref(group, functools.partial(forget_ring, self.number))
+        if group is not None:
+            self.group_ref = weakref.ref(group)  # only whoever made a group keeps it alive
             self.rank, self.n_ranks = dist.get_rank(group), dist.get_world_size(group)
             self.processes = dist.get_process_group_ranks(group)
         self.prev_rank, self.next_rank = (self.rank - 1) % self.n_ranks, (self.rank + 1) % self.n_ranks
         self.transport, self.why = None, "nothing has moved yet"
-        self.settled = None  # the type of device that the transport was chosen for
-        self.agreed = {}  # what every rank has confirmed, oldest first
-        self.tables = {}  # see on_device
+        self.settled_for = None  # the type of device that the transport was chosen for
+        self.agreed, self.tables = {}, {}  # what every rank has confirmed, oldest first; see on_device
         self.memory, self.retired = None, []  # SymmetricMemory, and those that CUDA graphs may still use
-        self.waiter = None  # of the watchdog
+        self.waiter = None  # tells the watchdog what p2p waits for on a GPU
 
     @property
     def group(self):
@@ -613,43 +591,38 @@ class Ring:
 
     def exchange(self, send, recv, direction, what):
         """Post: `send` goes to the next rank (direction 1) or the previous one (-1), `recv` fills from the
-        other side. Returns a function that waits (on CUDA: makes the current stream wait) and keeps the
-        tensors alive until then.
+        other side. Returns a function that waits; on CUDA it makes the current stream wait.
         what: (name, hop) of the tensors to receive, for messages."""
         to, source = (self.next_rank, self.prev_rank)[::direction]
         group, reason, began = self.group, (*what, source), time.monotonic()
-        ops = [dist.P2POp(dist.isend, x, dist.get_global_rank(group, to), group) for x in send]
-        ops += [dist.P2POp(dist.irecv, x, dist.get_global_rank(group, source), group) for x in recv]
+        ops = [dist.P2POp(dist.isend, x, self.processes[to], group) for x in send]
+        ops += [dist.P2POp(dist.irecv, x, self.processes[source], group) for x in recv]
 
-        def naming_ranks(f, *args):
+        def with_ranks_named(f, *args):
             try:
                 return f(*args)
             except RuntimeError as error:  # gloo's, which names an address at most
                 lost = lost_message(self, reason, time.monotonic() - began)
                 raise RuntimeError(lost + missing_text(group, error)) from error
 
-        works = naming_ranks(dist.batch_isend_irecv, ops) if ops else []
+        works = with_ranks_named(dist.batch_isend_irecv, ops) if ops else []
 
-        def wait(tensors=(send, recv)):
+        def wait(tensors=(send, recv)):  # the default keeps them alive until here
             with self.waiter.waits_for(reason) if self.waiter and works else contextlib.nullcontext():
                 for work in works:
-                    naming_ranks(work.wait)
+                    with_ranks_named(work.wait)
 
         return wait
 
     def run(self, hops, tensors, *args):
-        """Run a hop loop (a generator) to its end and return its result."""
-        loop = hops(self, *tensors, *args)
-        while True:
-            try:
-                next(loop)
-            except StopIteration as end:
-                return end.value
+        """The result of a hop loop."""
+        *_, result = hops(self, *tensors, *args)
+        return result
 
     # agreement between the ranks
 
     def gather(self, x):
-        """x of every rank, by rank. x can be pickled."""
+        """x of every rank, by rank: anything that can be pickled."""
         if self.n_ranks == 1:
             return [x]
         group, everyone, began = self.group, [None] * self.n_ranks, time.monotonic()
@@ -663,60 +636,57 @@ class Ring:
         return everyone
 
     def agree(self, signature, problem):
-        """Raise ValueError on every rank if any has a problem (text), or if their signatures (dicts)
-        differ."""
-        answers = self.gather((signature, problem))  # also makes NCCL's communicator, with every rank present
-        problems = {rank: p for rank, (_, p) in enumerate(answers) if p}
-        if len(problems) == self.n_ranks and len(set(problems.values())) == 1:
-            raise ValueError(problems[0])
-        if problems:
-            raise ValueError("; ".join(f"rank {rank}: {p}" for rank, p in problems.items()))
-        first = answers[0][0]
-        for rank, (other, _) in enumerate(answers):
-            differ = [name for name in {**first, **other} if other.get(name) != first.get(name)]
+        """Raise ValueError on every rank if any has a problem (text) or their signatures (dicts) differ."""
+        # also makes NCCL's communicator, with every rank present
+        signatures, problems = zip(*self.gather((signature, problem)))
+        if any(problems):
+            raise ValueError(by_rank(problems))
+        first = signatures[0]
+        for rank, other in enumerate(signatures):
+            differ = [name for name in first | other if other.get(name) != first.get(name)]
             if differ:
                 mine, theirs = (", ".join(f"{name}={s.get(name)}" for name in differ) for s in (first, other))
                 differ = f"rank 0 has {mine}; rank {rank} has {theirs}"
                 raise ValueError(f"ranks disagree: {differ}; pass the same on every rank")
 
     def settle(self, device, transport=None):
-        """On all ranks together: choose the transport, if that has not been done. Raises ValueError if
-        `transport` is "symmetric" and cannot be had."""
-        if self.n_ranks > 1 and self.settled != device.type:
+        """On all ranks together: choose the transport, once. Raises ValueError if `transport` is "symmetric"
+        and cannot be had."""
+        if self.n_ranks > 1 and self.settled_for != device.type:
             self.transport, self.why = choose_transport(self.gather(transport_facts(device)))
             if device.type == "cuda" and self.waiter is None and cuda_driver():
                 self.waiter = Waiter(self)
-            self.settled = device.type
+            self.settled_for = device.type
         if transport == "symmetric" and self.transport == "p2p":
-            way_out = 'use transport="p2p", or None to choose'
-            raise ValueError(f'transport="symmetric" cannot be had: {self.why}; {way_out}')
+            raise ValueError(f'transport="symmetric" cannot be had: {self.why}; use "p2p", or None to choose')
 
     def prepare(self, k, backward, transport):
         """On all ranks together, once per shape: choose the transport, and have memory for it."""
-        with torch.cuda.device_of(k):  # whose events and memory are made, whatever device is the current one
+        with torch.cuda.device_of(k):  # events and memory are made there, whatever device is the current one
             self.settle(k.device, transport)
             if self.transport == "symmetric" and k.is_cuda and transport != "p2p":
                 reserve(self, k, backward)
                 self.settle(k.device, transport)
 
 
-def forget_ring(number, group_ref):
-    RINGS.pop(number, None)
-
-
 virtual_ring = functools.cache(VirtualRing)
 ALONE = Ring()  # a ring of one, whatever the process group
 
 
+def by_rank(problems):
+    """The problems of all ranks (texts or None) as one text: "" for none, and once what all ranks say."""
+    if len(set(problems)) == 1:
+        return problems[0] or ""
+    return "; ".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem)
+
+
 def ring_numbered(number):
-    """The ring that operators know by this number."""
     return virtual_ring(-number) if number < 0 else RINGS[number]
 
 
 def resolve_ring(group):
     """The ring of what users pass as `group`: None (the default process group, or this process alone if there
-    is none), a ProcessGroup, which has one Ring, a VirtualRing or a Ring. Raises ValueError for anything
-    else."""
+    is none), a ProcessGroup, which has one Ring, a VirtualRing or a Ring. Raises ValueError for all else."""
     return group if isinstance(group, (VirtualRing, Ring)) else process_ring(group)
 
 
@@ -727,8 +697,7 @@ def process_ring(group):
     if group is None:
         return ALONE
     if not isinstance(group, dist.ProcessGroup):
-        wanted = "None, a ProcessGroup this process belongs to, a VirtualRing or a Ring"
-        raise ValueError(f"group must be {wanted}, not {group!r}")
+        raise ValueError(f"{group=} must be None, a ProcessGroup of this process, a VirtualRing or a Ring")
     if group not in RING_OF:
         RING_OF[group] = Ring(group)
     return RING_OF[group]
@@ -740,28 +709,25 @@ def process_ring(group):
 
 def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None, return_lse=False, *,
               backend=None, transport=None):  # fmt: skip
-    """softmax(sm_scale * q k^T) v over a sequence that is sharded over the ranks of `group`. Differentiable
-    (once).
+    """softmax(sm_scale * q k^T) v over a sequence sharded over the ranks of `group`. Differentiable once.
 
     q: (B, T, H, D), k, v: (B, T, HKV, D): this rank's tokens under `schedule`, see `shard`; T, B the same on
        every rank. bfloat16, float16 or float32 (float64 in the torch path). H a multiple of HKV; D up to 256.
        Any strides. Under torch.autocast they are cast as scaled_dot_product_attention casts them.
     schedule: a key of SCHEDULES. Under causal=False all of them give the same result.
-    group: a process group; None for the default one, or for a ring of one if there is none; VirtualRing(n);
-       or a Ring, as resolve_ring makes.
+    group: a process group; None: the default one, or a ring of one if there is none; a VirtualRing; a Ring.
     sm_scale: above 0; None means D ** -0.5.
     return_lse: also return lse (B, H, T) float32 (float64 for float64 inputs), the natural log of the
        softmax's denominator; gradients flow through it.
     backend: "torch", "triton" (any GPU, and CPU tensors under TRITON_INTERPRET=1) or "gluon" (Hopper); None
        chooses the fastest one.
     transport: "p2p" (send and receive between neighbours: NCCL, gloo) or "symmetric" (CUDA, one host: copies
-       from where the keys are); None: symmetric memory where all GPUs can read each other.
-       resolve_ring(group).transport says which one None means, .why says why.
+       by the GPUs); None: symmetric where all GPUs can read each other. resolve_ring(group).transport says
+       which one None means, .why says why.
     Returns o, (B, T, H, D), in the dtype of q.
 
     Calls of one ring share staging memory and flags. Eager calls may be on any stream, as each waits for the
-    one before; a CUDA graph cannot: replay it on the stream of the eager calls, or order the streams
-    yourself.
+    one before. A CUDA graph cannot wait: replay it on the stream of the eager calls, or order the streams.
 
     Raises ValueError on every rank if any rank's inputs do not fit or the ranks' inputs differ. That is
     checked once per new combination of shapes and options. A rank that changes them alone, after the others
@@ -785,8 +751,8 @@ def bias_problem(bias):
     return None if bias is None else "bias is not supported yet; pass None"
 
 
-def spelled_out(schedule):
-    """The function NAME_attn_func of a schedule: ring_attn with the ring spelled out."""
+def named_attn_func(schedule):
+    """The public function of one schedule, NAME_attn_func."""
 
     def func(q, k, v, n_ranks, rank, prev_rank, next_rank, bias=None, causal=True, sm_scale=None, *,
              group=None, transport=None):  # fmt: skip
@@ -799,17 +765,17 @@ def spelled_out(schedule):
         return attend(q, k, v, schedule, ring, causal, sm_scale, transport=transport, problem=problem)
 
     func.__name__ = func.__qualname__ = f"{public_name(schedule)}_attn_func"
-    func.__doc__ = f"""ring_attn(q, k, v, schedule="{schedule}") with the ring spelled out.
+    func.__doc__ = f"""ring_attn(q, k, v, schedule="{schedule}") with the ring's ranks as arguments.
 
     q: (B, T, H, D), k, v: (B, T, HKV, D), this rank's tokens, see `shard`. Ranks are those within `group`
     (default: all processes); n_ranks = 1 without a group is a local call, whatever the process group.
-    bias must be None. Returns o (B, T, H, D).
-    Raises ValueError as ring_attn does, and where the ranks are not the group's.
+    bias must be None. Returns o (B, T, H, D). Raises ValueError as ring_attn does, and for other ranks than
+    the group's.
     """
     return func
 
 
-ATTN_FUNCS = {schedule: spelled_out(schedule) for schedule in SCHEDULES}
+ATTN_FUNCS = {schedule: named_attn_func(schedule) for schedule in SCHEDULES}
 globals().update({f.__name__: f for f in ATTN_FUNCS.values()})  # ring_attn_func, striped_attn_func, ...
 
 
@@ -817,8 +783,8 @@ globals().update({f.__name__: f for f in ATTN_FUNCS.values()})  # ring_attn_func
 def unshard(x, schedule, group=None):
     """The inverse of `shard`: every rank's (B, T, ...) -> the whole (B, S, ...), on every rank. Memory O(S).
 
-    Differentiable (once), for a loss that every rank computes alike from the whole: the gradient is this
-    rank's part. Raises ValueError on every rank if the schedule cannot divide x, or the ranks' shapes differ.
+    Differentiable once, for a loss that every rank computes alike from the whole: the gradient is this rank's
+    part. Raises ValueError on every rank if the schedule cannot divide x, or the ranks' shapes differ.
     """
     ring = resolve_ring(group)
     signature = dict(x=summary(x), schedule=repr(schedule))
@@ -828,19 +794,17 @@ def unshard(x, schedule, group=None):
 
 def work(schedule, n_ranks, T=256):
     """By rank and hop of a causal forward: (whose keys, the share of the scores that is computed)."""
-    table = [[] for _ in range(n_ranks)]
-    for rank in range(n_ranks):
-        for hop in plan(schedule, rank, n_ranks, T, True, 1):
-            shares = []
-            for row in hop.rows:
-                q_pos, k_pos = (layout_positions(Layout(*layout), T) for layout in (row[:3], row[3:6]))
-                shares.append((k_pos <= q_pos[:, None]).double().mean().item())
-            table[rank].append((hop.source, sum(shares) / len(shares)))
-    return table
+
+    def share(row):
+        q_pos, k_pos = row.positions(T)
+        return (k_pos <= q_pos[:, None]).double().mean().item()
+
+    plans = [plan(schedule, rank, n_ranks, T, True, 1) for rank in range(n_ranks)]
+    return [[(hop.source, sum(map(share, hop.rows)) / len(hop.rows)) for hop in hops] for hops in plans]
 
 
 def draw(n_ranks=4, T=256):
-    """One table per schedule: whose keys a rank has at each hop, and the share of scores it computes."""
+    """A table per schedule: whose keys a rank has at each hop, and the share of scores that it computes."""
     lines = []
     for schedule, (B, *_) in SCHEDULES.items():
         hops = "".join(f"hop {j}   " for j in range(n_ranks))
@@ -921,9 +885,12 @@ def state_tile(b, h, row, T, H, BLOCK: constexpr, BLOCK_D: constexpr, HEAD_DIM: 
     return offs[:, None] + offs_d[None, :], (offs_t < T)[:, None] & (offs_d < HEAD_DIM)[None, :]
 
 
-# batch, head, first query, all queries; all of them see the keys before full_end, query i those before
-# row_end[i], none those from end on; rows of the state that are filled; whether no later hop has keys for
-# these queries
+# b, h               batch, head
+# start_m, offs_m    the first query; all queries
+# full_end, end      all queries see the keys before full_end, none those from end on
+# row_end            query i sees the keys before row_end[i]
+# carry              rows of the state that hold the result of earlier hops
+# final              whether no later hop has keys for these queries
 QueryTile = namedtuple("QueryTile", "b h start_m offs_m full_end end row_end carry final")
 
 
@@ -949,7 +916,7 @@ def fwd_kernel(Q, K, V, O, ACC, LSE, HOP, sm_scale, H, G, T, GROUP_B, stride_q, 
                CAUSAL: constexpr, TMA: constexpr, HEAD_DIM: constexpr, BLOCK_D: constexpr,
                BLOCK_M: constexpr, BLOCK_N: constexpr):  # fmt: skip
     """One hop of the forward for one tile of queries. State in ACC (B, T, H, D) and LSE (B, H, T), float32;
-    the last hop that a tile takes part in writes O in its own dtype instead of ACC."""
+    a tile's last hop writes O, in its own dtype, instead of ACC."""
     tile = query_tile(HOP, H, T, GROUP_B, CAUSAL, BLOCK_M, BLOCK_N)
     b, h, start_m, offs_m, carry = tile.b, tile.h, tile.start_m, tile.offs_m, tile.carry
     if (tile.end == 0) & (carry > 0):
@@ -1057,8 +1024,7 @@ def dkv_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_sca
                CAUSAL: constexpr, TMA: constexpr, HEAD_DIM: constexpr, BLOCK_D: constexpr,
                BLOCK_M: constexpr, BLOCK_N: constexpr):  # fmt: skip
     """One hop of dk, dv for one tile of keys. DK_ACC, DV_ACC (B, T, HKV, D) float32 hold what earlier ranks
-    added. DK, DV are the same buffers on the way, and the gradients themselves, in their own dtype, at
-    home."""
+    added. DK, DV are the same buffers on the way; at home they are the gradients, in their own dtype."""
     n_tiles = tl.cdiv(T, BLOCK_N)
     start_n = tl.program_id(0) % n_tiles * BLOCK_N  # under a causal mask the first keys have the most queries
     bh = tl.program_id(0) // n_tiles
@@ -1122,8 +1088,8 @@ COMPILED = {}  # what `launch` has compiled, oldest first
 
 def launch(kernel, device, depends, grid, args, constants, **options):
     """kernel[grid](*args, **constants, **options) without Triton's search for the compiled kernel, which
-    takes the host longer than a small problem takes the GPU. depends: whatever else the compiled code depends
-    on (dtypes, tile shapes, alignment)."""
+    takes longer than a small problem on the GPU. depends: whatever else the compiled code depends on (dtypes,
+    tile shapes, alignment)."""
     key = id(kernel), device, depends, *constants.values()
     if INTERPRET:
         kernel[(grid,)](*args, **constants)
@@ -1168,8 +1134,7 @@ def tile_config(kernel, D, dtype, device):
 
 
 def on_device(hops, device):
-    """hops with their tables on the device. A table is int32, HopRow after HopRow, and begins at a multiple
-    of 16 bytes."""
+    """hops with their tables: int32, HopRow after HopRow, from a multiple of 16 bytes on."""
     rows = torch.tensor([[n for row in hop.rows for n in row] for hop in hops], dtype=torch.int32)
     tables = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4)).to(device)
     return tuple(hop._replace(table=table) for hop, table in zip(hops, tables))
@@ -1192,30 +1157,27 @@ def as_matrix(x, rows):
     return TensorDescriptor(x, shape, [stride_t, 1], [rows, D])
 
 
-def run_portable(kernel, name, by_queries, by_keys, outputs, hop, causal, sm_scale):
-    """Launch a kernel. by_queries: (q,) or (q, do), read in tiles of BLOCK_M rows; by_keys: (k, v), of
-    BLOCK_N. They go as TMA descriptors where the GPU has TMA and no tile overhangs a sequence or a head, else
-    as pointers."""
-    q, k = by_queries[0], by_keys[0]
+def run_portable(kernel, name, inputs, outputs, hop, causal, sm_scale):
+    """Launch a kernel. inputs: q, k, v and perhaps do, as TMA descriptors where the GPU has TMA and no tile
+    overhangs a sequence or a head, else as pointers."""
+    q, k = inputs[:2]
     (B, T, H, D), HKV = q.shape, k.shape[2]
     config = tile_config(name, D, q.dtype, q.device)
     BLOCK_M, BLOCK_N = config["BLOCK_M"], config["BLOCK_N"]
-    inputs = [q, *by_keys, *by_queries[1:]]
     strides = [x.stride()[:3] for x in inputs]
     tma = INTERPRET or capability(q.device)[0] >= 9
     tma = tma and D == config["BLOCK_D"] and T % max(BLOCK_M, BLOCK_N) == 0
     if tma:
-        described = [as_matrix(q, BLOCK_M), *(as_matrix(x, BLOCK_N) for x in by_keys)]
-        described += [as_matrix(x, BLOCK_M) for x in by_queries[1:]]
-        tma = all(x is not None for x in described)
-        inputs = described if tma else inputs
+        matrices = [as_matrix(x, n) for x, n in zip(inputs, (BLOCK_M, BLOCK_N, BLOCK_N, BLOCK_M))]
+        tma = None not in matrices
+        inputs = matrices if tma else inputs
     n_programs = triton.cdiv(T, BLOCK_N) * B * HKV if name == "dkv" else triton.cdiv(T, BLOCK_M) * B * H
     args = *inputs, *outputs, hop.table, sm_scale, H, H // HKV, T, B // len(hop.rows), *strides
     kernel[(n_programs,)](*args, CAUSAL=causal, TMA=tma, **config)
 
 
 def triton_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
-    run_portable(fwd_kernel, "fwd", (q,), (k, v), (o, acc, lse), hop, causal, sm_scale)
+    run_portable(fwd_kernel, "fwd", (q, k, v), (o, acc, lse), hop, causal, sm_scale)
 
 
 def triton_preprocess(o, do, lse, dlse):
@@ -1232,39 +1194,43 @@ def triton_preprocess(o, do, lse, dlse):
 
 
 def triton_dq(q, k, v, do, lse_delta, dq, acc, hop, causal, sm_scale):
-    run_portable(dq_kernel, "dq", (q, do), (k, v), (*lse_delta, dq, acc), hop, causal, sm_scale)
+    run_portable(dq_kernel, "dq", (q, k, v, do), (*lse_delta, dq, acc), hop, causal, sm_scale)
 
 
 def triton_dkv(q, k, v, do, lse_delta, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
     outputs = *lse_delta, dk, dv, dk_acc, dv_acc
-    run_portable(dkv_kernel, "dkv", (q, do), (k, v), outputs, hop, causal, sm_scale)
+    run_portable(dkv_kernel, "dkv", (q, k, v, do), outputs, hop, causal, sm_scale)
 
 
 # =============================================================================
 # Part III: fast paths
 # -----------------------------------------------------------------------------
 # Hopper kernels, in Gluon; arguments, state and results as in fwd_kernel, dq_kernel and dkv_kernel. A program
-# per SM works through work tiles, each a tile of rows that is resident while tiles of other rows are
-# streamed. One warp, the producer, loads tiles by TMA into a circle of buffers. Two or three warpgroups, the
-# consumers, have 64 resident rows each: the softmax of one runs under the products of another, and under its
-# own last ones (FlashAttention-3, arXiv 2407.08608). Barriers: k_full[s]: stage s holds keys.
-# producer_acquire(s): all consumers have read it.
+# per SM works through work tiles. The rows of a work tile are resident while tiles of other rows stream by.
+# One warp, the producer, loads tiles by TMA into a ring of buffers. Two or three warpgroups, the consumers,
+# have 64 resident rows each: the softmax of one runs under the products of another, and under its own last
+# ones (FlashAttention-3, arXiv 2407.08608). Barriers: k_full[s]: stage s holds keys. producer_acquire(s): all
+# consumers have read it.
 
 warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
 fence_async_shared = hopper.fence_async_shared
-tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed in triton 3.9
+# by their names in triton 3.8 and later, else by those in 3.6
+tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-warpgroup_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # renamed in triton 3.8
+warpgroup_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
-
-# what all warps know of the problem: the HopRows, sizes, and two numbers for tile_scheduler
+# what all warps know of the problem: HopRows; sizes; L2_HEADS and WAVES for tile_scheduler
 Dims = namedtuple("Dims", "HOP B H G T GROUP_B L2_HEADS WAVES")
-# batch, head, first resident row, HopRow; the first streamed tile, how many are masked (these come first),
-# how many there are; whether there is anything to do
+# b, h, start, hop           batch, head, first resident row, HopRow
+# first, n_masked, n_tiles   the first streamed tile; how many are masked, which come first; how many in all
+# active                     whether there is anything to do
 WorkTile = namedtuple("WorkTile", "b h start hop first n_masked n_tiles active")
-# shared memory: q of each consumer, k and v of each stage; the two factors of s and of dp, and what is
-# streamed with queries; and the barriers that say what they hold
+# shared memory: q of each consumer, k and v of each stage; barriers that say what it holds
 FwdBuffers = namedtuple("FwdBuffers", "q k v q_full q_empty k_full v_full")
+# resident, streamed          the factors of s
+# resident_dp, streamed_dp    the factors of dp
+# lse_delta                   streamed with queries
+# *_full, *_empty             barriers that say what they hold
 BwdBuffers = namedtuple(
     "BwdBuffers", "resident resident_dp streamed streamed_dp lse_delta "
     "resident_full resident_empty streamed_full streamed_dp_full")  # fmt: skip
@@ -1313,9 +1279,9 @@ def producer_acquire(stage, CONSUMERS: constexpr):
 
 @gluon.jit
 def consumer_release_after(x, stage, CONSUMERS: constexpr):
-    """consumer_release, but not before the rows' x, from 0 to 1, are computed: as far as ptxas can know, the
-    barrier's number depends on x. Otherwise ptxas moves this up, and with it the wait for products that
-    follows, and nothing is left to do under those products."""
+    """consumer_release, once the rows' x, from 0 to 1, is computed: as far as ptxas knows, the barrier's
+    number depends on x. Otherwise ptxas moves the release, and the wait for products that follows it, up
+    above the softmax, which then no longer runs under those products."""
     asm: constexpr = """{ .reg .f32 x; .reg .pred p; .reg .b32 n;
         add.f32 x, $2, $3; setp.gt.f32 p, x, 0f40800000; selp.b32 n, 1, 0, p;
         add.s32 n, n, $4; bar.arrive n, $6; mov.b32 $0, $2; mov.b32 $1, $3; }"""
@@ -1370,8 +1336,8 @@ def work_tile(n, dims, BLOCK: constexpr, BLOCK_STREAMED: constexpr, DKV: constex
 
 @gluon.jit
 def store_tile(desc, smem, x, b, row, h):
-    """x into the tile from (b, row, h) on of a 16-bit (B, T, H, D) tensor, by TMA: rows past the end are left
-    out. No earlier store from the buffer may be under way."""
+    """x into the tile from (b, row, h) on of a 16-bit (B, T, H, D) tensor, by TMA, without rows past the end.
+    No earlier store from the buffer may be under way."""
     smem.reshape(x.shape).store(x.to(desc.dtype))
     fence_async_shared()
     tma_store(desc, [b, row, h, 0], smem)
@@ -1916,17 +1882,16 @@ def best_backend(q):
 # the symmetric memory transport (CUDA, one host)
 
 # Multicast is unused here, and a fault in it can stop all GPUs of a host. torch reads this when it first uses
-# symmetric memory: import this module before that
+# symmetric memory: import this module before
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
 
 class Symmetric:
     """Each rank pushes to every other rank those of its keys that the other's queries see, with the copy
-    engine, on a stream of its own: the kernels lose no SM and no launch. Gradients are pulled from the rank
-    before.
+    engine, on a stream of its own: no SM is used. Gradients are pulled from the rank before.
 
-    Signals are flags in the memory of the rank that waits for them; whoever waits clears the flag. By the end
-    of a hop loop all flags are clear and what was sent has been read: loops may follow in any order, and CUDA
+    Signals are flags in the memory of the rank that waits for them, which then clears them. At the end of a
+    hop loop all flags are clear, and all that was sent is read: loops may follow in any order, and CUDA
     graphs replay.
         FREE + reader    keys may be pushed to `reader`
         READY + source   the keys of `source` have been pushed
@@ -1936,7 +1901,7 @@ class Symmetric:
 
     def __init__(self, ring, schedule, k, v, causal, direction, acc_dtype=None):
         self.memory, self.stream, self.rank = ring.memory, ring.memory.copy_stream, ring.rank
-        (B, T, HKV, D), self.k, self.v, known = k.shape, k, v, self.memory.known
+        (B, T, HKV, D), self.kv, known = k.shape, (k, v), self.memory.known
         self.row_bytes = HKV * D * k.element_size()
         key = schedule, B, T, causal, direction
         if key not in known:
@@ -1957,14 +1922,14 @@ class Symmetric:
         stream.run(ops.before)
         if ops.rows:
             to = self.memory.base[ops.peer] + self.memory.kv_staging[ops.peer_staging]
-            for i, x in enumerate((self.k, self.v)):
+            for i, x in enumerate(self.kv):
                 for first, n in ops.rows:
                     at = first * self.row_bytes
                     stream.copy(to + i * x.nbytes + at, x.data_ptr() + at, n * self.row_bytes)
         stream.run(ops.after)
         if ops.arrives:
             self.arrived = stream.record_event()
-        return (self.k, self.v) if ops.staging is None else self.kv_staging[ops.staging]
+        return self.kv if ops.staging is None else self.kv_staging[ops.staging]
 
     def grads(self, j):
         if j > 1:
@@ -1995,25 +1960,25 @@ class StreamOps(NamedTuple):
     staging: int | None  # the staging buffer that this hop's keys were pushed to, if they were
     waits_compute: bool
     before: object  # signals, prepared
-    rows: tuple  # (first row, how many): to push of the own keys, or to pull of gradients
+    rows: tuple  # (first row, how many): of the own keys, to push; of gradients, to pull
     peer: int  # to or from this rank
     peer_staging: int
     after: object  # signals, prepared
-    arrives: bool  # then the keys of the next hop are there
+    arrives: bool  # whether the keys of the next hop are there then
 
 
 def stream_ops(copy_stream, schedule, rank, n_ranks, B, T, causal, direction):
-    """(hops, their StreamOps for keys, for gradients, the signals at the end, whether work is left on the
-    copy stream then). Made once per shape: a call should take the host no longer than a small problem takes
-    the GPU."""
+    """(hops, their StreamOps for keys, for gradients, the signals at the end, `joins`). Made once per shape:
+    a call should take the host no longer than a small problem takes the GPU."""
     R = n_ranks
     plans = [plan(schedule, r, R, T, causal, direction) for r in range(R)]
     to, source = (rank + direction) % R, (rank - direction) % R  # of gradients
     FREE, READY, SENT, READ = 0, R, 2 * R, 2 * R + 2
-    key_ops, grad_ops, joins = [], [], False
-    unread = set()  # staging buffers whose gradients the next rank is not known to have read
-    # joins: pushed after the last wait of the kernels' stream for this one; coming: keys arrive for the next
-    # hop; here, there: staging buffers of this hop and of the next
+    key_ops, grad_ops, joins, prepare = [], [], False, copy_stream.prepare
+    # joins: this stream has work left that the kernels' stream has not waited for; it must, at the end.
+    # unread: staging buffers whose gradients the next rank is not known to have read. coming: keys arrive for
+    # the next hop. here, there: staging buffers of this hop and of the next
+    unread = set()
 
     def staging(r, j):  # of the keys of hop j; each rank fills its two in turn
         return sum(hop.visible for hop in plans[r][1:j]) % 2
@@ -2030,10 +1995,9 @@ def stream_ops(copy_stream, schedule, rank, n_ranks, B, T, causal, direction):
             if coming:
                 after.append(("wait", READY + owner, ("keys", j + 1, owner)))
             joins = not coming and (joins or bool(rows))
-        here = staging(rank, j) if j and hop.visible else None
-        before, after = copy_stream.prepare(before), copy_stream.prepare(after)
-        there, waits = staging(reader, j + 1), j == 0 or coming
-        key_ops.append(StreamOps(here, waits, before, rows, reader, there, after, coming))
+        here, there = staging(rank, j) if j and hop.visible else None, staging(reader, j + 1)
+        waits = j == 0 or coming
+        key_ops.append(StreamOps(here, waits, prepare(before), rows, reader, there, prepare(after), coming))
 
         before, after, rows, here, there = [], [], (), j % 2, (j + 1) % 2
         if any(hop.send_grad):
@@ -2045,18 +2009,17 @@ def stream_ops(copy_stream, schedule, rank, n_ranks, B, T, causal, direction):
             before.append(("wait", SENT + here, ("gradients", j + 1, source)))
             rows = row_ranges(hop.recv_grad, B, T, 2)
             after.append(("signal", source, READ + here))
-        before, after = copy_stream.prepare(before), copy_stream.prepare(after)
-        grad_ops.append(StreamOps(None, True, before, rows, source, there, after, True))
+        grad_ops.append(StreamOps(None, True, prepare(before), rows, source, there, prepare(after), True))
     last = [("wait", READ + i, ("a reader of gradients", R - 1, to)) for i in unread] if direction < 0 else []
-    return plans[rank], key_ops, grad_ops, copy_stream.prepare(last), joins or bool(last)
+    return plans[rank], key_ops, grad_ops, prepare(last), joins or bool(last)
 
 
 @functools.lru_cache(maxsize=1024)
 def row_ranges(rows, B, T, n_tensors):
-    """(first row, number of rows) of the ranges of memory that hold the first rows[g] rows of each sequence
+    """(first row, number of rows) of the ranges of memory that hold the first rows[g] tokens of each sequence
     of batch group g, of n_tensors (B, T, ...) tensors in a row."""
     found = []
-    for i, (group, n) in itertools.product(range(n_tensors), list(zip(batch_slices(B, len(rows)), rows))):
+    for i, (group, n) in itertools.product(range(n_tensors), zip(batch_slices(B, len(rows)), rows)):
         for first in range((i * B + group.start) * T, (i * B + group.stop) * T, T):
             if n and found and sum(found[-1]) == first:
                 found[-1] = found[-1][0], found[-1][1] + n
@@ -2101,9 +2064,9 @@ def reserve(ring, k, backward):
     """On all ranks together: symmetric memory for shards like k, and for their gradients if `backward`. Where
     there is none, the ring goes on with p2p and warns."""
     grad_bytes = 2 * k.numel() * torch.promote_types(k.dtype, torch.float32).itemsize if backward else 0
-    need = 2 * k.nbytes, grad_bytes
     had = (ring.memory.kv_bytes, ring.memory.grad_bytes) if ring.memory else (-1, -1)
-    if need[0] <= had[0] and need[1] <= had[1]:
+    sizes = max(2 * k.nbytes, had[0]), max(grad_bytes, had[1])
+    if sizes == had:
         return
     torch.cuda.synchronize(k.device)  # what is there may be in use
     if ring.memory and ring.memory.in_graph:
@@ -2111,21 +2074,19 @@ def reserve(ring, k, backward):
     ring.memory, error = None, None
     torch.cuda.empty_cache()  # it does not come out of torch's cache
     try:
-        ring.memory = SymmetricMemory(ring, k.device, *map(max, need, had))
+        ring.memory = SymmetricMemory(ring, k.device, *sizes)
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
-    errors = ring.gather(error)
-    if any(errors):
-        ring.memory, ring.transport = None, "p2p"
-        failed = "; ".join(f"rank {rank}: {error}" for rank, error in enumerate(errors) if error)
-        ring.why = f"no symmetric memory: {failed}"
+    errors = by_rank(ring.gather(error))
+    if errors:
+        ring.memory, ring.transport, ring.why = None, "p2p", f"no symmetric memory: {errors}"
         if ring.rank == 0:
             warnings.warn(f"from here on keys move by send and receive: {ring.why}", stacklevel=2)
 
 
 class CopyStream:
-    """A stream of copies (the copy engine's) and signals (the GPU front end's) beside the kernels' stream: no
-    SM is used. It calls the driver's functions, as torch's take the host several times as long."""
+    """A stream for copies and signals, which use no SM, beside the kernels' stream. It calls the driver, as
+    torch's functions take the host several times as long."""
 
     def __init__(self, device, base, ring):
         self.base, self.rank, self.device, self.waiter = base, ring.rank, device.index, Waiter(ring)
@@ -2141,7 +2102,7 @@ class CopyStream:
         return torch.cuda.is_current_stream_capturing()
 
     def wait_compute(self):
-        """What comes next here waits for all that has been launched so far."""
+        """What comes next here waits for all kernels launched so far."""
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         if stream != self.compute and self.compute is not None and not self.capturing():
             self.wait_stream(self.compute)  # kernels of the last call may still read staging
@@ -2182,8 +2143,7 @@ class CopyStream:
             cuda("cuStreamBatchMemOp_v2", self.handle, *prepared, 0)
 
 
-# of cuStreamBatchMemOp: CU_STREAM_MEM_OP_WRITE_VALUE_32; CU_STREAM_MEM_OP_WAIT_VALUE_32,
-# CU_STREAM_WAIT_VALUE_EQ
+# CU_STREAM_MEM_OP_WRITE_VALUE_32; CU_STREAM_MEM_OP_WAIT_VALUE_32 and CU_STREAM_WAIT_VALUE_EQ
 WRITE, WAIT_EQUAL = (2, 0), (1, 1)
 
 
@@ -2217,10 +2177,8 @@ def cuda(function, *args):
 
 def choose_transport(facts):
     """("symmetric" or "p2p", why), from the transport_facts of every rank: the same on all of them."""
-    lacks = {rank: fact["lacks"] for rank, fact in enumerate(facts) if fact["lacks"]}
-    if lacks:
-        each = "; ".join(f"rank {rank}: {why}" for rank, why in lacks.items())
-        return "p2p", each if len(set(lacks.values())) > 1 else next(iter(lacks.values()))
+    if lacks := by_rank([fact["lacks"] for fact in facts]):
+        return "p2p", lacks
     if (n := len({fact["host"] for fact in facts})) > 1:
         return "p2p", f"the ranks are on {n} hosts"
     if len({fact["gpu"] for fact in facts}) < len(facts):
@@ -2234,10 +2192,8 @@ def choose_transport(facts):
 def transport_facts(device):
     """What choose_transport asks about this process."""
     if device.type != "cuda":
-        return dict(lacks="the tensors are on CPUs", host=None, gpu=None, reads={})
-    lacks = None
-    if cuda_driver() is None:
-        lacks = "libcuda.so.1, or stream memory operations in it, are not there"
+        return dict(lacks="the tensors are on CPUs")
+    lacks = None if cuda_driver() else "libcuda.so.1, or stream memory operations in it, are not there"
     try:
         import torch.distributed._symmetric_memory  # noqa: F401
     except ImportError as error:
@@ -2245,14 +2201,14 @@ def transport_facts(device):
     boot = Path("/proc/sys/kernel/random/boot_id")
     host = socket.gethostname(), boot.read_text() if boot.exists() else ""
     gpus = {i: str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())}
-    others = ((i, uuid) for i, uuid in gpus.items() if i != device.index)
-    reads = {uuid: torch.cuda.can_device_access_peer(device.index, i) for i, uuid in others}
-    return dict(lacks=lacks, host=host, gpu=gpus[device.index], reads=reads)
+    own = gpus.pop(device.index)
+    reads = {uuid: torch.cuda.can_device_access_peer(device.index, i) for i, uuid in gpus.items()}
+    return dict(lacks=lacks, host=host, gpu=own, reads=reads)
 
 
 @atexit.register
 def release_memory():
-    """Symmetric memory must be freed before the CUDA driver is unloaded."""
+    """Symmetric memory must be freed while the CUDA driver is loaded."""
     for ring in list(RINGS.values()):
         ring.memory, ring.retired = None, []
 
@@ -2263,7 +2219,7 @@ def release_memory():
 
 class Waiter:
     """What a stream of this process waits for. The GPU writes a number to `word` when a wait begins, and 0
-    when it ends; `reasons` says what the numbers mean: (what, hop, rank)."""
+    when it ends: an index of `reasons`, each (what, hop, rank)."""
 
     def __init__(self, ring):
         self.ring, self.reasons = ring, [None]
@@ -2277,7 +2233,7 @@ class Waiter:
         watchdog().waiters.add(self)
 
     def write(self, reason):
-        """The stream operation that says that a wait for this begins; None: that it has ended."""
+        """The stream operation that says that a wait begins; None: that it has ended."""
         if reason not in self.reasons:
             self.reasons.append(reason)
         return WRITE, self.word.data_ptr(), self.reasons.index(reason)
@@ -2292,9 +2248,8 @@ class Waiter:
 
 
 class Watchdog(threading.Thread):
-    """Ends this process when its GPU has waited too long for another rank. A stream that waits can raise
-    nothing, and whoever synchronizes with it hangs. NCCL's own watchdog does likewise, but knows nothing of
-    hops."""
+    """Ends this process when its GPU has waited too long for another rank. A stream that waits cannot raise,
+    and whoever synchronizes with it hangs. NCCL's watchdog does the same, but knows nothing of hops."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -2331,7 +2286,7 @@ def lost_message(ring, reason, seconds):
 
 def missing_ranks(group=None, seconds=10.0):
     """The processes of `group` (default: all), by global rank, that do not answer within some seconds. Call
-    this on every rank where a collective has failed: that is the answer. [] where nobody can be asked."""
+    it on every rank where a collective has failed: that is an answer. [] where nobody can be asked."""
     missing = []
 
     def ask():
@@ -2362,8 +2317,7 @@ def missing_text(group, error):
 # -----------------------------------------------------------------------------
 # Eager calls go straight to the functions below. Where something looks at operators (torch.compile, fake
 # tensors, selective checkpointing), calls go through torch.ops.ring_attn.forward and .backward: torch.compile
-# reads shapes off the *_fake functions and puts the operators into its graph as they are, without a graph
-# break
+# takes shapes from the *_fake functions and puts the operators into its graph, without a graph break
 
 
 def can_skip_dispatcher(*tensors):
@@ -2375,7 +2329,7 @@ def can_skip_dispatcher(*tensors):
 
 
 def dense(q, k, v, ring):
-    """q, k, v with the D numbers of a head side by side; keys and values that move are contiguous."""
+    """q, k, v with the D numbers of a head side by side; contiguous keys and values where they move."""
     q = q if q.stride(-1) == 1 else q.contiguous()
     alone = ring_numbered(ring).n_ranks == 1
     k, v = (x if alone and x.stride(-1) == 1 else x.contiguous() for x in (k, v))
@@ -2396,7 +2350,7 @@ def forward_real(q, k, v, ring, schedule, causal, sm_scale, backend, transport, 
 
 
 def forward_checked(q, k, v, ring, *args):
-    """A compiled graph is made before its tensors are there: it checks them when it runs."""
+    """Checks when a compiled graph runs, as it was made before its tensors were there."""
     check_once(q, k, v, ring_numbered(ring), *args)
     return forward_real(q, k, v, ring, *args)
 
@@ -2417,7 +2371,7 @@ def backward_fake(do, dlse, q, k, v, *args):
 
 
 class FirstDerivative(torch.autograd.Function):
-    """Gradients as they are, which raise where they are differentiated: what they depend on comes first."""
+    """The last n_grads tensors, as functions of all others that raise where they are differentiated."""
 
     @staticmethod
     def forward(ctx, n_grads, *tensors):
@@ -2429,8 +2383,8 @@ class FirstDerivative(torch.autograd.Function):
 
 
 def once(f, *inputs):
-    """f() of a backward, a tuple of gradients, with an error where a second derivative is asked for
-    (create_graph=True): once_differentiable gives zeros there unless the incoming gradient requires one."""
+    """f() of a backward, a tuple of gradients, which raise where they are differentiated (create_graph=True):
+    once_differentiable gives zeros there unless the incoming gradient requires one."""
     if not torch.is_grad_enabled():
         return f()
     with torch.no_grad():
@@ -2523,22 +2477,20 @@ def autocast(*tensors):
 
 
 def check_schedule(schedule, n_ranks, T, B=None):
-    """Can shards of (B, T) tokens on n_ranks ranks follow this schedule?"""
+    """Can shards of (B, T) tokens follow this schedule?"""
     if not isinstance(schedule, str) or schedule not in SCHEDULES:
         raise ValueError(f"{schedule=} is unknown; choose one of {', '.join(SCHEDULES)}")
     if n_ranks < 1 or T < 1:
         raise ValueError(f"{n_ranks=} and the tokens per rank, {T}, must be 1 or more")
     if n_ranks == 1:
         return  # all schedules are the same on a ring of one
-    need = SCHEDULES[schedule]
-    if T % need.T_multiple:
-        raise ValueError(
-            f"seq_len={n_ranks * T} must be a multiple of {need.T_multiple}*n_ranks="
-            f'{need.T_multiple * n_ranks} for {schedule}; pad it, or use schedule="striped"'
-        )
-    if B is not None and B % need.batch_groups:
-        wanted = f"must be a multiple of {need.batch_groups} for {schedule}"
-        raise ValueError(f'batch size {B=} {wanted}; pad the batch, or use schedule="zigzag"')
+    groups, multiple, _ = SCHEDULES[schedule]
+    if T % multiple:
+        wanted = f"a multiple of {multiple}*n_ranks={multiple * n_ranks} for {schedule}"
+        raise ValueError(f'seq_len={n_ranks * T} must be {wanted}; pad it, or use schedule="striped"')
+    if B is not None and B % groups:
+        wanted = f"a multiple of {groups} for {schedule}"
+        raise ValueError(f'batch size {B=} must be {wanted}; pad it, or use schedule="zigzag"')
     if n_ranks * T > INT_MAX:
         raise ValueError(f"seq_len={n_ranks * T} must stay below 2**31; positions are 32 bit in the kernels")
 
@@ -2549,15 +2501,18 @@ def check_transport(transport):
 
 
 def check_common(q, k, v, sm_scale, causal, backend, backends):
-    """What ring_attn and decode_attn check of q (B, M, H, D), k, v (B, N, HKV, D) and options."""
+    """What ring_attn and decode_attn have in common; q (B, M, H, D), k, v (B, N, HKV, D)."""
     for name, x in dict(q=q, k=k, v=v).items():
         if not isinstance(x, torch.Tensor):
             raise ValueError(f"{name} must be a tensor (B, T, heads, D), not {type(x).__name__}")
-        check_dense(name, x)
+        if x.is_nested:
+            raise ValueError(f"{name} is a nested tensor; use torch.nested.to_padded_tensor({name}, 0.0)")
+        if x.layout != torch.strided:
+            raise ValueError(f"{name} is {x.layout}; make it dense with .to_dense()")
         if x.ndim != 4 or 0 in x.shape:
             wanted = "(B, T, heads, D) with no dimension of 0"
             raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {wanted}")
-    H, HKV, D = q.shape[2], k.shape[2], q.shape[3]
+    (*_, H, D), HKV = q.shape, k.shape[2]
     if k.shape != v.shape or k.shape[3] != D:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ValueError(f"shapes do not fit: {shapes}; need k and v of one shape, with the D of q")
@@ -2579,44 +2534,34 @@ def check_common(q, k, v, sm_scale, causal, backend, backends):
     dtypes = torch.bfloat16, torch.float16, torch.float32, torch.float64
     dtypes = dtypes[: {"torch": 4, "triton": 3, "gluon": 2}[backend]]
     if q.dtype not in dtypes:
-        supported = ", ".join(map(str, dtypes))
-        raise ValueError(f'{q.dtype} is not supported by backend="{backend}"; cast to one of {supported}')
+        raise ValueError(f"{q.dtype} is not supported by {backend=}; cast to one of {dtypes}")
     if backend == "triton":
         check_portable(q)
-
-
-def check_dense(name, x):
-    if x.is_nested:
-        way_out = "make it dense with torch.nested.to_padded_tensor(x, 0.0)"
-        raise ValueError(f"{name} is a nested tensor; {way_out}")
-    if x.layout != torch.strided:
-        raise ValueError(f"{name} is {x.layout}; make it dense with .to_dense()")
 
 
 def check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend, transport):
     """Everything that the hop loops cannot do."""
     check_common(q, k, v, sm_scale, causal, backend, BACKENDS)
-    (B, T, _, D), device = q.shape, q.device
+    (B, T, _, D), n_ranks = q.shape, ring.n_ranks
     if k.shape[:2] != (B, T):
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}; need equal B, T and D")
     if backend == "gluon":
-        if not q.is_cuda or capability(device)[0] != 9:
-            needs = 'backend="gluon" needs a Hopper GPU (capability 9.0)'
-            raise ValueError(f'{needs}, the tensors are on {device}; use backend="triton"')
+        if not q.is_cuda or capability(q.device)[0] != 9:
+            raise ValueError(f'{backend=} needs a Hopper GPU, not {q.device}; use backend="triton"')
         if not hopper_takes(D, q.dtype):
-            wanted = f"must be a multiple of 8 up to {max(HOPPER_TILES['fwd'])}"
-            raise ValueError(f'head dim {D} {wanted} for backend="gluon"; use backend="triton"')
+            wanted = f"a multiple of 8 up to {max(HOPPER_TILES['fwd'])}"
+            raise ValueError(f'head dim {D} must be {wanted} for {backend=}; use backend="triton"')
     if transport is not None:
         check_transport(transport)
     if isinstance(ring, VirtualRing):
         if transport is not None:
             raise ValueError(f"{transport=} is for process groups, and this is a VirtualRing; leave it out")
-        if T % ring.n_ranks:
-            raise ValueError(f"seq_len={T} must be a multiple of n_ranks={ring.n_ranks}; {PAD}")
-        T //= ring.n_ranks
-    elif ring.n_ranks > 1:
+        if T % n_ranks:
+            raise ValueError(f"seq_len={T} must be a multiple of {n_ranks=}; {PAD_HINT}")
+        T //= n_ranks
+    elif n_ranks > 1:
         check_movable(q, ring.group)
-    check_schedule(schedule, ring.n_ranks, T, B)
+    check_schedule(schedule, n_ranks, T, B)
 
 
 def check_unshard(x, schedule, ring):
@@ -2636,49 +2581,43 @@ def check_movable(x, group):
     if by_device.get("cuda") == "gloo":
         del by_device["cuda"]  # gloo has no send and receive for CUDA tensors
     if x.device.type not in by_device:
-        backend = "nccl" if x.device.type == "cuda" else "gloo"
-        can = f"the process group ({dist.get_backend(group)}) cannot move {x.device.type} tensors"
-        raise ValueError(f'{can}; use init_process_group("{backend}")')
+        use = f'init_process_group("{"nccl" if x.is_cuda else "gloo"}")'
+        raise ValueError(f"the process group ({config}) cannot move {x.device.type} tensors; use {use}")
     if x.is_cuda and group.bound_device_id not in (None, x.device):
         given = f"init_process_group was given device_id={group.bound_device_id}"
-        raise ValueError(f"tensors are on {x.device}, but {given}; make them on the GPU of this rank")
+        raise ValueError(f"tensors are on {x.device}, but {given}; use the GPU of this rank")
 
 
 def check_portable(q):
-    """Can the portable kernels run on q (B, T, H, D)?"""
-    D = q.shape[-1]
-    if D > 256:
-        raise ValueError(f'head dim {D} is above 256; use smaller heads, or backend="torch"')
-    if INTERPRET and q.dtype == torch.bfloat16:
-        way_out = "use float16 or float32, or unset TRITON_INTERPRET"
-        raise ValueError(f"bfloat16 is wrong in Triton's interpreter; {way_out}")
-    if not INTERPRET and q.device.type != "cuda":
-        way_out = "or TRITON_INTERPRET=1 in the environment to run on the CPU"
-        raise ValueError(f'backend="triton" needs CUDA tensors, {way_out}')
-    if not INTERPRET and capability(q.device) < (8, 0):
-        has = f"{torch.cuda.get_device_name(q.device)} has {'.'.join(map(str, capability(q.device)))}"
-        raise ValueError(f'the kernels need CUDA capability 8.0; {has}: use backend="torch"')
+    if q.shape[-1] > 256:
+        raise ValueError(f'head dim {q.shape[-1]} is above 256; use smaller heads, or backend="torch"')
+    if INTERPRET:
+        if q.dtype == torch.bfloat16:
+            raise ValueError("bfloat16 is wrong in Triton's interpreter: use float16, or no TRITON_INTERPRET")
+    elif not q.is_cuda:
+        raise ValueError('backend="triton" needs CUDA tensors, or TRITON_INTERPRET=1 to run on CPUs')
+    elif capability(q.device) < (8, 0):
+        has = f"{torch.cuda.get_device_name(q.device)} has {capability(q.device)}"
+        raise ValueError(f'the kernels need CUDA capability (8, 0); {has}: use backend="torch"')
 
 
 def summary(x):
-    """What all ranks must agree on, and what the checks look at, of an argument that should be a tensor."""
+    """What all ranks must agree on of an argument that should be a tensor."""
     if not isinstance(x, torch.Tensor):
         return type(x).__name__
     return "a nested tensor" if x.is_nested else (tuple(x.shape), str(x.dtype), x.device.type, str(x.layout))
 
 
 def agree_once(ring, key, signature, problem, check, prepare=lambda: None):
-    """Before the first call of a kind: raise ValueError on every rank if `check` finds a problem on any, or
-    if their signatures differ; if all is well, `prepare`. Later calls with the same key cost a look-up."""
+    """The first time that a key comes up: raise ValueError on every rank if `check` finds a problem on any or
+    their signatures differ; if all is well, `prepare`. problem: what is known to be wrong."""
     if key in ring.agreed:
         return
     if problem is None:
         try:
             check()
-        except ValueError as error:
-            problem = str(error)
         except Exception as error:  # whatever it is, the other ranks must hear of it
-            problem = f"{type(error).__name__}: {error}"
+            problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     ring.agree(signature, problem)
     prepare()
     if len(ring.agreed) >= 4096:
@@ -2687,7 +2626,7 @@ def agree_once(ring, key, signature, problem, check, prepare=lambda: None):
 
 
 def check_once(q, k, v, ring, schedule, causal, sm_scale, backend, transport, backward, problem):
-    """check_inputs, and that all ranks have the same, the first time that shapes and options come up."""
+    """check_inputs, and that all ranks agree, the first time that shapes and options come up."""
     if backend is None:
         has_shape = isinstance(q, torch.Tensor) and not q.is_nested and q.ndim > 0
         backend = best_backend(q) if has_shape else "torch"
@@ -2695,14 +2634,12 @@ def check_once(q, k, v, ring, schedule, causal, sm_scale, backend, transport, ba
     try:
         tensors = ((x.shape, x.dtype, x.device, x.layout) for x in (q, k, v))
         key = *tensors, *options, type(causal), type(sm_scale)
-        known = key in ring.agreed
+        if key in ring.agreed:
+            return
     except (AttributeError, TypeError, RuntimeError):  # an argument of a kind that will be refused
-        key, known = repr((summary(q), summary(k), summary(v), *options)), False
-    if known:
-        return
+        key = repr((summary(q), summary(k), summary(v), *options))
     if isinstance(q, torch.Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing():
-        way_out = "make this call once before you capture it"
-        raise ValueError(f"ranks cannot agree on shapes and options inside a CUDA graph: {way_out}")
+        raise ValueError("ranks cannot agree on options inside a CUDA graph; make this call once before it")
     names = "schedule", "causal", "sm_scale", "backend", "transport", "backward"
     signature = dict(q=summary(q), k=summary(k), v=summary(v), **dict(zip(names, map(repr, options))))
     agree_once(
