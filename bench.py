@@ -9,8 +9,8 @@
     torchrun --nproc_per_node=2 bench.py --figures --trace   # all rows, then the README's pictures
     python bench.py --figures out.txt     # the pictures, from what an earlier run printed
 
-It prints a card, tables, the reason for each dash, and all numbers as JSON in the last line. On a CPU it
-times the torch path at small shapes, in less than a minute.
+It prints a card, tables, the reason for each dash, and all numbers as JSON in the last line. On a CPU its
+rows, at small shapes, check that everything works. They take less than a minute, and say nothing of speed.
 
 Peers are torch's SDPA (FlashAttention-2, cuDNN), compiled flex_attention, and FlashAttention-3 if
 flash_attn_interface is installed; of rings, torch's context_parallel, and ring-flash-attn if it is installed,
@@ -56,6 +56,7 @@ DEVICE = "cuda" if GPU else "cpu"
 DTYPE, TRUE_DTYPE = (torch.bfloat16, torch.float32) if GPU else (torch.float32, torch.float64)
 RANK, N_RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 K = 1024
+RATE, FLOP_PER_MS = ("TFLOP/s", 1e9) if GPU else ("GFLOP/s", 1e6)
 ASSETS = Path(__file__).parent / "assets"
 
 # -----------------------------------------------------------------------------
@@ -112,9 +113,9 @@ class DecodeShape(NamedTuple):
 
     def needed(self):
         """Bytes of the keys and values that a call must read."""
-        lengths = self.lengths or [self.N] * self.B
-        seen = [min(L, self.window + self.M - 1) if self.window else L for L in lengths]
-        return 2 * sum(seen) * self.HKV * self.D * DTYPE.itemsize
+        most = self.window + self.M - 1 if self.window else self.N
+        seen = sum(min(L, most) for L in self.lengths or [self.N] * self.B)
+        return 2 * seen * self.HKV * self.D * DTYPE.itemsize
 
 
 def decode_ours(shape, lengths, table):
@@ -193,9 +194,9 @@ FAILED = {}  # "contender: reason" -> names of the rows that show a dash for it
 
 
 def attempt(who, row, f, *args, context=nullcontext, all_ranks=False):
-    """f(*args), or None if it fails: one contender must not stop the others. The reason is kept for the end.
+    """f(*args), or None if it fails: one contender must not stop the others. FAILED keeps the reason.
 
-    all_ranks: every rank calls this, and all get None if it fails on any, so that all go on alike."""
+    all_ranks: every rank calls this, and all get None if it fails on any."""
     result = reason = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -281,8 +282,9 @@ def on_kernel(kernel):
 @cache
 def no_dropout(kernel, device):
     """Seed and offset, which a backward without dropout does not read."""
-    *shapes, dtype = ((2,), (0,), torch.uint64) if kernel == "fa2" else ((), (), torch.int64)
-    return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+    if kernel == "fa2":
+        return [torch.zeros(n, dtype=torch.uint64, device=device) for n in (2, 0)]
+    return [torch.zeros((), dtype=torch.int64, device=device)] * 2
 
 
 def stand_in_forward(q, k, v, softmax_scale, causal, **unused):
@@ -295,8 +297,9 @@ def stand_in_forward(q, k, v, softmax_scale, causal, **unused):
         o, lse, *_ = aten._scaled_dot_product_cudnn_attention(*heads, *options, scale=softmax_scale)
         o, lse = o.transpose(1, 2), lse.reshape(lse.shape[:3])
     else:
-        forward = importlib.import_module("flash_attn_interface")._flash_attn_forward
-        o, lse, *_ = forward(q, k, v, softmax_scale=softmax_scale, causal=causal)
+        from flash_attn_interface import _flash_attn_forward
+
+        o, lse, *_ = _flash_attn_forward(q, k, v, softmax_scale=softmax_scale, causal=causal)
     return o, lse, None, None
 
 
@@ -305,8 +308,8 @@ def stand_in_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale
     tensors, options = (dout, q, k, v, out), (q.shape[1], k.shape[1], 0.0, causal)
     seed = no_dropout(kernel, q.device)
     if kernel == "fa2":
-        backward = aten._flash_attention_backward
-        grads = backward(*tensors, lse, None, None, *options, *seed, scale=softmax_scale)
+        options = None, None, *options, *seed
+        grads = aten._flash_attention_backward(*tensors, lse, *options, scale=softmax_scale)
     else:
         backward = aten._scaled_dot_product_cudnn_attention_backward
         tensors = [x.transpose(1, 2) for x in tensors]
@@ -338,16 +341,14 @@ def call_ring_flash_attn(schedule, q, k, v):
     return ring_flash_attn()[schedule](q, k, v, causal=True)
 
 
-def ring_peers():
+PEERS = []
+if GPU:
     for rotate, kernel in itertools.product(("allgather", "alltoall"), ("cudnn", "fa2")):
         f, context = partial(sdpa, causal=True), partial(context_parallel, rotate, kernel)
-        yield Peer("torch cp", f"{rotate} {kernel}", "zigzag", f, context, heads_first=True)
+        PEERS.append(Peer("torch cp", f"{rotate} {kernel}", "zigzag", f, context, heads_first=True))
     for schedule, kernel in itertools.product(("zigzag", "striped", "contiguous"), ("cudnn", "fa2", "fa3")):
         f, context = partial(call_ring_flash_attn, schedule), partial(on_kernel, kernel)
-        yield Peer("ring-flash-attn", kernel, schedule, f, context, backward=kernel != "fa3")
-
-
-PEERS = list(ring_peers()) if GPU else []
+        PEERS.append(Peer("ring-flash-attn", kernel, schedule, f, context, backward=kernel != "fa3"))
 LIBRARIES = list(dict.fromkeys(peer.library for peer in PEERS))
 
 # -----------------------------------------------------------------------------
@@ -381,17 +382,20 @@ def attention_call(f, tensors, what):
     return call
 
 
+def synchronize():
+    if GPU:
+        torch.cuda.synchronize()
+
+
 def wall_us(f, calls=50, rounds=5):
     """Microseconds per call, the host's work included: the median of rounds of many calls."""
     times = []
     for _ in range(rounds + 1):
-        if GPU:
-            torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         for _ in range(calls):
             f()
-        if GPU:
-            torch.cuda.synchronize()
+        synchronize()
         times.append((time.perf_counter() - start) / calls * 1e6)
     return statistics.median(times[1:])  # the first round compiles and warms up
 
@@ -399,14 +403,12 @@ def wall_us(f, calls=50, rounds=5):
 def median_ms(f):
     if not GPU:
         return wall_us(f, calls=1) / 1e3
-    estimate = wall_us(f, calls=1, rounds=1) / 1e3
-    rep = max(100, 5 * estimate)  # five calls even of the longest
+    rep = max(100, 5 * wall_us(f, calls=1, rounds=1) / 1e3)  # five calls even of the longest
     return triton.testing.do_bench(f, rep=rep, return_mode="median")
 
 
 def ends_us(f, rounds=20):
-    """The median of microseconds from the end of a call to the end of the next. The host may run ahead of the
-    GPU, so its time shows only where it is the limit."""
+    """Median microseconds from the end of a call to that of the next. The host's time shows if it limits."""
     if not GPU:
         return wall_us(f, 1, rounds)
     f()  # its end is where the clock starts
@@ -425,8 +427,7 @@ def graph_us(f):
 
 
 def n_caches(needed):
-    """How many caches, if a call reads `needed` bytes of one, make four times the GPU's L2 cache: calls on so
-    many in turn find nothing of theirs there."""
+    """How many caches of `needed` bytes make four times L2: calls on them in turn find it cold."""
     return min(16, -(-4 * torch.cuda.get_device_properties().L2_cache_size // needed)) if GPU else 1
 
 
@@ -434,7 +435,7 @@ HOW = ("graph", "eager") if GPU else ("eager",)  # calls of decoding are timed
 
 
 def decode_us(call, q, caches):
-    """{how: microseconds per call} of call(q, k, v) on the caches [(k, v)] in turn, eight times or more."""
+    """{how: microseconds per call} of call(q, k, v) on caches [(k, v)] in turn, eight times or more."""
     caches = caches * -(-8 // len(caches))
 
     def calls():
@@ -486,7 +487,7 @@ def print_line(line):
 
 
 def of_best(values, better=min):
-    """How many times as good as the best peer we are, and which peer that is. values: {contender: number}."""
+    """How many times as good as the best peer ours is, and that peer. values: {contender: number}."""
     peers = {who: x for who, x in values.items() if who not in ("ours", "triton")}
     best, ratio = better(peers, key=peers.get, default=None), None
     if best and peers[best] and values.get("ours"):
@@ -561,8 +562,8 @@ def kernel_row(name, shape, causal, flexed):
     lines = []
     for (what, times), products in zip(ms.items(), (2, 5, 7)):
         flop = 2 * products * B * H * S * S * D / (2 if causal else 1)
-        rates = {who: flop / t / 1e9 for who, t in times.items()}
-        lines.append(compare(name, f"{what} TFLOP/s", rates, CONTENDERS, max))
+        rates = {who: flop / t / FLOP_PER_MS for who, t in times.items()}
+        lines.append(compare(name, f"{what} {RATE}", rates, CONTENDERS, max))
     return lines + [compare(name, f"{what} error", x, CONTENDERS) for what, x in errors.items()]
 
 
@@ -619,7 +620,7 @@ def schedule_row(name, schedule, n_ranks):
 
 
 def work_shares(schedule, n_ranks):
-    """The share of all scores of a causal forward that each rank computes."""
+    """Each rank's share of the scores of a causal forward."""
     work = [sum(share for _, share in hops) for hops in ring_attn.work(schedule, n_ranks)]
     return [x / sum(work) for x in work]
 
@@ -749,7 +750,7 @@ def rings(quick):
 transport {ring.transport} ({ring.why}), or as named
 ms: between the ends of calls in a row, on the slowest rank; the median of rounds in which all take turns (one
     of calls over 0.3 s). Backwards run in the thread that calls, as in train.py. graph: in a CUDA graph
-TFLOP/s: of each rank. of ideal: one GPU's ms for the whole sequence, on all GPUs at once, / {N_RANKS} / ours
+{RATE}: of each rank. of ideal: one GPU's ms for the whole sequence, on all GPUs at once, / {N_RANKS} / ours
 exposed: ms beyond those of the same hops where nothing moves. launches: kernels on the attention's stream
 GiB: peak beyond the inputs, symmetric memory included
 peers: ms of B1 under our schedule, or {COMMON} if no peer has it, of each library's fastest variant"""
@@ -762,8 +763,7 @@ def slowest_us(who, row, call, rounds, context=nullcontext):
 
     def timed():
         dist.barrier()
-        if GPU:
-            torch.cuda.synchronize()
+        synchronize()
         return ends_us(call, rounds)
 
     us = attempt(who, row, timed, context=context, all_ranks=True)
@@ -773,8 +773,8 @@ def slowest_us(who, row, call, rounds, context=nullcontext):
 def in_turns(row, contenders):
     """{who: milliseconds per call} of those that do not fail. contenders: {who: (call, what it runs in)}.
 
-    The median of rounds in which all take turns. Each is first in one round, as a GPU that has been busy for
-    a while is slower. Calls of more than 0.3 s are timed once."""
+    The median of rounds in which all take turns. Each is first in one round, as a busy GPU gets slower.
+    Calls of more than 0.3 s are timed once."""
     about = {who: slowest_us(who, row, call, 1, context) for who, (call, context) in contenders.items()}
     found = {who: [us] for who, us in about.items() if us}  # an estimate, with the compilation done
     order = list(found)
@@ -843,8 +843,7 @@ def profiled(call, calls, path):
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(calls):
             call()
-        if GPU:
-            torch.cuda.synchronize()
+        synchronize()
     profile.export_chrome_trace(str(path))
     found = json.loads(Path(path).read_text())
     base = int(found.get("baseTimeNanoseconds", 0)) / 1e3
@@ -868,7 +867,8 @@ def count_launches(call):
 def ring_rates(what, ms, one_ms, B, S, H):
     """one_ms: of one GPU, with one of the B sequences."""
     flop, ideal = RING_CALLS[what] * B * H * S * S * RING_D, one_ms and B * one_ms / N_RANKS
-    return {"ms": ms, "TFLOP/s": ms and flop / N_RANKS / ms / 1e9, "of ideal": ms and ideal and ideal / ms}
+    rate = ms and flop / N_RANKS / ms / FLOP_PER_MS
+    return {"ms": ms, RATE: rate, "of ideal": ms and ideal and ideal / ms}
 
 
 def ring_row(name, schedule, T, H, HKV, transport=None):
@@ -924,9 +924,8 @@ def ring_row(name, schedule, T, H, HKV, transport=None):
             both["error"] = max(grads)
     for line, call in zip([forward, both], calls.values()) if GPU and T == 2 * K else ():
         if us := attempt("ours in a CUDA graph", name, graph_us, call, all_ranks=True):
-            graph = {"name": name, "what": f"graph {line['what']}"}
-            graph |= ring_rates(line["what"], slowest(us)[0] / 1e3, line["one GPU"], B, S, H)
-            lines.append(dict.fromkeys(line, "") | graph)
+            rates = ring_rates(line["what"], slowest(us)[0] / 1e3, line["one GPU"], B, S, H)
+            lines.append(dict.fromkeys(line, "") | {"name": name, "what": f"graph {line['what']}"} | rates)
     return lines
 
 
@@ -973,8 +972,8 @@ def intervals(events, calls):
     found = []
     for event in events:
         cat, name, start, thread = event.get("cat"), event["name"], event["ts"], event["tid"]
-        wanted = cat == category and name in (*PARTS, "gloo:recv")
-        if not (cat in ("kernel", "gpu_memcpy") if GPU else wanted):
+        wanted = cat in ("kernel", "gpu_memcpy") if GPU else cat == category and name in (*PARTS, "gloo:recv")
+        if not wanted:
             continue
         moves = cat == "gpu_memcpy" and thread != stream or "nccl" in name or name == "gloo:recv"
         # the last range that began before it. On a GPU it must not have ended; a CPU's messages take longer
@@ -1013,9 +1012,8 @@ def trace(folder):
     zero = min(start for rank in ranks for _, start, *_ in rank)  # the clocks of processes on a host agree
     for event in itertools.chain(*ranks):
         event[1:3] = round(event[1] - zero), max(1, round(event[2]))
-    transport = ring_attn.resolve_ring(None).transport
-    facts = dict(T=T, H=H, HKV=HKV, D=RING_D, schedule=COMMON, transport=transport)
-    return facts | dict(n_ranks=N_RANKS, ranks=ranks)
+    facts = dict(T=T, H=H, HKV=HKV, D=RING_D, schedule=COMMON, n_ranks=N_RANKS, ranks=ranks)
+    return facts | dict(transport=ring_attn.resolve_ring(None).transport)
 
 
 # -----------------------------------------------------------------------------
@@ -1078,8 +1076,7 @@ def staircase(x, y, side, visible, color, opacity):
 
 
 def schedules_figure(folder):
-    """For each schedule, on four ranks: who holds which tokens; rank x hop, the scores that are computed; and
-    each rank's share of all work. All of it follows from the positions."""
+    """Four ranks: who holds which tokens, which scores each hop computes, and each rank's share."""
     colors, strip, grid, bars, side, y = (BLUE, ORANGE, GREEN, PURPLE), 400, 532, 690, 20, 66
     R, titles = len(colors), {16: "who holds which tokens, from first to last", grid: "scores computed"}
     titles[bars] = "share of the work"
@@ -1186,14 +1183,15 @@ def overlap_figure(path, found):
 
 def ring_lines(found):
     """Of a run on GPUs, the lines that throughput.svg shows."""
+    if not found.get("gpu"):
+        return []
     name = re.compile(rf"ring {COMMON} (2|8|32)k")
-    lines = [x for x in found["rows"] if name.fullmatch(x["name"]) and x.get("what") in RING_CALLS]
-    return [x for x in lines if found.get("gpu") and x["ms"]]
+    return [x for x in found["rows"] if name.fullmatch(x["name"]) and x["what"] in RING_CALLS and x["ms"]]
 
 
 def figures(runs):
-    """The README's pictures: throughput from all runs that name the machine and the commit of the first one
-    with rings, the overlap from the first one with a trace; both from GPUs only."""
+    """The README's pictures, from runs on GPUs: throughput from all with the machine and commit of the first
+    one with rings, the overlap from the first one with a trace."""
     ASSETS.mkdir(exist_ok=True)
     schedules_figure(ASSETS)
     timed = next(filter(ring_lines, runs), None)
@@ -1229,14 +1227,12 @@ def refuse(parser, text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer lengths and head dims")
-    text = 'only rows whose name contains this, such as "D128 16k causal"'
+    parser.add_argument("--quick", action="store_true", help="fewer rows: some lengths and head dims only")
+    text = 'only rows whose name contains TEXT, such as "decode" or "16k causal"'
     parser.add_argument("--filter", default="", metavar="TEXT", help=text)
-    text = (
-        "profile every rank: Chrome traces and overlap.svg (default folder runs/trace); no rows, unless asked"
-    )
+    text = "profile every rank into FOLDER (default: runs/trace): Chrome traces, overlap.svg; alone: no rows"
     parser.add_argument("--trace", nargs="?", const="runs/trace", metavar="FOLDER", help=text)
-    text = "draw the README's pictures into assets, from this run, or from the saved output of earlier ones"
+    text = "draw the README's pictures into assets, from this run, or from FILEs: the output of earlier runs"
     parser.add_argument("--figures", nargs="*", metavar="FILE", help=text)
     args = parser.parse_args()
     if ring_attn.INTERPRET:
@@ -1265,7 +1261,7 @@ def main():
     found |= dict(dtype=str(DTYPE)[6:], n_ranks=N_RANKS)
     print(" | ".join(f"{key} {value}" for key, value in found.items()))
     if not GPU:
-        print("no GPU here: the torch path and the schedules at small shapes")
+        print("no GPU here: these rows check that everything works; their times say nothing of speed")
     print(f"""FLOP: forward 4*B*H*S*S*D, half of it under a causal mask; backward 2.5 times the forward
 of best: how many times as good as the best peer ours is. Inputs are normal, times medians
 error: relative (Frobenius), of o, or the worst of dq, dk, dv; of rings to one GPU, of other rows to
