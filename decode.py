@@ -123,9 +123,9 @@ def load_count(NUM, exists, sizes):
 @triton.jit
 def count_splits(SEQLENS, blocks, sizes, n_groups, row_tiles,
                  TILES_PER_BLOCK: tl.constexpr, MAX_GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
-    """Of each tile group: its key tiles, and the splits of each of its row tiles, [MAX_GROUPS]. These are
-    N_SPLITS, or the group's share of N_SM; an empty group has one, which writes zeros. 0 behind the last
-    group."""
+    """For each of the n_groups tile groups, [MAX_GROUPS]: how many key tiles it has, and into how many splits
+    each of its row tiles is cut. That is N_SPLITS if given; else programs are shared out by key tiles, N_SM
+    in all. Never more splits than key tiles, but at least one, as a group without keys has zeros to write."""
     group = tl.arange(0, MAX_GROUPS)
     exists = group < n_groups
     if TILES_PER_BLOCK > 0:
@@ -434,7 +434,7 @@ class Call(NamedTuple):
 class LaunchConfig(NamedTuple):
     """How the kernels are launched for a kind of call, whatever the lengths."""
 
-    number: int  # no other has it
+    number: int  # no other has it; `launch` finds compiled kernels by it
     row_tiles: int
     grid: int  # programs of decode_kernel: the most splits that all row tiles can have
     merge_grid: int  # programs of merge_splits_kernel, which runs if grid > row_tiles
@@ -446,7 +446,7 @@ class LaunchConfig(NamedTuple):
 
 
 NO_WINDOW = 2**30  # above every position
-NUMBERS = itertools.count()
+CONFIG_NUMBERS = itertools.count()
 
 
 def make_config(call):
@@ -501,9 +501,8 @@ def make_config(call):
     if pdl:
         options["launch_pdl"] = merge_options["launch_pdl"] = True
     constants, merge_constants = constants | shared, shared | dict(CHUNK=CHUNK)
-    return LaunchConfig(
-        next(NUMBERS), row_tiles, grid, merge_grid, sizes, constants, merge_constants, options, merge_options
-    )
+    head = next(CONFIG_NUMBERS), row_tiles, grid, merge_grid, sizes
+    return LaunchConfig(*head, constants, merge_constants, options, merge_options)
 
 
 NO_TABLES = BlockTables(None, None, None, None)
@@ -926,9 +925,8 @@ class KVCache:
     None: all are here.
     """
 
-    def __init__(
-        self, n_layers, B, n_tokens, n_kv_heads, dim_per_head, dtype=torch.bfloat16, device="cpu", group=None
-    ):
+    def __init__(self, n_layers, B, n_tokens, n_kv_heads, dim_per_head, dtype=torch.bfloat16, device="cpu",
+                 group=None):  # fmt: skip
         if min(n_layers, B, n_tokens, n_kv_heads, dim_per_head) < 1:
             given = f"{n_layers=}, {B=}, {n_tokens=}, {n_kv_heads=} and {dim_per_head=}"
             raise ValueError(f"{given} must be 1 or more")

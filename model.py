@@ -88,8 +88,8 @@ class Attention(nn.Module):
         self.n_heads = dim // dim_per_head
         self.n_kv_heads = self.n_heads if n_kv_heads is None else n_kv_heads
         if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
-            made = f"n_heads={self.n_heads} (dim={dim} // dim_per_head={dim_per_head})"
-            raise ValueError(f"{made} must be a multiple of n_kv_heads={n_kv_heads}")
+            made = f"n_heads={self.n_heads} (dim={dim} / dim_per_head={dim_per_head})"
+            raise ValueError(f"{n_kv_heads=} must divide {made}; change one of the three")
         self.dim, self.dim_per_head, self.seq_len = dim, dim_per_head, seq_len
         self.rank, self.n_ranks, self.transport = rank, n_ranks, transport
         self.group = group and ring_attn.resolve_ring(group)  # without a group, before init_process_group too
