@@ -54,41 +54,49 @@ from model import IGNORED, AttentionType, Config, Transformer
 # -----------------------------------------------------------------------------
 # settings
 
-# defaults on a CPU, where a model learns something in two minutes on two cores, and on a GPU
-SIZES = dict(seq_len=(256, 65536), batch_size=(8, 2), n_layers=(4, 12), dim=(128, 1024), steps=(400, 500))
-SIZES |= dict(dim_per_head=(32, 128), lr=(2e-3, 6e-4), dtype=("float32", "bfloat16"))
+RANK = int(os.environ.get("RANK", 0))
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
-# flags that a resumed run takes from its checkpoint unless they are given; FIXED ones cannot be changed
 MODEL = "n_layers", "dim", "dim_per_head", "n_kv_heads", "seq_len", "dropout"
-FIXED = "batch_size", "seed", *MODEL
-KEPT = """data steps schedule lr warmup weight_decay clip dtype log_every eval_every eval_batches save_every
-    sample_tokens keep accumulate fsdp checkpoint compile timeout ring_size""".split()
-KEPT = *FIXED, *KEPT
+FIXED = *MODEL, "batch_size", "seed"  # flags that a resumed run cannot change
 # flags that only --generate reads, and all that it reads
 TEXT_ONLY = {"generate", "prompt_file", "max_tokens", "cache_tokens"}
 TEXT = TEXT_ONLY | {"temperature", "top_k", "out", "seed", "device", "dtype", "timeout"}
+# flags that a resumed run does not take from its checkpoint
+ANEW = TEXT_ONLY | {"temperature", "top_k", "out", "resume", "stop_after", "profile", "transport", "device"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Under torchrun only rank 0 prints: the help here, errors in run_script."""
+
+    def error(self, message):
+        raise ValueError(f"{message}; --help lists the flags")
+
+    def print_help(self, file=None):
+        if RANK == 0:
+            super().print_help(file)
 
 
 def flag(group, name, kind, text, default=None, choices=None):
-    """Add --name to a group. The default stands in its help; where it is None, `text` says what happens."""
+    """Add --name to a group. Its help shows choices and default; a default of two is a CPU's and a GPU's."""
     if kind is bool:
         return group.add_argument(f"--{name}", action="store_true", help=text)
-    shown = "{} on a CPU, {} on a GPU".format(*SIZES[name]) if name in SIZES else default
-    text += "" if shown is None else f" ({shown})"
+    shown = "{} on a CPU, {} on a GPU".format(*default) if isinstance(default, tuple) else default
+    text = (f"{', '.join(choices)}: " if choices else "") + text + ("" if shown is None else f" ({shown})")
     metavar = {int: "N", float: "X", str: "NAME" if choices else "PATH"}[kind]
     group.add_argument(f"--{name}", type=kind, default=default, choices=choices, metavar=metavar, help=text)
 
 
 def parse(argv=None):
-    usage = "train.py [flags]: train a small causal transformer on text, or continue a text with one (--help)"
+    """The flags, and as `given` the names of those on the command line. Raises ValueError."""
+    usage = "train.py [flags]: train a small causal transformer on text, or continue a text with one"
     wide = partial(argparse.HelpFormatter, max_help_position=24, width=120)
-    p = argparse.ArgumentParser(usage=usage, add_help=False, formatter_class=wide)
+    p = Parser(usage=usage, add_help=False, formatter_class=wide)
     g = p.add_argument_group("run")
     g.add_argument("-h", "--help", action="help", help="print this")
     flag(g, "data", str, "text to learn: a file or a folder (the source of Python's standard library)")
     flag(g, "out", str, "run folder for checkpoints and log (a new one under runs/)")
     flag(g, "resume", bool, "go on from the checkpoint in --out (the newest under runs/)")
-    flag(g, "steps", int, "optimizer steps")
+    flag(g, "steps", int, "optimizer steps", (400, 500))
     flag(g, "stop_after", int, "save and stop after this step, as if interrupted there")
     flag(g, "seed", int, "of weights, batches and dropout, or of the sampling", 0)
     flag(g, "log_every", int, "steps between log lines", 10)
@@ -98,16 +106,16 @@ def parse(argv=None):
     flag(g, "keep", int, "checkpoints to keep; while one is written there is one more", 2)
     flag(g, "sample_tokens", int, "bytes of text to generate at the end", 200)
     g = p.add_argument_group("model and optimizer")
-    flag(g, "seq_len", int, "tokens per sequence, over all ranks")
-    flag(g, "batch_size", int, "sequences per step")
-    flag(g, "n_layers", int, "layers")
-    flag(g, "dim", int, "width")
-    flag(g, "dim_per_head", int, "width of a head")
+    flag(g, "seq_len", int, "tokens per sequence, over all ranks", (256, 65536))
+    flag(g, "batch_size", int, "sequences per step", (8, 2))
+    flag(g, "n_layers", int, "layers", (4, 12))
+    flag(g, "dim", int, "width", (128, 1024))
+    flag(g, "dim_per_head", int, "width of a head", (32, 128))
     flag(g, "n_kv_heads", int, "key/value heads", 2)
     flag(g, "dropout", float, "on the outputs of attention and MLP", 0.0)
     kinds = [t.value for t in AttentionType]
-    flag(g, "schedule", str, f"{', '.join(kinds)}; the first two without rings", "zigzag", kinds)
-    flag(g, "lr", float, "peak learning rate")
+    flag(g, "schedule", str, "the first two without rings", "zigzag", kinds)
+    flag(g, "lr", float, "peak learning rate", (2e-3, 6e-4))
     flag(g, "warmup", int, "steps of linear warm-up; a cosine to a tenth of --lr follows", 20)
     flag(g, "weight_decay", float, "on matrices", 0.1)
     flag(g, "clip", float, "largest norm of the gradient", 1.0)
@@ -115,15 +123,16 @@ def parse(argv=None):
     flag(g, "ring_size", int, "processes that share a sequence; the rings share a batch (one ring of all)")
     flag(g, "accumulate", int, "micro batches that a ring splits its part of the batch into", 1)
     flag(g, "fsdp", bool, "shard weights, gradients and optimizer over all processes")
-    flag(g, "checkpoint", bool, "keep only attention of a layer; the backward computes the rest again")
+    flag(g, "checkpoint", bool, "keep only attention's outputs; the backward recomputes the rest of a layer")
     flag(g, "compile", bool, "compile the layers")
     flag(g, "timeout", int, "seconds to wait for another rank before the run ends with an error", 600)
     flag(g, "profile", int, "steps, after the first three, to trace into trace.json in the run folder", 0)
     kinds = list(ring_attn.TRANSPORTS)
-    flag(g, "transport", str, f"how keys move: {', '.join(kinds)} (the fastest that there is)", None, kinds)
+    flag(g, "transport", str, "how keys move (the fastest that there is)", None, kinds)
     kinds = ["cuda", "cpu"]
-    flag(g, "device", str, ", ".join(kinds), kinds[not torch.cuda.is_available()], kinds)
-    flag(g, "dtype", str, "of products; training keeps weights in float32", None, SIZES["dtype"])
+    flag(g, "device", str, "where it runs", kinds[not torch.cuda.is_available()], kinds)
+    kinds = "float32", "bfloat16"
+    flag(g, "dtype", str, "of products; weights stay float32 in training", kinds, kinds)
     g = p.add_argument_group("text instead of training, by the checkpoint in --out (newest under runs/)")
     g.add_argument("--generate", metavar="TEXT", help="a text to continue")
     flag(g, "prompt_file", str, "a file with the text (-: standard input); that of --generate follows it")
@@ -132,18 +141,17 @@ def parse(argv=None):
     flag(g, "top_k", int, "sample among so many likeliest bytes (all); also at the end of a training run")
     flag(g, "cache_tokens", int, "room of the key/value cache (what the prompt and --max_tokens need)")
     args = p.parse_args(argv)
-    unset = object()  # argparse fills in defaults only where the namespace has no value yet
-    marked = p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset)))
-    args.given = sorted(name for name, value in vars(marked).items() if value is not unset)
+    p.set_defaults(**dict.fromkeys(vars(args)))
+    args.given = sorted(name for name, value in vars(p.parse_args(argv)).items() if value is not None)
     training = wants_training(args)
     for name in args.given:
         if name in TEXT_ONLY if training else name not in TEXT:
             verb = "needs" if training else "does not go with"
             p.error(f"--{name} {verb} --generate or --prompt_file")
     args.data = args.data and os.path.abspath(args.data)  # a resumed run may start elsewhere
-    for name, values in SIZES.items():
-        if getattr(args, name) is None:
-            setattr(args, name, values[args.device == "cuda"])
+    for name, value in vars(args).items():
+        if isinstance(value, tuple):
+            setattr(args, name, value[args.device == "cuda"])
     return args
 
 
@@ -166,30 +174,32 @@ def check_args(args, n_ranks, start):
     if args.stop_after is not None and args.stop_after <= start:
         raise ValueError(f"--stop_after={args.stop_after} must be above {start}, the steps already done")
     check_sampling(args)
-    R, batch = args.ring_size, f"--batch_size={args.batch_size}"
+    R = args.ring_size
     if n_ranks % R:
         fits = max(r for r in range(1, R) if n_ranks % r == 0)
         raise ValueError(f"--ring_size={R} must divide the {n_ranks} processes; use {fits}, or start others")
     n_parts = n_ranks // R * args.accumulate
     if args.batch_size % n_parts:
-        parts = f"{n_parts}, {n_ranks // R} rings x --accumulate={args.accumulate}"
+        product = f"{n_parts}, {n_ranks // R} rings x --accumulate={args.accumulate}"
         fits = -(-args.batch_size // n_parts) * n_parts
         fix = f"use {fits}, a larger --ring_size, or a smaller --accumulate"
-        raise ValueError(f"{batch} must be a multiple of {parts}; {fix}")
-    B = args.batch_size // n_parts
+        raise ValueError(f"--batch_size={args.batch_size} must be a multiple of {product}; {fix}")
+    if R == 1:
+        return
     if not AttentionType(args.schedule).is_ring:
-        if R > 1:
-            one = f"--schedule={args.schedule} works on whole sequences in one process"
-            raise ValueError(f"{one}, this run has {R} in a ring; use zigzag, or --ring_size=1")
-    elif args.seq_len % R:
-        fits = R * ring_attn.SCHEDULES[args.schedule].T_multiple
-        fits = args.seq_len // fits * fits or fits
-        raise ValueError(f"--seq_len={args.seq_len} must be a multiple of the {R} processes; use {fits}")
-    else:
-        try:
-            ring_attn.check_schedule(args.schedule, R, args.seq_len // R, B)
-        except ValueError as error:
-            raise ValueError(f"{error} (a ring gets B={B} of {batch} at a time)") from error
+        one = f"--schedule={args.schedule} works on whole sequences in one process"
+        raise ValueError(f"{one}, this run has {R} in a ring; use zigzag, or --ring_size=1")
+    multiple = R * ring_attn.SCHEDULES[args.schedule].T_multiple
+    if args.seq_len % multiple:
+        whose = f"{multiple} for {args.schedule} on a ring of {R}"
+        fits = args.seq_len // multiple * multiple or multiple
+        raise ValueError(f"--seq_len={args.seq_len} must be a multiple of {whose}; use {fits}")
+    B = args.batch_size // n_parts
+    try:
+        ring_attn.check_schedule(args.schedule, R, args.seq_len // R, B)
+    except ValueError as error:
+        part = f"a ring gets B={B} of --batch_size={args.batch_size} at a time"
+        raise ValueError(f"{error} ({part})") from error
 
 
 def check_sampling(args):
@@ -212,8 +222,8 @@ def text_files(folder):
 
 
 def prepare_data(path, out, write, keep):
-    """The file to map: `path`, or for a folder its files joined into out/data.bin, by the process that is to
-    write. keep: a resumed run goes on with the data.bin that it has, whatever became of the folder."""
+    """The file to map: `path`, or for a folder its files joined into out/data.bin. write: may this process
+    write it? keep: a resumed run goes on with the data.bin that it has, whatever became of the folder."""
     path = Path(path or sysconfig.get_path("stdlib"))
     if not path.exists():
         raise ValueError(f"--data={path} does not exist; name a file or a folder of text")
@@ -239,29 +249,27 @@ def open_data(file, seq_len):
         raise ValueError(f"--data: {file} is empty; name a file or a folder of text")
     split = min(size - size // 10, size - need)
     if split < need:
-        both = f"training and validation need a sequence of --seq_len + 1 = {need} each"
-        few = f"--data: {file} has {size} bytes, too few"
-        raise ValueError(f"{few}: {both}; use more text or a shorter --seq_len")
+        needs = f"training and validation need --seq_len + 1 = {need} each"
+        raise ValueError(f"--data: {file} has {size} bytes; {needs}: use more text or a shorter --seq_len")
     data = np.memmap(file, dtype=np.uint8, mode="r")
     return data[:split], data[split:]
 
 
 def fingerprint(data):
-    """Tells one text from another without reading all of it: size and checksum of both ends."""
+    """Tells one text from another: size and checksum of both ends."""
     return [len(data), zlib.crc32(data[: 1 << 20].tobytes()), zlib.crc32(data[-(1 << 20) :].tobytes())]
 
 
 def offsets(data, args, n_rings, *key):
-    """Where the sequences of a batch begin, (accumulate, n_rings, B, 1). It follows from --seed and `key`:
-    all ranks draw the same, and a resumed run draws what comes next."""
+    """Where the sequences of a batch begin, (accumulate, n_rings, B, 1). It follows from --seed and `key`,
+    so all ranks draw the same, and a resumed run draws what comes next."""
     rng = np.random.default_rng((args.seed, *key))
     starts = rng.integers(0, len(data) - args.seq_len, size=(args.batch_size, 1))
     return starts.reshape(args.accumulate, n_rings, -1, 1)
 
 
 def get_batch(data, start, pos, device):
-    """Tokens and targets (B, T) at positions pos (1 or B, T) of the sequences that begin at start (B, 1). The
-    loss would leave out a target of -100; here there is none."""
+    """Tokens and targets (B, T) at positions pos (1 or B, T) of the sequences that begin at start (B, 1)."""
     batch = [torch.from_numpy(data[start + pos + shift].astype(np.int64)) for shift in (0, 1)]
     if device.type == "cuda":
         batch = [x.pin_memory().to(device, non_blocking=True) for x in batch]
@@ -299,7 +307,7 @@ def read_checkpoint(file):
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         state["model"], state["optimizer"], state["text"], state["step"], state["n_ranks"]
-        [state["args"][name] for name in KEPT]
+        [state["args"][name] for name in FIXED]
         return state
     except Exception as error:
         reason = f"{type(error).__name__} {str(error)[:100]}"
@@ -320,7 +328,7 @@ def newest_checkpoint(folder):
 def choose_run(args, restarted):
     """(run folder, its newest whole checkpoint or None, what is wrong with newer ones). ValueError where this
     would overwrite a run, or there is nothing to resume. restarted: torchrun has started these processes once
-    more. They go on from the newest checkpoint that was written under this torchrun, if there is one."""
+    more; they go on from the newest checkpoint that was written under it, if there is one."""
     folders = run_folders(args.out)
     for folder in folders if restarted else ():
         file, state, refused = newest_checkpoint(folder)
@@ -331,35 +339,35 @@ def choose_run(args, restarted):
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out={out} is a file; name a folder")
         if checkpoints(out):
-            fix = "add --resume to go on with it, or name another folder"
-            raise ValueError(f"--out={out} already holds a checkpoint; {fix}")
+            raise ValueError(f"--out={out} already holds a checkpoint; add --resume, or name another folder")
         return out, None, []
     if not folders:
         raise ValueError("--resume: no checkpoint under runs/; name the run folder with --out")
-    file, _, refused = newest_checkpoint(folders[0])
+    out = folders[0]
+    file, _, refused = newest_checkpoint(out)
     if not file:
-        none = f"--resume: no checkpoint in {folders[0]}; leave --resume out to start a run there"
+        none = f"--resume: no checkpoint in {out}; leave --resume out to start a run there"
         raise ValueError("; ".join(refused) or none)
-    return folders[0], file, refused
+    return out, file, refused
 
 
 def load_checkpoint(file, args, n_ranks):
     """The saved state; its flags go into args. ValueError if it is of another model or other batches."""
     state = read_checkpoint(file)
     saved = state["args"]
-    differ = [x for x in FIXED if x in args.given and getattr(args, x) != saved[x]]
-    if differ:
-        differ = "; ".join(f"{x} is {saved[x]} there and {getattr(args, x)} here" for x in differ)
+    changed = [x for x in FIXED if x in args.given and getattr(args, x) != saved[x]]
+    if changed:
+        differ = "; ".join(f"{x} is {saved[x]} there and {getattr(args, x)} here" for x in changed)
         fix = "leave these flags out, or start anew with another --out"
         raise ValueError(f"{file} is of another run: {differ}; {fix}")
-    for name in KEPT:
-        if name not in args.given and (name != "ring_size" or n_ranks == state["n_ranks"]):
+    for name in saved.keys() - ANEW - {"given", *args.given}:
+        if name != "ring_size" or n_ranks == state["n_ranks"]:
             setattr(args, name, saved[name])
     return state
 
 
 def full_state(x, rank):
-    """A state with its tensors in the CPU memory of rank 0. All ranks call this: it joins FSDP's shards."""
+    """A state with its tensors in the CPU memory of rank 0; all ranks join their shards."""
     if isinstance(x, dict):
         return {name: full_state(y, rank) for name, y in x.items()}
     if isinstance(x, DTensor):
@@ -368,8 +376,8 @@ def full_state(x, rank):
 
 
 def save_checkpoint(out, keep, **state):
-    """Write a checkpoint under a temporary name, down to the disk, then rename it: it is whole or not there.
-    The newest `keep` stay."""
+    """Write a checkpoint to disk under a temporary name, then rename it: it is whole or not there. The newest
+    `keep` stay."""
     file, tmp = checkpoint_file(out, state["step"]), out / "ckpt.tmp"
     try:
         with open(tmp, "wb") as f:
@@ -386,8 +394,8 @@ def save_checkpoint(out, keep, **state):
         while not isinstance(reason, OSError) and reason.__context__:
             reason = reason.__context__  # torch.save hides the disk's error behind one of its own
         free = f"{shutil.disk_usage(out).free / 2**20:,.1f} MiB are free there"
-        left = f"{left[0]} is whole: make room and --resume" if left else "and no checkpoint is there yet"
-        raise ValueError(f"cannot write {file}: {reason}; {free}, {left}") from error
+        last = f"{left[0]} is whole: make room and --resume" if left else "and no checkpoint is there yet"
+        raise ValueError(f"cannot write {file}: {reason}; {free}, {last}") from error
     for old in checkpoints(out, state["step"])[keep:]:
         old.unlink(missing_ok=True)
 
@@ -399,14 +407,11 @@ def load_optimizer(optimizer, saved):
         for name, x in moments.items():
             if x.shape == p.shape:
                 moments[name] = distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
-    for group, decay in zip(optimizer.param_groups, decays):
-        group["weight_decay"] = decay  # the flag's, should it have changed
+    optimizer.load_state_dict(optimizer.state_dict() | dict(state=saved["state"]))  # with this run's flags
 
 
 def sources():
-    """What runs: the commit, if there is one, and the text of all files."""
+    """The commit, if there is one, and the text of all files."""
     here = Path(__file__).parent
     git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -432,10 +437,9 @@ def show(text):
 
 class Log:
     """On rank 0: prints lines and keeps them in log.txt, which opens with all it takes to repeat the run, and
-    numbers in metrics.csv. A full disk ends a run only where a checkpoint is due, on all ranks alike."""
+    numbers in metrics.csv. A full disk ends a run only where a checkpoint is due."""
 
-    COLUMNS = ("step", "loss", "val_loss", "lr", "grad_norm", "seconds_per_step", "tokens_per_second", "mfu",
-               "memory_gib")  # fmt: skip
+    COLUMNS = "step loss val_loss lr grad_norm seconds_per_step tokens_per_second mfu memory_gib".split()
 
     def __init__(self, out, rank, args, n_ranks, start, device_name):
         self.rank, self.text, self.table = rank, out / "log.txt", out / "metrics.csv"
@@ -474,10 +478,13 @@ class Log:
 
 
 class Interrupt:
-    """Inside, the first Ctrl-C or SIGTERM only sets `asked` to its number; the second ends the process."""
+    """Inside, the first Ctrl-C or SIGTERM only sets `asked` to its number; the second ends the process. A
+    RuntimeError, as of a lost rank, calls `on_error`."""
+
+    def __init__(self, on_error=lambda: None):
+        self.asked, self.before, self.on_error = 0, {}, on_error
 
     def __enter__(self):
-        self.asked, self.before = 0, {}
         if threading.current_thread() is threading.main_thread():
             self.before = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -490,8 +497,10 @@ class Interrupt:
     def __exit__(self, kind, error, trace):
         for n, handler in self.before.items():
             signal.signal(n, handler)
-        if self.asked and isinstance(error, RuntimeError):  # another rank did not wait for this one
-            signal.raise_signal(self.asked)
+        if isinstance(error, RuntimeError):
+            self.on_error()
+            if self.asked:
+                signal.raise_signal(self.asked)
 
 
 def device_of(args):
@@ -533,8 +542,8 @@ def memory(device):  # GiB, the peak so far
 
 
 def open_run(args, world):
-    """Find the run, new or old, and complete its flags: (run folder, checkpoint or None, its state, the step
-    to start from, what is wrong with newer checkpoints)."""
+    """Find the run, new or old, and complete its flags: (run folder, checkpoint or None, its state, the first
+    step, what is wrong with newer checkpoints)."""
     on_every_rank(world, lambda: None, **vars(args))
     restarted = any(world.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
     chosen = on_every_rank(world, lambda: choose_run(args, restarted) if world.rank == 0 else None)
@@ -559,9 +568,9 @@ def place_model(model, args, world, device):
             module.set_force_sum_reduction_for_comms(True)
     else:
         model.to(device)
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)]
+    groups = [dict(params=[], weight_decay=decay) for decay in (args.weight_decay, 0.0)]
+    for p in model.parameters():
+        groups[p.ndim != 2]["params"].append(p)
     return torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
 
@@ -608,8 +617,8 @@ def not_finite(bad, step, starts, args, text_file, out):
     """The error for a step. bad: of every rank, see train_step; starts: where the batch's sequences begin."""
     found = [r for r, x in enumerate(bad) if x == max(bad)]  # one rank's loss spoils the gradients of others
     what, also = "loss" if max(bad) > 1 else "gradient", f" (and that of {found[1:]})" if found[1:] else ""
-    starts, left = starts[:, found[0] // args.ring_size].flatten().tolist(), checkpoints(out, step)
-    where = f"its sequences begin at bytes {starts} of {text_file}"
+    begins, left = starts[:, found[0] // args.ring_size].flatten().tolist(), checkpoints(out, step)
+    where = f"its sequences begin at bytes {begins} of {text_file}"
     last = f"{left[0]} is the last good checkpoint" if left else "no checkpoint was written yet"
     return ValueError(f"step {step + 1}: the {what} of rank {found[0]} is not finite{also}; {where}; {last}")
 
@@ -637,15 +646,15 @@ def train(args, group=None):
     first_of_host = rank == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0
     text_file = on_every_rank(world, prepare_data, args.data, out, first_of_host, file is not None)
     train_data, val_data = on_every_rank(world, open_data, text_file, args.seq_len)
-    text = fingerprint(train_data)
+    text_id = fingerprint(train_data)
 
     def restore():
-        if state["text"] != text:
+        if state["text"] != text_id:
             fix = "give that one as --data, or start anew with another --out"
             raise ValueError(f"{text_file} is not the text that {file} was trained on; {fix}")
         model.load_state_dict(state["model"])
 
-    on_every_rank(world, restore if file else lambda: None, text=text)
+    on_every_rank(world, restore if file else lambda: None, text=text_id)
     optimizer = place_model(model, args, world, device)
     if file:
         load_optimizer(optimizer, state["optimizer"])
@@ -653,7 +662,8 @@ def train(args, group=None):
 
     # what the log opens with
     cuda, sharded = device.type == "cuda", args.fsdp and n_ranks > 1
-    name = f"CPU, {torch.get_num_threads()} threads per process"
+    n_threads = torch.get_num_threads()
+    name = f"CPU, {n_threads} thread{'s' * (n_threads > 1)} per process"
     name = torch.cuda.get_device_name(device) if cuda else name
     log = on_every_rank(world, Log, out, rank, args, n_ranks, start, name)
     for problem in refused:
@@ -662,7 +672,7 @@ def train(args, group=None):
     log(f"{n_ranks} x {name} | torch {torch.__version__} | {size}")
     if n_rings > 1 or sharded:
         shards = f" | weights and optimizer sharded over {n_ranks}" * sharded
-        log(f"{n_rings} rings of {args.ring_size}{shards}")
+        log(f"{n_rings} ring{'s' * (n_rings > 1)} of {args.ring_size}{shards}")
     if ring.n_ranks > 1:
         transport, why = (args.transport, "asked for") if args.transport else (ring.transport, ring.why)
         log(f"keys and gradients move by {transport}: {why}")
@@ -681,22 +691,28 @@ def train(args, group=None):
     flops_per_token = model.flops_per_token(args.seq_len)
 
     def micro_batches(data, *key):
-        starts = offsets(data, args, n_rings, *key)[:, data_rank]
-        return [get_batch(data, start, pos.numpy(), device) for start in starts]
+        parts = offsets(data, args, n_rings, *key)[:, data_rank]
+        return [get_batch(data, part, pos.numpy(), device) for part in parts]
+
+    def tell_end():
+        by = f" by {signal.Signals(interrupt.asked).name}" if interrupt.asked else ""
+        newest = next(iter(checkpoints(out, done)), None)
+        more = f"; stopped{by} at step {done}" if done < args.steps else ""
+        more += f", --out={out} --resume goes on" if more and newest else ""
+        log((f"checkpoint in {newest}" if newest else f"no checkpoint in {out}") + more)
 
     profiler = None
     if args.profile and rank == 0:
-        profiler = torch.profiler.profile(
-            schedule=torch.profiler.schedule(wait=2, warmup=1, active=args.profile, repeat=1),
-            on_trace_ready=lambda p: p.export_chrome_trace(str(out / "trace.json")),
-        )
+        when = torch.profiler.schedule(wait=2, warmup=1, active=args.profile, repeat=1)
+        path = str(out / "trace.json")
+        profiler = torch.profiler.profile(schedule=when, on_trace_ready=lambda p: p.export_chrome_trace(path))
         profiler.start()
     losses, val_loss, by_range, asked = [], None, None, False
     reports = deque()  # not read by the host yet: (step, [loss, is a rank asked to end?, `bad` of all ranks])
     stop = min(args.steps, args.stop_after or args.steps)
     batches = micro_batches(train_data, 0, start) if start < stop else None
     clock, clock_step, done = time.perf_counter(), start, start
-    with Interrupt() as interrupt:
+    with Interrupt(tell_end) as interrupt:
         while done < stop and not asked:
             step, done = done, done + 1
             lr = learning_rate(step, args)
@@ -732,13 +748,11 @@ def train(args, group=None):
                 mfu, mem = flops_per_token * speed / (peak * n_ranks) if peak else None, memory(device)
                 eta = datetime.timedelta(seconds=int(dt * (args.steps - done)))
                 grad_norm = (grad_norm.full_tensor() if sharded else grad_norm).item()
-                log(
-                    f"{title} | loss {losses[-1]:.4f} | lr {lr:.1e} | dt {1000 * dt:.1f}ms | "
-                    f"tok/s {speed:,.0f} | mfu {f'{100 * mfu:.1f}%' if mfu else 'n/a'} | mem {mem:.1f}GiB | "
-                    f"eta {eta}",
-                    step=done, loss=losses[-1], lr=lr, grad_norm=grad_norm, seconds_per_step=dt,
-                    tokens_per_second=speed, mfu=mfu, memory_gib=mem,
-                )  # fmt: skip
+                numbers = dict(step=done, loss=losses[-1], lr=lr, grad_norm=grad_norm, seconds_per_step=dt)
+                numbers |= dict(tokens_per_second=speed, mfu=mfu, memory_gib=mem)
+                line = f"{title} | loss {losses[-1]:.4f} | lr {lr:.1e} | dt {1000 * dt:.1f}ms"
+                line += f" | tok/s {speed:,.0f}" + (f" | mfu {100 * mfu:.1f}%" if mfu else "")
+                log(f"{line} | mem {mem:.1f}GiB | eta {eta}", **numbers)
                 clock, clock_step = time.perf_counter(), done
             if cuda and (evaluating or saving):
                 torch.cuda.synchronize()  # what still runs belongs to the steps, not to the pause
@@ -748,8 +762,8 @@ def train(args, group=None):
                 by_range, val_loss = evaluate(model, val_batches, amp, ranges, len(ends), world)
                 log(f"{title} | validation loss {val_loss:.4f} nats per byte", step=done, val_loss=val_loss)
             if saving:
-                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done, text=text)
-                state |= dict(n_ranks=n_ranks, args=vars(args), torchrun_id=torchrun_id())
+                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done)
+                state |= dict(text=text_id, n_ranks=n_ranks, args=vars(args), torchrun_id=torchrun_id())
                 save = partial(save_checkpoint, out, args.keep, **full_state(state, rank))
                 on_every_rank(world, save if rank == 0 else lambda: None)
             clock += time.perf_counter() - pause  # evaluation and saving stay out of tok/s
@@ -763,12 +777,9 @@ def train(args, group=None):
         weights = full_state(model.state_dict(), rank)
         if rank == 0:
             sampler = make_sampler(weights, config, args, ring_attn.ALONE)
-            text = "".join(continue_text(sampler, b"def ", args.sample_tokens, args))
-            log(f"---- sample\ndef {text}\n----")
-    if asked:
-        log("asked to end" + (f" by {signal.Signals(interrupt.asked).name}" if interrupt.asked else ""))
-    more = "" if done == args.steps else f"; stopped after step {done}, --resume goes on"
-    log(f"checkpoint in {next(iter(checkpoints(out, done)), out)}{more}")
+            sample = "".join(continue_text(sampler, b"def ", args.sample_tokens, args))
+            log(f"---- sample\ndef {sample}\n----")
+    tell_end()
     return losses, val_loss
 
 
@@ -801,18 +812,22 @@ def continue_text(model, prompt, n_tokens, args, cache=None):
 
 def read_prompt(args, n_ranks):
     """(the prompt as bytes, how many tokens the cache is for)"""
-    if args.prompt_file == "-" and n_ranks > 1:
+    file, prompt = args.prompt_file, b""
+    if file == "-" and n_ranks > 1:
         raise ValueError("--prompt_file=-: only one of several processes has the standard input; give a file")
-    prompt = b""
-    if args.prompt_file is not None:
-        prompt = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
+    try:
+        if file is not None:
+            prompt = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise ValueError(f"--prompt_file={file}: {error.strerror}; name a file of text") from error
     prompt += os.fsencode(args.generate or "")
     check_sampling(args)
     sizes = f"the prompt has {len(prompt)} bytes and --max_tokens={args.max_tokens}"
     if not prompt or args.max_tokens < 1:
         raise ValueError(f"{sizes}; both must be 1 or more")
-    room = len(prompt) + args.max_tokens if args.cache_tokens is None else args.cache_tokens
-    if room < len(prompt) + args.max_tokens:
+    need = len(prompt) + args.max_tokens
+    room = need if args.cache_tokens is None else args.cache_tokens
+    if room < need:
         raise ValueError(f"{sizes}; they do not fit into --cache_tokens={room}")
     return prompt, room
 
@@ -822,7 +837,7 @@ def find_checkpoint(out):
     folders = run_folders(out)
     if not folders:
         raise ValueError("no checkpoint under runs/; train one, or name a run folder or a file with --out")
-    return next(iter(checkpoints(folders[0])), folders[0]) if folders[0].is_dir() else folders[0]
+    return next(iter(checkpoints(folders[0])), folders[0])
 
 
 def load_sampler(file, args, ring):
@@ -893,8 +908,7 @@ def setup(args):
         if not torch.cuda.is_available():
             raise ValueError("--device=cuda: torch sees no GPU here; use --device=cpu")
         if local_size > (n := torch.cuda.device_count()):
-            fix = "lower --nproc_per_node, or use --device=cpu"
-            raise ValueError(f"{local_size} processes but {n} GPUs; {fix}")
+            raise ValueError(f"{local_size} processes, {n} GPUs; lower --nproc_per_node or use --device=cpu")
         torch.cuda.set_device(local_rank)
         torch.autograd.set_multithreading_enabled(False)  # one GPU: this thread launches the backward faster
     if "RANK" not in env:
@@ -902,7 +916,7 @@ def setup(args):
     wait, options = datetime.timedelta(seconds=getattr(args, "timeout", 600)), {}  # bench.py has no such flag
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # This store outlives the processes, with the addresses of those that torchrun has replaced. Hosts may
-        # differ in their count of restarts: README.md's command for several hosts does without it
+        # count restarts differently: README.md's command for several hosts does without it
         store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=wait)
         store = dist.PrefixStore(f"start {env['TORCHELASTIC_RESTART_COUNT']}", store)
         options = dict(store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
@@ -917,18 +931,19 @@ def from_distributed(error):
 
 
 def run_script(name, f, less):
-    """Run the body of a script. It raises its ValueErrors on every rank alike: rank 0 prints them, and the
-    exit code is 2. less: what takes less memory, for those who run out of it."""
-    rank = int(os.environ.get("RANK", 0))
+    """Run the body of a script. A ValueError is the same on every rank: rank 0 prints it, the exit code is 2.
+    less: what takes less memory, should it run out."""
     try:
         f()
     except ValueError as error:
-        if rank == 0:
+        if RANK > 0:
+            time.sleep(2)  # torchrun ends all when the first one fails; rank 0 speaks before that
+        else:
             print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         reason = str(error).split(" Including")[0]
-        print(f"{name}: rank {rank} is out of memory; use {less}. {reason}", file=sys.stderr, flush=True)
+        print(f"{name}: rank {RANK} is out of memory; use {less}. {reason}", file=sys.stderr, flush=True)
         sys.exit(1)
     except RuntimeError as error:
         if not (dist.is_initialized() and from_distributed(error)):
@@ -938,7 +953,7 @@ def run_script(name, f, less):
             # other ranks fail within seconds, too: those that are there answer
             lost = ring_attn.missing_ranks(seconds=10 if "imed out" in said else 2)
             what = f"rank(s) {lost}: died, stopped or stuck" if lost else f"a connection: {said}"
-            said = f"rank {rank} lost {what}"
+            said = f"rank {RANK} lost {what}"
         print(f"{name}: {said}", file=sys.stderr, flush=True)
         os._exit(1)  # to end the process group might take the lost ranks
     finally:
@@ -947,13 +962,12 @@ def run_script(name, f, less):
 
 
 def main():
-    sys.stdout.reconfigure(errors="replace")  # text that the terminal cannot show
     args = parse()
-    training = wants_training(args)
-    less = "--checkpoint, --accumulate, --fsdp, more processes, or a smaller --seq_len"
-    less = less if training else "more processes, or fewer tokens"
-    run_script("train.py", lambda: (setup(args), train(args) if training else generate(args)), less)
+    setup(args)
+    train(args) if wants_training(args) else generate(args)
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.reconfigure(errors="replace")  # text that the terminal cannot show
+    less = "more processes, fewer tokens, or in training --checkpoint, --accumulate, --fsdp"
+    run_script("train.py", main, less)
