@@ -264,7 +264,7 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, sm_
     if PAGES is not None:
         PAGES += b * sizes.MAX_PAGES
     for AGAIN in tl.static_range(1 if MASK_MOD is None else 2):
-        if AGAIN:  # if an unseen value was nan or inf, with zeros in place of the unseen: 0 * nan is nan
+        if AGAIN:  # an unseen value was nan or inf, and 0 * nan is nan: start over, with zeros in its place
             again = tl.max((acc != acc).to(tl.int32)) > 0
             begin = tl.where(again, begin, end)
             m_i = tl.where(again, -float("inf"), m_i)
@@ -489,6 +489,7 @@ def make_config(call):
         call.window or NO_WINDOW, call.n_sink(), GROUPS_B, GROUPS_H, ROW_TILES, N_BLOCKS, n_sm,
         call.n_splits or 0, *pages, BLOCK_SIZE,
     )  # fmt: skip
+    # in the order of the kernels' parameters: `launch` passes them by position
     constants = dict(SCORE_MOD=call.score_mod, MASK_MOD=call.mask_mod)
     constants |= dict(CAUSAL=bool(call.causal or windowed), WINDOWED=windowed)
     shared = dict(TILES_PER_BLOCK=triton.cdiv(BLOCK_SIZE, BLOCK_N) if blocked else 0)
