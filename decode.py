@@ -238,7 +238,7 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, sm_
         L = tl.maximum(tl.minimum(tl.load(SEQLENS + b), sizes.CAPACITY), 0)
     n = n_before(L, sizes)
     sink, skipped, _ = tile_ranges(L, sizes, BLOCK_N)
-    windows = n_before(L - sizes.M - sizes.WINDOW + 1, sizes)  # the first key in the window of any query
+    window_begin = n_before(L - sizes.M - sizes.WINDOW + 1, sizes)  # the first key in any query's window
     n_full = 0  # blocks
     if blocks.full_kv_num_blocks is not None:
         n_full = load_count(blocks.full_kv_num_blocks + group, True, sizes)
@@ -293,7 +293,7 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, sm_
                 )
                 page = load_pages(PAGES, start, n, sizes, BLOCK_N)
             if WINDOWED:  # a value that no query sees may be nan, and 0 * nan is nan
-                exists = exists & ((j >= windows) | (j < n_before(sizes.N_SINK, sizes)))
+                exists = exists & ((j >= window_begin) | (j < n_before(sizes.N_SINK, sizes)))
             k = tl.load(K + k_row[:, None], mask=exists[:, None] & in_d, other=0.0)  # [BLOCK_N, BLOCK_D]
             v = tl.load(V + v_row[:, None], mask=exists[:, None] & in_d, other=0.0)  # [BLOCK_N, BLOCK_D]
             s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
@@ -315,7 +315,7 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, sm_
                 v = zero_unseen(v, seen)
             s = tl.where(seen, s, -float("inf"))
             m_new = tl.maximum(m_i, tl.max(s, 1))
-            shift = tl.where(m_new == -float("inf"), 0.0, m_new)  # no key seen yet: exp2(-inf - 0), not nan
+            shift = tl.where(m_new == -float("inf"), 0.0, m_new)  # no key seen yet: exp2(-inf) = 0, not nan
             p = tl.math.exp2(s - shift[:, None])
             alpha = tl.math.exp2(m_i - shift)
             l_i = l_i * alpha + tl.sum(p, 1)
@@ -497,13 +497,14 @@ def make_config(call):
     shared |= dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
     CHUNK, num_warps = (64, 4) if merge_grid <= n_sm else (16, 2)  # few large programs, or many small ones
     options, merge_options = dict(num_warps=4, num_stages=num_stages), dict(num_warps=num_warps)
-    if windowed and BLOCK_M == 16 and not large:
-        options["maxnreg"] = 128  # else one program less fits an SM: 4k keys in L2 took 11 us, not 9
+    plain = narrow and BLOCK_D <= 128 and not (paged or blocked or call.score_mod or call.mask_mod)
+    if windowed and plain and BLOCK_M == 16 and not large:  # it would take 168 registers, and 20% longer
+        options["maxnreg"] = 128
     if pdl:
         options["launch_pdl"] = merge_options["launch_pdl"] = True
     constants, merge_constants = constants | shared, shared | dict(CHUNK=CHUNK)
-    head = next(CONFIG_NUMBERS), row_tiles, grid, merge_grid, sizes
-    return LaunchConfig(*head, constants, merge_constants, options, merge_options)
+    kwargs = constants, merge_constants, options, merge_options
+    return LaunchConfig(next(CONFIG_NUMBERS), row_tiles, grid, merge_grid, sizes, *kwargs)
 
 
 NO_TABLES = BlockTables(None, None, None, None)

@@ -14,6 +14,7 @@ Sources: RoPE (arXiv 2104.09864), RMSNorm (1910.07467), GQA (2305.13245), tied e
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -297,7 +298,7 @@ class Transformer(nn.Module):
         Raises ValueError before the first token if something does not fit.
         """
         S = tokens.shape[1]
-        if temperature < 0 or S == 0 or (top_k is not None and top_k < 1):
+        if not 0 <= temperature < math.inf or S == 0 or (top_k is not None and top_k < 1):
             need = f"{temperature=} must be 0 or more, {top_k=} 1 or more or None"
             raise ValueError(f"{need}, and the prompt, {S} tokens, not empty")
         need = S + max(n_tokens, 1) - 1  # the last token does not go into the cache

@@ -2403,7 +2403,7 @@ class RingAttention(torch.autograd.Function):
             with torch._C._AutoDispatchBelowAutograd():  # the same operator, below autograd
                 o, lse = torch.ops.ring_attn.forward.default(q, k, v, *args)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.args = args[:6]
+        ctx.args, ctx.ring = args[:6], ring_numbered(args[0])  # the ring lives until the backward
         ctx.set_materialize_grads(False)
         return o, lse
 

@@ -812,6 +812,8 @@ def rings_and_agreements_do_not_pile_up():
     for i in range(20_000):
         ring_attn.agree_once(ring, i, {}, None, lambda: None)
     assert 0 < len(ring.agreed) <= 10_000, f"a ring remembers {len(ring.agreed)} of 20,000 agreements"
+    x = inputs[0].requires_grad_()
+    ring_attn.ring_attn(x, x, x, group=ring_attn.Ring()).sum().backward()  # only the graph holds the ring
 
 
 @local
@@ -1546,6 +1548,7 @@ def check_stream(ring, kind):
     refused = partial(raises, partial(model.generate, tokens, 3))
     refused("the cache is full", "43 more", cache=model.new_cache(2, 42))
     refused("temperature=-1", temperature=-1)
+    refused("temperature=nan", temperature=nan)
     if ring.n_ranks > 1:
         zigzag = on_ring(attn_type=AttentionType.ZIGZAG).to(DEVICE)
         raises(lambda: zigzag.generate(tokens, 1), "STRIPED")
@@ -2644,6 +2647,7 @@ def check_generate():
             "--generate=": ("the prompt has 0 bytes",),
             "--prompt_file=/no/such/file": ("/no/such/file",),
             "--temperature=-1": ("--temperature=-1",),
+            "--temperature=nan": ("--temperature=nan",),
         }
         a, b, *refused = call_scripts(*((*base, flag) for flag in ("--seed=1", "--seed=2", *bad)))
         (on_two,) = call_scripts((*base, "--seed=1"), n_ranks=2)

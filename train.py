@@ -203,9 +203,9 @@ def check_args(args, n_ranks, start):
 
 
 def check_sampling(args):
-    if args.temperature < 0 or (args.top_k is not None and args.top_k < 1):
-        temperature = f"--temperature={args.temperature} must be 0 or more"
-        raise ValueError(f"{temperature}, --top_k={args.top_k} 1 or more")
+    if not 0 <= args.temperature < math.inf or (args.top_k is not None and args.top_k < 1):
+        temperature = f"--temperature={args.temperature} must be 0 or more, and finite"
+        raise ValueError(f"{temperature}; --top_k={args.top_k} 1 or more")
 
 
 # -----------------------------------------------------------------------------
