@@ -2398,7 +2398,8 @@ def train_refuses_bad_input(ring):
         refused(f"--data={blank}", "holds no files")
         refused(f"--data={short}", "100 bytes", "129")
         refused("--resume", "no checkpoint in", "/a;")
-        for flag in ("--steps=0", "--seed=-1", "--lr=nan", "--keep=0"):
+        wrong = "--steps=0 --seed=-1 --lr=nan --lr=inf --lr=0.0 --keep=0 --clip=nan --weight_decay=nan"
+        for flag in (*wrong.split(), "--temperature=inf", "--top_k=0", "--dropout=nan", "--log_every=0"):
             refused(flag, flag)
         refused("--accumulate=3", "--batch_size=4", "--accumulate=3", "use 6")
         assert not out.exists(), "a refused run left a folder behind"

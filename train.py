@@ -22,7 +22,6 @@ import argparse
 import codecs
 import csv
 import datetime
-import itertools
 import json
 import math
 import os
@@ -159,21 +158,25 @@ def wants_training(args):
     return args.generate is None and args.prompt_file is None
 
 
+def check_numbers(args):
+    """ValueError if a number among the flags is too small, infinite (--clip may be) or nan."""
+    from_zero = "seed dropout lr warmup weight_decay clip sample_tokens profile temperature".split()
+    for name, value in vars(args).items():
+        least = 0 if name in from_zero else 1
+        finite = name == "clip" or value != math.inf
+        if type(value) in (int, float) and not (value >= least and finite):
+            least = f"{least} or more{', and finite' if type(value) is float else ''}"
+            raise ValueError(f"--{name}={value} must be {least}")
+
+
 def check_args(args, n_ranks, start):
-    counts = """steps seq_len batch_size n_layers dim dim_per_head n_kv_heads log_every eval_every save_every
-        eval_batches keep ring_size accumulate timeout"""
-    for least, names in ((1, counts), (0, "warmup weight_decay sample_tokens profile")):
-        for name in names.split():
-            if getattr(args, name) < least:
-                raise ValueError(f"--{name}={getattr(args, name)} must be {least} or more")
-    if not 0 < args.lr < math.inf or not args.clip > 0 or not args.weight_decay < math.inf:
-        rates = f"--lr={args.lr} and --clip={args.clip} must be numbers above 0"
-        raise ValueError(f"{rates}, --weight_decay={args.weight_decay} one from 0 up")
-    if not 0 <= args.seed < 2**23:
+    check_numbers(args)
+    if not args.lr or not args.clip:
+        raise ValueError(f"--lr={args.lr} and --clip={args.clip} must be above 0")
+    if args.seed >= 2**23:
         raise ValueError(f"--seed={args.seed} must be in 0..{2**23 - 1}")
     if args.stop_after is not None and args.stop_after <= start:
         raise ValueError(f"--stop_after={args.stop_after} must be above {start}, the steps already done")
-    check_sampling(args)
     R = args.ring_size
     if n_ranks % R:
         fits = max(r for r in range(1, R) if n_ranks % r == 0)
@@ -200,12 +203,6 @@ def check_args(args, n_ranks, start):
     except ValueError as error:
         part = f"a ring gets B={B} of --batch_size={args.batch_size} at a time"
         raise ValueError(f"{error} ({part})") from error
-
-
-def check_sampling(args):
-    if not 0 <= args.temperature < math.inf or (args.top_k is not None and args.top_k < 1):
-        temperature = f"--temperature={args.temperature} must be 0 or more, and finite"
-        raise ValueError(f"{temperature}; --top_k={args.top_k} 1 or more")
 
 
 # -----------------------------------------------------------------------------
@@ -495,12 +492,13 @@ class Interrupt:
             signal.signal(n, signal.SIG_DFL)
 
     def __exit__(self, kind, error, trace):
+        failed = isinstance(error, RuntimeError)
+        if failed:  # first, as torchrun's SIGTERM may end this process as soon as the handlers are gone
+            self.on_error()
         for n, handler in self.before.items():
             signal.signal(n, handler)
-        if isinstance(error, RuntimeError):
-            self.on_error()
-            if self.asked:
-                signal.raise_signal(self.asked)
+        if failed and self.asked:
+            signal.raise_signal(self.asked)
 
 
 def device_of(args):
@@ -508,10 +506,10 @@ def device_of(args):
 
 
 def on_every_rank(world, f, *args, **same):
-    """f(*args) on this rank; ValueError on every rank if any failed, or if the values of `same` differ."""
+    """f(*args), or None without f; ValueError on every rank if any failed or the values of `same` differ."""
     result, problem = None, None
     try:
-        result = f(*args)
+        result = f and f(*args)
     except (ValueError, OSError) as error:
         problem = str(error)
     world.agree({name: repr(value) for name, value in same.items()}, problem)
@@ -544,9 +542,9 @@ def memory(device):  # GiB, the peak so far
 def open_run(args, world):
     """Find the run, new or old, and complete its flags: (run folder, checkpoint or None, its state, the first
     step, what is wrong with newer checkpoints)."""
-    on_every_rank(world, lambda: None, **vars(args))
+    on_every_rank(world, None, **vars(args))
     restarted = any(world.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
-    chosen = on_every_rank(world, lambda: choose_run(args, restarted) if world.rank == 0 else None)
+    chosen = on_every_rank(world, choose_run if world.rank == 0 else None, args, restarted)
     out, file, refused = world.gather(chosen)[0]
     state = on_every_rank(world, load_checkpoint, file, args, world.n_ranks) if file else None
     start = state["step"] if file else 0
@@ -637,12 +635,12 @@ def train(args, group=None):
     if n_rings > 1:  # the ranks of a ring are neighbours, on one host if they fit
         wait = datetime.timedelta(seconds=args.timeout)
         ring = ring_attn.resolve_ring(dist.new_subgroups(args.ring_size, timeout=wait)[0])
-    attn_type, config = AttentionType(args.schedule), make_config(vars(args))
+    attn_type = AttentionType(args.schedule)
     if ring.n_ranks > 1 and attn_type.is_ring:
         on_every_rank(world, ring.settle, device, args.transport)
     torch.manual_seed(args.seed)
     options = ring.rank, ring.n_ranks, attn_type, ring, args.transport
-    model = on_every_rank(world, Transformer, config, *options)
+    model = on_every_rank(world, Transformer, make_config(vars(args)), *options)
     first_of_host = rank == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0
     text_file = on_every_rank(world, prepare_data, args.data, out, first_of_host, file is not None)
     train_data, val_data = on_every_rank(world, open_data, text_file, args.seq_len)
@@ -654,7 +652,7 @@ def train(args, group=None):
             raise ValueError(f"{text_file} is not the text that {file} was trained on; {fix}")
         model.load_state_dict(state["model"])
 
-    on_every_rank(world, restore if file else lambda: None, text=text_id)
+    on_every_rank(world, restore if file else None, text=text_id)
     optimizer = place_model(model, args, world, device)
     if file:
         load_optimizer(optimizer, state["optimizer"])
@@ -697,7 +695,7 @@ def train(args, group=None):
     def tell_end():
         by = f" by {signal.Signals(interrupt.asked).name}" if interrupt.asked else ""
         newest = next(iter(checkpoints(out, done)), None)
-        more = f"; stopped{by} at step {done}" if done < args.steps else ""
+        more = f"; stopped{by} at step {done}" if newest != checkpoint_file(out, args.steps) else ""
         more += f", --out={out} --resume goes on" if more and newest else ""
         log((f"checkpoint in {newest}" if newest else f"no checkpoint in {out}") + more)
 
@@ -765,20 +763,17 @@ def train(args, group=None):
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=done)
                 state |= dict(text=text_id, n_ranks=n_ranks, args=vars(args), torchrun_id=torchrun_id())
                 save = partial(save_checkpoint, out, args.keep, **full_state(state, rank))
-                on_every_rank(world, save if rank == 0 else lambda: None)
+                on_every_rank(world, save if rank == 0 else None)
             clock += time.perf_counter() - pause  # evaluation and saving stay out of tok/s
     if profiler:
         profiler.stop()
 
     if by_range and done == args.steps:
-        means = [f"{first}.. {x:.3f}" for first, x in zip([0, *ends], by_range)]
-        log(f"validation loss by position: {' | '.join(means)}")
-    if args.sample_tokens and done == args.steps:
-        weights = full_state(model.state_dict(), rank)
-        if rank == 0:
-            sampler = make_sampler(weights, config, args, ring_attn.ALONE)
-            sample = "".join(continue_text(sampler, b"def ", args.sample_tokens, args))
-            log(f"---- sample\ndef {sample}\n----")
+        means = [f"{first}-{end - 1}: {x:.3f}" for first, end, x in zip([0, *ends], ends, by_range)]
+        log(f"validation loss by position, nats per byte: {' | '.join(means)}")
+    if args.sample_tokens and done == args.steps and rank == 0:
+        sampler = load_sampler(checkpoints(out, done)[0], args, ring_attn.ALONE)
+        log(f"---- sample\n{''.join(continue_text(sampler, b'def ', args.sample_tokens, args))}\n----")
     tell_end()
     return losses, val_loss
 
@@ -791,16 +786,22 @@ def make_config(args):  # a dict
     return Config(**{name: args[name] for name in MODEL})
 
 
-def make_sampler(weights, config, args, ring):
-    """The model, ready to generate on the ranks of a ring."""
+def load_sampler(file, args, ring):
+    """The model of a checkpoint, ready to generate on the ranks of a ring."""
+    state = read_checkpoint(file)
     attn_type = AttentionType.STRIPED if ring.n_ranks > 1 else AttentionType.FLASH  # as the cache is
-    model = Transformer(config, ring.rank, ring.n_ranks, attn_type)
-    model.load_state_dict(weights)
+    model = Transformer(make_config(state["args"]), ring.rank, ring.n_ranks, attn_type)
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{file} holds weights of another shape than its flags say: {reason}") from error
     return model.to(device_of(args), getattr(torch, args.dtype)).eval()
 
 
 def continue_text(model, prompt, n_tokens, args, cache=None):
-    """Continue prompt (bytes) by n_tokens sampled bytes: yields the text that each of them adds."""
+    """Continue prompt (bytes) by n_tokens sampled bytes: yields the prompt, then the text that each adds."""
+    yield prompt.decode(errors="replace")
     device = model.embedding.weight.device
     tokens = torch.tensor([list(prompt)], device=device)
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -812,6 +813,7 @@ def continue_text(model, prompt, n_tokens, args, cache=None):
 
 def read_prompt(args, n_ranks):
     """(the prompt as bytes, how many tokens the cache is for)"""
+    check_numbers(args)
     file, prompt = args.prompt_file, b""
     if file == "-" and n_ranks > 1:
         raise ValueError("--prompt_file=-: only one of several processes has the standard input; give a file")
@@ -821,12 +823,11 @@ def read_prompt(args, n_ranks):
     except OSError as error:
         raise ValueError(f"--prompt_file={file}: {error.strerror}; name a file of text") from error
     prompt += os.fsencode(args.generate or "")
-    check_sampling(args)
     sizes = f"the prompt has {len(prompt)} bytes and --max_tokens={args.max_tokens}"
-    if not prompt or args.max_tokens < 1:
-        raise ValueError(f"{sizes}; both must be 1 or more")
+    if not prompt:
+        raise ValueError("the prompt has 0 bytes; it must have 1 or more")
     need = len(prompt) + args.max_tokens
-    room = need if args.cache_tokens is None else args.cache_tokens
+    room = args.cache_tokens or need
     if room < need:
         raise ValueError(f"{sizes}; they do not fit into --cache_tokens={room}")
     return prompt, room
@@ -840,15 +841,6 @@ def find_checkpoint(out):
     return next(iter(checkpoints(folders[0])), folders[0])
 
 
-def load_sampler(file, args, ring):
-    state = read_checkpoint(file)
-    try:
-        return make_sampler(state["model"], make_config(state["args"]), args, ring)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{file} holds weights of another shape than its flags say: {reason}") from error
-
-
 def generate(args):
     """Continue a prompt, on all ranks; rank 0 prints. A signal to any of them, or the end of whoever reads
     the text, ends all, with the exit code that shells know. Raises ValueError on every rank."""
@@ -859,10 +851,9 @@ def generate(args):
     if world.rank == 0 and room > model.config.seq_len:
         print(f"note: up to {room} tokens; the model was trained on {model.config.seq_len}", file=sys.stderr)
     cache = model.new_cache(1, room)
-    pieces = continue_text(model, prompt, args.max_tokens, args, cache)
     clocks, number = [], 0  # when the prompt and each byte was printed; the signal that ends this
     with Interrupt() as interrupt:
-        for piece in itertools.chain([prompt.decode(errors="replace")], pieces):
+        for piece in continue_text(model, prompt, args.max_tokens, args, cache):
             number = interrupt.asked if world.rank > 0 or show(piece) else signal.SIGPIPE
             if world.n_ranks > 1:
                 number = all_reduce(torch.tensor(number, device=device), world, dist.ReduceOp.MAX).item()
@@ -936,10 +927,11 @@ def run_script(name, f, less):
     try:
         f()
     except ValueError as error:
-        if RANK > 0:
-            time.sleep(2)  # torchrun ends all when the first one fails; rank 0 speaks before that
-        else:
+        if RANK == 0:
             print(f"{name}: error: {error}", file=sys.stderr, flush=True)
+        elif not dist.is_initialized():  # torchrun ends all when one fails: let rank 0 speak first
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
+            time.sleep(10)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         reason = str(error).split(" Including")[0]
@@ -948,6 +940,7 @@ def run_script(name, f, less):
     except RuntimeError as error:
         if not (dist.is_initialized() and from_distributed(error)):
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, until the lost rank is named
         said = str(error)
         if error.__cause__ is None:  # else it is ring_attn's, and names the lost ranks
             # other ranks fail within seconds, too: those that are there answer
