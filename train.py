@@ -163,10 +163,10 @@ def check_numbers(args):
     from_zero = "seed dropout lr warmup weight_decay clip sample_tokens profile temperature".split()
     for name, value in vars(args).items():
         least = 0 if name in from_zero else 1
-        finite = name == "clip" or value != math.inf
-        if type(value) in (int, float) and not (value >= least and finite):
-            least = f"{least} or more{', and finite' if type(value) is float else ''}"
-            raise ValueError(f"--{name}={value} must be {least}")
+        fits = type(value) not in (int, float) or value >= least and (value < math.inf or name == "clip")
+        if not fits:
+            finite = ", and finite" if type(value) is float and name != "clip" else ""
+            raise ValueError(f"--{name}={value} must be {least} or more{finite}")
 
 
 def check_args(args, n_ranks, start):
@@ -825,7 +825,7 @@ def read_prompt(args, n_ranks):
     prompt += os.fsencode(args.generate or "")
     sizes = f"the prompt has {len(prompt)} bytes and --max_tokens={args.max_tokens}"
     if not prompt:
-        raise ValueError("the prompt has 0 bytes; it must have 1 or more")
+        raise ValueError("the prompt has 0 bytes; give 1 or more by --generate or --prompt_file")
     need = len(prompt) + args.max_tokens
     room = args.cache_tokens or need
     if room < need:
@@ -929,7 +929,7 @@ def run_script(name, f, less):
     except ValueError as error:
         if RANK == 0:
             print(f"{name}: error: {error}", file=sys.stderr, flush=True)
-        elif not dist.is_initialized():  # torchrun ends all when one fails: let rank 0 speak first
+        else:  # torchrun ends all when one fails: let rank 0 speak first
             signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
             time.sleep(10)
         sys.exit(2)
