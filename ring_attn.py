@@ -58,8 +58,10 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 from einops import einsum, rearrange
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
@@ -252,8 +254,8 @@ def plan(schedule, rank, n_ranks, T, causal, direction):
     """The hops of one rank: a tuple of n_ranks Hops. Hop 0 works on its own keys, those it holds at first.
 
     direction 1 (forward): keys move to the next rank, hop j has those of rank - j. direction -1 (backward):
-    keys and their gradients move to the previous rank, hop j has those of rank + j; the gradients of the own
-    keys come home after hop n_ranks - 1 and are finished last.
+    keys and their gradients move to the previous rank, hop j has those of rank + j. Hop 0 comes last then:
+    the gradients of the own keys travel home meanwhile.
     """
     R = n_ranks
     layouts = [rank_layouts(schedule, r, R, T) for r in range(R)]
@@ -266,20 +268,28 @@ def plan(schedule, rank, n_ranks, T, causal, direction):
             most[g] = max(most[g], n_visible(layouts[r][g], k_layout, T) if causal else T)
         return tuple(most)
 
+    order = hop_order(R, direction)
+    seen = [most_seen(source, [j]) for j, source in enumerate(sources)]
     hops = []
     for j, source in enumerate(sources):
+        done, rest = order[: order.index(j)], order[order.index(j) + 1 :]
         later, earlier, arriving = range(j + 1, R), range(1, j + 1), (source - direction) % R
         # added by the ranks before this one; to the own keys, whose turn comes last, by all other ranks
         carry_grad = most_seen(source, range(1, j or R))
         rows = []
         for g, layout in enumerate(layouts[rank]):
-            first_keys = [layouts[s][g].position(0, T) if causal else -1 for s in sources[j + 1 :]]
-            next_start, carry = min(first_keys, default=INT_MAX), T if j else 0
+            first_keys = [layouts[sources[i]][g].position(0, T) if causal else -1 for i in rest]
+            next_start, carry = min(first_keys, default=INT_MAX), T if any(seen[i][g] for i in done) else 0
             rows.append(HopRow(*layout, *layouts[source][g], next_start, carry, carry_grad[g]))
         # send, recv, send_grad, recv_grad
         moves = [most_seen(s, stops) for stops in (later, earlier) for s in (source, arriving)]
-        hops.append(Hop(source, tuple(rows), most_seen(source, [j]), *moves))
+        hops.append(Hop(source, tuple(rows), seen[j], *moves))
     return tuple(hops)
+
+
+def hop_order(n_ranks, direction):
+    """Forward the own keys, which are there, come first; backward last, when their gradients are home."""
+    return [*range(n_ranks)] if direction > 0 else [*range(1, n_ranks), 0]
 
 
 def keys_moved(schedule, n_ranks, T, B=1, causal=True, transport="symmetric"):
@@ -305,13 +315,13 @@ def keys_moved(schedule, n_ranks, T, B=1, causal=True, transport="symmetric"):
 
 
 class Backend(NamedTuple):
-    """The functions of one hop: torch_fwd, torch_preprocess, torch_dq, torch_dkv, or kernels. Sums stay in
-    acc, dk_acc, dv_acc, float32, between hops; complete ones go to o, dq, dk, dv. Both may be one tensor."""
+    """The functions of one hop, and of a backward's begin and end: torch_*, or kernels. Sums stay in acc, dq_acc,
+    dk_acc, dv_acc, float32, between hops; complete ones go to o, dq, dk, dv. Both may be one tensor."""
 
     forward: Callable
-    preprocess: Callable
-    dq: Callable
-    dkv: Callable
+    preprocess: Callable  # what `backward` needs of the rows, and where it adds up dq
+    backward: Callable
+    postprocess: Callable  # dq, where `backward` does not complete it
 
 
 def forward_hops(ring, q, k, v, schedule, causal, sm_scale, backend, transport):
@@ -332,29 +342,26 @@ def forward_hops(ring, q, k, v, schedule, causal, sm_scale, backend, transport):
 
 
 def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, backend, transport):
-    """dq, dk, dv. Hop 0 computes dq from the own keys; meanwhile the next keys arrive. Every later hop adds
-    to dk, dv of its keys, sends them on, and computes dq while they travel. After the last hop, dk, dv of the
-    own keys have come home, and this rank adds its part."""
-    kernels = BACKENDS[backend]
+    """dq, dk, dv. Every hop adds to dk, dv of its keys and sends them on, which then move under the next hop. The
+    own keys come last: what all other ranks have added to their gradients comes home under the last hop but one."""
+    kernels, R = BACKENDS[backend], ring.n_ranks
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    dq_acc = accumulator(dq, acc_dtype, ring.n_ranks, backend)
-    lse_delta = kernels.preprocess(o, do, lse, dlse)
+    state = kernels.preprocess(q, o, do, lse, dlse, dq, R)
     link = ring.link(transport, schedule, k, v, causal, -1, acc_dtype)
     hops = ring.on_device(link.hops, q.device)
-    for j, hop in enumerate(hops):
-        k_hop, v_hop = link.keys(j)
-        if j > 0:  # add to what earlier ranks have for these keys, and send it on
-            grads = link.grads(j)
-            if hop.visible:
-                kernels.dkv(q, k_hop, v_hop, do, lse_delta, *grads, *grads, hop, causal, sm_scale)
+    link.keys(0)  # the next rank's are on their way
+    yield
+    for j in hop_order(R, -1):
+        k_hop, v_hop = link.keys(j) if j else (k, v)
+        grads = link.grads(j or R) if R > 1 else [accumulator(x, acc_dtype, 1, backend) for x in (dk, dv)]
+        if hops[j].visible:
+            out = grads if j else (dk, dv)
+            kernels.backward(q, k_hop, v_hop, do, state, dq, *out, *grads, hops[j], j, causal, sm_scale)
+        if j:
             link.pass_on(j)
-        if hop.visible:
-            kernels.dq(q, k_hop, v_hop, do, lse_delta, dq, dq_acc, hop, causal, sm_scale)
         yield
-    alone = ring.n_ranks == 1
-    home = [accumulator(x, acc_dtype, 1, backend) for x in (dk, dv)] if alone else link.grads(ring.n_ranks)
-    kernels.dkv(q, k, v, do, lse_delta, dk, dv, *home, hops[0], causal, sm_scale)
+    kernels.postprocess(state, dq, sm_scale)
     link.finish()
     yield dq, dk, dv
 
@@ -398,32 +405,28 @@ def torch_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
     o.copy_(acc)
 
 
-def torch_preprocess(o, do, lse, dlse):
+def torch_preprocess(q, o, do, lse, dlse, dq, n_hops):
     """lse and delta = rowsum(do * o) - dlse; so a gradient of lse, too, enters ds = p * (dp - delta)."""
     delta = einsum(o.to(lse.dtype), do.to(lse.dtype), "b t h d, b t h d -> b h t")
-    return lse, delta if dlse is None else delta - dlse
+    return lse, delta if dlse is None else delta - dlse, accumulator(dq, lse.dtype, n_hops, "torch")
 
 
-def torch_dq(q, k, v, do, lse_delta, dq, acc, hop, causal, sm_scale):
-    if not hop.rows[0].carry:
-        acc.zero_()
-    for b, m, n, *seen in torch_blocks(hop, *q.shape[:2], causal, q.device):
-        rows = [x[b, :, m] for x in lse_delta]
-        acc[b, m] += reference_bwd(q[b, m], k[b, n], v[b, n], do[b, m], *rows, *seen, sm_scale)[0]
-    dq.copy_(acc)
-
-
-def torch_dkv(q, k, v, do, lse_delta, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
+def torch_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, sm_scale):
+    *lse_delta, dq_acc = state
     for row, b in zip(hop.rows, batch_slices(len(q), len(hop.rows))):
-        for x in (dk_acc, dv_acc):
-            x[b, row.carry_grad :].zero_()  # nobody has added anything there
+        for x, n in ((dq_acc, row.carry), (dk_acc, row.carry_grad), (dv_acc, row.carry_grad)):
+            x[b, n:].zero_()  # nobody has added anything there
     for b, m, n, *seen in torch_blocks(hop, *q.shape[:2], causal, q.device):
         rows = [x[b, :, m] for x in lse_delta]
-        _, dk_hop, dv_hop = reference_bwd(q[b, m], k[b, n], v[b, n], do[b, m], *rows, *seen, sm_scale)
-        dk_acc[b, n] += dk_hop
-        dv_acc[b, n] += dv_hop
-    dk.copy_(dk_acc)
-    dv.copy_(dv_acc)
+        grads = reference_bwd(q[b, m], k[b, n], v[b, n], do[b, m], *rows, *seen, sm_scale)
+        for x, at, grad in zip((dq_acc, dk_acc, dv_acc), (m, n, n), grads):
+            x[b, at] += grad
+    for x, acc in ((dq, dq_acc), (dk, dk_acc), (dv, dv_acc)):
+        x.copy_(acc)
+
+
+def no_postprocess(state, dq, sm_scale):
+    pass
 
 
 # -----------------------------------------------------------------------------
@@ -957,11 +960,17 @@ def fwd_kernel(Q, K, V, O, ACC, LSE, HOP, sm_scale, H, G, T, GROUP_B, stride_q, 
         tl.store(ACC + offs, acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["B", "H", "T"])
-def bwd_preprocess_kernel(O, DO, LSE, DLSE, LSE_DELTA, B, H, T, HEAD_DIM: constexpr, BLOCK_D: constexpr,
-                          BLOCK_M: constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["n_hops", "B", "H", "T"])
+def bwd_preprocess_kernel(O, DO, LSE, DLSE, LSE_DELTA, DQ_ACC, TURNS, n_hops, B, H, T, HEAD_DIM: constexpr,
+                          BLOCK_D: constexpr, BLOCK_M: constexpr):  # fmt: skip
     """What the backward needs per row, (2, B, H, T padded) float32. First lse in base 2, +inf where a row is
-    padding or saw no key, so that p is 0. Then delta = rowsum(do * o) - dlse, as in torch_preprocess."""
+    padding or saw no key, so that p is 0. Then delta = rowsum(do * o) - dlse, as in torch_preprocess. And zeros
+    for hopper_bwd_kernel: DQ_ACC (B, H, T padded, BLOCK_D), TURNS (n_hops, number of programs)."""
+    if DQ_ACC is not None:
+        dq_acc = DQ_ACC + tl.program_id(0).to(tl.int64) * (BLOCK_M * BLOCK_D)
+        tl.store(dq_acc + tl.arange(0, BLOCK_M * BLOCK_D), tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
+        for j in range(n_hops):
+            tl.store(TURNS + j * tl.num_programs(0) + tl.program_id(0), 0)
     T_pad = tl.cdiv(T, ROW_PAD) * ROW_PAD
     n_tiles = T_pad // BLOCK_M
     bh = tl.program_id(0) // n_tiles
@@ -1180,26 +1189,33 @@ def triton_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
     run_portable(fwd_kernel, "fwd", (q, k, v), (o, acc, lse), hop, causal, sm_scale)
 
 
-def triton_preprocess(o, do, lse, dlse):
+def run_preprocess(o, do, lse, dlse, dq_acc=None, turns=None, n_hops=0):
     """lse in base 2 and delta, (2, B * H, T padded): see bwd_preprocess_kernel."""
     B, T, H, D = o.shape
-    n_rows = -(-T // ROW_PAD.value) * ROW_PAD.value
+    n_rows = padded_rows(T)
     lse_delta = torch.empty(2, B * H, n_rows, dtype=torch.float32, device=o.device)
-    BLOCK_D = max(16, 1 << (D - 1).bit_length())
-    depends = o.dtype, dlse is None, *(x is not None and x.data_ptr() % 16 == 0 for x in (o, do, lse, dlse))
+    BLOCK_D = max(16 if dq_acc is None else 64, 1 << (D - 1).bit_length())
+    aligned = (x is not None and x.data_ptr() % 16 == 0 for x in (o, do, lse, dlse))
+    depends = o.dtype, dlse is None, dq_acc is None, *aligned
     constants = dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=32)
-    args = o, do, lse, dlse, lse_delta, B, H, T
+    args = o, do, lse, dlse, lse_delta, dq_acc, turns, n_hops, B, H, T
     launch(bwd_preprocess_kernel, o.device, depends, n_rows // 32 * B * H, args, constants, num_warps=4)
     return lse_delta
 
 
-def triton_dq(q, k, v, do, lse_delta, dq, acc, hop, causal, sm_scale):
-    run_portable(dq_kernel, "dq", (q, k, v, do), (*lse_delta, dq, acc), hop, causal, sm_scale)
+def padded_rows(T):
+    return -(-T // ROW_PAD.value) * ROW_PAD.value
 
 
-def triton_dkv(q, k, v, do, lse_delta, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
+def triton_preprocess(q, o, do, lse, dlse, dq, n_hops):
+    return *run_preprocess(o, do, lse, dlse), accumulator(dq, torch.float32, n_hops, "triton")
+
+
+def triton_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, sm_scale):
+    *lse_delta, dq_acc = state
     outputs = *lse_delta, dk, dv, dk_acc, dv_acc
     run_portable(dkv_kernel, "dkv", (q, k, v, do), outputs, hop, causal, sm_scale)
+    run_portable(dq_kernel, "dq", (q, k, v, do), (*lse_delta, dq, dq_acc), hop, causal, sm_scale)
 
 
 # =============================================================================
@@ -1231,9 +1247,7 @@ FwdBuffers = namedtuple("FwdBuffers", "q k v q_full q_empty k_full v_full")
 # resident_dp, streamed_dp    the factors of dp
 # lse_delta                   streamed with queries
 # *_full, *_empty             barriers that say what they hold
-BwdBuffers = namedtuple(
-    "BwdBuffers", "resident resident_dp streamed streamed_dp lse_delta "
-    "resident_full resident_empty streamed_full streamed_dp_full")  # fmt: skip
+BwdBuffers = namedtuple("BwdBuffers", "q k v do lse_delta ds dq number number_full kv_full kv_empty q_full do_full")
 
 
 @gluon.constexpr_function
@@ -1260,21 +1274,33 @@ NAMED_BARRIERS = constexpr(8)  # the first of ours, of 16 in hardware; the compi
 
 
 @gluon.jit
-def consumer_release(stage, CONSUMERS: constexpr):
-    """This warp has read the stage. A named barrier, as Gluon has the whole warpgroup wait for its slowest
-    warp before it arrives at an mbarrier, several times a tile: the tensor cores were busy 75% of the time
-    with those, 79% with these (ncu, one H100, D128 16k causal)."""
+def bar_arrive(i, THREADS: constexpr):
+    """This warp is at named barrier i, and goes on. Named barriers, as Gluon has the whole warpgroup wait for its
+    slowest warp before it arrives at an mbarrier, several times a tile: the tensor cores were busy 75% of the
+    time with those, 79% with these (ncu, one H100, D128 16k causal)."""
     asm: constexpr = "bar.arrive $1, $2; mov.b32 $0, 0;"
-    args = [NAMED_BARRIERS + stage, CONSUMERS * 128 + 32]
+    args = [NAMED_BARRIERS + i, THREADS]
     gl.inline_asm_elementwise(asm, "=r,r,r", args, dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def bar_sync(i, THREADS: constexpr):
+    """This warp waits until THREADS threads, 32 a warp, are at named barrier i."""
+    asm: constexpr = "bar.sync $1, $2; mov.b32 $0, 0;"
+    args = [NAMED_BARRIERS + i, THREADS]
+    gl.inline_asm_elementwise(asm, "=r,r,r", args, dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def consumer_release(stage, CONSUMERS: constexpr):
+    """This warp has read the stage."""
+    bar_arrive(stage, CONSUMERS * 128 + 32)
 
 
 @gluon.jit
 def producer_acquire(stage, CONSUMERS: constexpr):
     """The producer waits until all warps of all consumers have read the stage."""
-    asm: constexpr = "bar.sync $1, $2; mov.b32 $0, 0;"
-    args = [NAMED_BARRIERS + stage, CONSUMERS * 128 + 32]
-    gl.inline_asm_elementwise(asm, "=r,r,r", args, dtype=gl.int32, is_pure=False, pack=1)
+    bar_sync(stage, CONSUMERS * 128 + 32)
 
 
 @gluon.jit
@@ -1305,33 +1331,38 @@ def tile_scheduler(n, n_tiles, L2_HEADS, WAVES):
 
 
 @gluon.jit
-def work_tile(n, dims, BLOCK: constexpr, BLOCK_STREAMED: constexpr, DKV: constexpr, CAUSAL: constexpr,
-              FORWARD: constexpr = False):  # fmt: skip
-    """This program's n-th WorkTile. DKV: keys are resident and queries streamed; else the other way round."""
-    n_resident = gl.cdiv(dims.T, BLOCK)
-    heads = dims.H // dims.G if DKV else dims.H
+def fwd_work_tile(n, dims, BLOCK_M: constexpr, BLOCK_N: constexpr, CAUSAL: constexpr):
+    """This program's n-th WorkTile: queries, and the keys that they see."""
+    n_resident = gl.cdiv(dims.T, BLOCK_M)
     tile, bh, exists = tile_scheduler(n, n_resident, dims.L2_HEADS, dims.WAVES)
-    start = (tile if DKV else n_resident - 1 - tile) * BLOCK  # the first keys and last queries are longest
+    start = (n_resident - 1 - tile) * BLOCK_M  # the last queries see the most keys
+    b, h = bh // dims.H, bh % dims.H
+    hop = dims.HOP + (b // dims.GROUP_B) * HOP_COLUMNS
+    last = gl.minimum(start + BLOCK_M, dims.T) - 1
+    n_tiles = gl.cdiv(keys_seen(hop, last, dims.T, CAUSAL), BLOCK_N)
+    n_masked = n_tiles - keys_seen(hop, start, dims.T, CAUSAL) // BLOCK_N
+    least = 1 - gl.minimum(gl.load(hop + CARRY), 1)  # without a carry there is something to write
+    n_tiles = gl.where(exists, gl.maximum(n_tiles, least), 0)
+    return WorkTile(b, h, start, hop, n_tiles - 1, n_masked, n_tiles, n_tiles > 0)
+
+
+@gluon.jit
+def bwd_work_tile(n, dims, BLOCK_N: constexpr, BLOCK_M: constexpr, CAUSAL: constexpr):
+    """The n-th WorkTile of all programs: keys, and the queries that see them. The first keys of L2_HEADS heads come
+    first: under a causal mask they are seen by the most queries, and dq is added up in that order."""
+    n_resident = gl.cdiv(dims.T, BLOCK_N)
+    heads = dims.H // dims.G
+    section, i = n // (n_resident * dims.L2_HEADS), n % (n_resident * dims.L2_HEADS)
+    start, bh = i // dims.L2_HEADS * BLOCK_N, section * dims.L2_HEADS + i % dims.L2_HEADS
     b, h = bh // heads, bh % heads
     hop = dims.HOP + (b // dims.GROUP_B) * HOP_COLUMNS
-    last = gl.minimum(start + BLOCK, dims.T) - 1
-    if DKV:
-        begin = first_query(hop, start, dims.T, CAUSAL)
-        first = begin // BLOCK_STREAMED
-        n_tiles = gl.where(begin < dims.T, gl.cdiv(dims.T, BLOCK_STREAMED) - first, 0)
-        full_begin = first_query(hop, last, dims.T, CAUSAL)
-        n_masked = gl.minimum(gl.cdiv(full_begin, BLOCK_STREAMED) - first, n_tiles)
-    else:
-        n_tiles = gl.cdiv(keys_seen(hop, last, dims.T, CAUSAL), BLOCK_STREAMED)
-        first = n_tiles - 1
-        n_masked = n_tiles - keys_seen(hop, start, dims.T, CAUSAL) // BLOCK_STREAMED
-    carry = gl.load(hop + (CARRY_GRAD if DKV else CARRY))
-    if FORWARD:  # its loop wants a first tile; without a carry there is something to write
-        n_tiles = gl.where(exists, gl.maximum(n_tiles, 1 - gl.minimum(carry, 1)), 0)
-        active = n_tiles > 0
-    else:
-        active = exists & ((n_tiles > 0) | (carry == 0))
-    return WorkTile(b, h, start, hop, first, n_masked, n_tiles, active)
+    begin = first_query(hop, start, dims.T, CAUSAL)
+    first, end = begin // BLOCK_M, gl.cdiv(dims.T, BLOCK_M)
+    n_tiles = gl.where(begin < dims.T, end - first, 0)
+    full_begin = first_query(hop, gl.minimum(start + BLOCK_N, dims.T) - 1, dims.T, CAUSAL)
+    n_masked = gl.minimum(gl.cdiv(full_begin, BLOCK_M) - first, n_tiles)
+    active = (n_tiles > 0) | (gl.load(hop + CARRY_GRAD) == 0)
+    return WorkTile(b, h, start, hop, end - 1, n_masked, n_tiles, active)
 
 
 @gluon.jit
@@ -1363,7 +1394,7 @@ def fwd_producer(descs, smem, dims, CAUSAL: constexpr):
     BLOCK_N: constexpr = smem.k.shape[2]
     n_done, tile = 0, 0  # work tiles, and tiles of keys, so far: they give the buffer and the phase
     for n in range(dims.B * dims.H // dims.L2_HEADS * dims.WAVES):
-        work = work_tile(n, dims, CONSUMERS * ROWS, BLOCK_N, False, CAUSAL, FORWARD=True)
+        work = fwd_work_tile(n, dims, CONSUMERS * ROWS, BLOCK_N, CAUSAL)
         if work.active:
             n_tiles = work.n_tiles
             hk = work.h // dims.G
@@ -1420,7 +1451,7 @@ def fwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, CAUSAL: con
     qk_scale = sm_scale * LOG2E
     n_done, tile = 0, 0
     for n in range(dims.B * dims.H // dims.L2_HEADS * dims.WAVES):
-        work = work_tile(n, dims, CONSUMERS * ROWS, BLOCK_N, False, CAUSAL, FORWARD=True)
+        work = fwd_work_tile(n, dims, CONSUMERS * ROWS, BLOCK_N, CAUSAL)
         if work.active:
             n_tiles = work.n_tiles
             start_m, hop = work.start + c * ROWS, work.hop
@@ -1531,254 +1562,284 @@ def hopper_fwd_kernel(q_desc, k_desc, v_desc, o_desc, ACC, LSE, HOP, sm_scale, B
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
-# The backward is one kernel with two modes.
-#            resident   resident_dp   streamed   streamed_dp   acc   dv
-#   DKV = 0  q          do            k          v             dq    (none)
-#   DKV = 1  k          v             q          do            dk    dv
-# s = resident streamed^T, dp = resident_dp streamed_dp^T, ds = p * (dp - delta)
-# acc += ds streamed, dv += p streamed_dp
+# The backward is one kernel for dq, dk and dv, five products a tile. Keys are resident, queries are streamed. Scores
+# are computed transposed, so that p^T and ds^T are left operands of dv += p^T do and dk += ds^T q as they are, in
+# registers. Both consumers put their ds^T into shared memory, meet, and each computes half of dq = ds k, which one more
+# warp, the reducer, adds to DQ_ACC in global memory by TMA. A consumer writes its half as its threads hold it (as
+# FlashAttention-3 does): 16 bytes at a time, without bank conflicts; bwd_postprocess_kernel puts it in order.
+#
+# A query tile of dq gets its parts in a fixed order, that of the key tiles, so that the same inputs give the same bits:
+# TURNS[query tile] is the number of the key tile whose turn it is. Nobody waits long: work tiles are handed out in this
+# order, too, as programs become free, and all begin with the last queries.
+Q_FREE, DQ_FREE, DS_FULL, DQ_FULL = (constexpr(i) for i in (0, 3, 5, 6))  # named barriers: of stages, of consumers
+BWD_ROWS = constexpr(128)  # keys of a work tile
+
+
+@builtin
+def add_tile(desc, coord, src, _semantic=None):
+    """Add a tile in shared memory to global memory, by TMA."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
+
+
+tma_add = getattr(tma, "async_atomic_add", None) or add_tile  # new in triton 3.8
 
 
 @gluon.jit
-def bwd_producer(descs, smem, dims, DKV: constexpr, CAUSAL: constexpr):
-    resident_desc, resident_dp_desc, streamed_desc, streamed_dp_desc, lse_delta_desc = descs
-    CONSUMERS: constexpr = smem.resident.shape[0]
-    STAGES: constexpr = smem.streamed.shape[0]
-    ROWS: constexpr = smem.resident.shape[2]
-    BLOCK: constexpr = smem.streamed.shape[2]
-    G = dims.G
+def next_work_tile(COUNTER):
+    """A number that no other program gets: 0, 1, 2, ... For a partition of one warp."""
+    asm: constexpr = """{ .reg .pred p; .reg .b32 lane; mov.b32 $0, 0; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0;
+        @p atom.relaxed.gpu.global.add.u32 $0, [$1], 1; shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff; }"""
+    return gl.inline_asm_elementwise(asm, "=r,l", [COUNTER.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def wait_turn(TURN, turn):
+    """Wait until *TURN is `turn`: what the programs before added is there."""
+    asm: constexpr = """{ .reg .pred p; .reg .b32 x;
+        again: ld.acquire.gpu.global.b32 x, [$1]; setp.ne.s32 p, x, $2; @p bra again; mov.b32 $0, 0; }"""
+    args = [TURN.to(gl.int64), turn]
+    gl.inline_asm_elementwise(asm, "=r,l,r", args, dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def pass_turn(TURN, turn):
+    """What this warp has added is in global memory, not only read from here: *TURN = turn + 1."""
+    asm: constexpr = """cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff;
+        st.release.gpu.global.b32 [$1], $2; mov.b32 $0, 0;"""
+    args = [TURN.to(gl.int64), turn + 1]
+    gl.inline_asm_elementwise(asm, "=r,l,r", args, dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def bwd_producer(descs, smem, dims, COUNTER, n_work, CAUSAL: constexpr):
+    q_desc, k_desc, v_desc, do_desc, lse_delta_desc = descs
+    STAGES: constexpr = smem.q.shape[0]
+    BLOCK_M: constexpr = smem.q.shape[2]
+    layout: constexpr = gl.BlockedLayout([1], [32], [1], [0])
     n_done, tile = 0, 0
-    for n in range(dims.B * (dims.H // G if DKV else dims.H) // dims.L2_HEADS * dims.WAVES):
-        work = work_tile(n, dims, CONSUMERS * ROWS, BLOCK, DKV, CAUSAL)
+    n = next_work_tile(COUNTER)
+    while n < n_work:
+        work = bwd_work_tile(n, dims, BWD_ROWS, BLOCK_M, CAUSAL)
         if work.active:
-            for c in gl.static_range(CONSUMERS):
-                bar, row = smem.resident_full.index(c), work.start + c * ROWS
-                mbarrier.wait(smem.resident_empty.index(c), n_done & 1 ^ 1)
-                mbarrier.expect(bar, 2 * resident_desc.block_type.nbytes)
-                tma_load(resident_desc, [work.b, row, work.h, 0], bar, smem.resident.index(c))
-                tma_load(resident_dp_desc, [work.b, row, work.h, 0], bar, smem.resident_dp.index(c))
-            for g in range(G if DKV else 1):  # the query heads that share this key head
-                h = work.h * G + g if DKV else work.h // G
+            smem.number.index(n_done % 2).store(gl.full([1], n, gl.int32, layout))
+            warpgroup_barrier()
+            mbarrier.arrive(smem.number_full.index(n_done % 2), count=1)
+            if work.n_tiles == 0:
+                mbarrier.wait(smem.kv_empty.index(0), n_done & 1 ^ 1)
+                mbarrier.arrive(smem.kv_full.index(0), count=1)
+            for g in range(dims.G):  # the query heads that share this key head
+                h = work.h * dims.G + g
                 for j in range(work.n_tiles):
+                    row = (work.first - j) * BLOCK_M
                     s = tile % STAGES
-                    row = (work.first + j if DKV else work.first - j) * BLOCK
                     if tile >= STAGES:
-                        producer_acquire(s, CONSUMERS)
-                    bar = smem.streamed_full.index(s)
-                    if DKV:
-                        nbytes: constexpr = streamed_desc.block_type.nbytes + lse_delta_desc.block_type.nbytes
-                        mbarrier.expect(bar, nbytes)
-                        tma_load(lse_delta_desc, [0, work.b * dims.H + h, row], bar, smem.lse_delta.index(s))
-                    else:
-                        mbarrier.expect(bar, streamed_desc.block_type.nbytes)
-                    tma_load(streamed_desc, [work.b, row, h, 0], bar, smem.streamed.index(s))
-                    bar = smem.streamed_dp_full.index(s)
-                    mbarrier.expect(bar, streamed_dp_desc.block_type.nbytes)
-                    tma_load(streamed_dp_desc, [work.b, row, h, 0], bar, smem.streamed_dp.index(s))
+                        bar_sync(Q_FREE + s, 288)
+                    bar = smem.q_full.index(s)
+                    mbarrier.expect(bar, q_desc.block_type.nbytes + lse_delta_desc.block_type.nbytes)
+                    tma_load(q_desc, [work.b, row, h, 0], bar, smem.q.index(s))
+                    tma_load(lse_delta_desc, [0, work.b * dims.H + h, row], bar, smem.lse_delta.index(s))
+                    if (g == 0) & (j == 0):
+                        mbarrier.wait(smem.kv_empty.index(0), n_done & 1 ^ 1)
+                        bar = smem.kv_full.index(0)
+                        mbarrier.expect(bar, k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
+                        tma_load(k_desc, [work.b, work.start, work.h, 0], bar, smem.k.index(0))
+                        tma_load(v_desc, [work.b, work.start, work.h, 0], bar, smem.v.index(0))
+                        tma_load(v_desc, [work.b, work.start + 64, work.h, 0], bar, smem.v.index(1))
+                    bar = smem.do_full.index(s)
+                    mbarrier.expect(bar, do_desc.block_type.nbytes)
+                    tma_load(do_desc, [work.b, row, h, 0], bar, smem.do.index(s))
                     tile += 1
             n_done += 1
+        n = next_work_tile(COUNTER)
+    smem.number.index(n_done % 2).store(gl.full([1], n_work, gl.int32, layout))
+    warpgroup_barrier()
+    mbarrier.arrive(smem.number_full.index(n_done % 2), count=1)
 
 
 @gluon.jit
-def bwd_tiles(acc, dv, ds, resident, resident_dp, lse, delta, smem, first, begin, full, end, offset, edge,
-              qk_scale, MASKED: constexpr, DKV: constexpr, LATE: constexpr):  # fmt: skip
-    """Streamed tiles begin to end, the first one of the work tile being `first`; if MASKED, those before
-    `full` are masked.
-    LATE: acc gets its product with ds only when the next tile's products start, so that the tensor cores have
-    it to do while this warpgroup computes p. Then ds is the one of the tile before, 0 at first, and the last
-    one is left to the caller."""
-    CONSUMERS: constexpr = smem.resident.shape[0]
-    STAGES: constexpr = smem.streamed.shape[0]
-    ROWS: constexpr = smem.resident.shape[2]
-    BLOCK: constexpr = smem.streamed.shape[2]
-    BLOCK_D: constexpr = smem.streamed.shape[4]
-    s_layout: constexpr = product_layout(BLOCK)
-    ds_layout: constexpr = operand_layout(BLOCK_D)
-    dtype: constexpr = smem.streamed.dtype
-    zero = gl.zeros([ROWS, BLOCK], gl.float32, s_layout)
-    for tile in range(begin, end):
-        s, phase, last = tile % STAGES, tile // STAGES & 1, gl.maximum(tile - 1, first) % STAGES
-        streamed, streamed_dp = matrix(smem.streamed, s), matrix(smem.streamed_dp, s)
-        streamed_last = matrix(smem.streamed, last)
-        mbarrier.wait(smem.streamed_full.index(s), phase)
-        if LATE and not DKV:
-            acc_async = warpgroup_mma(ds, streamed_last, acc, is_async=True)
-        s_async = warpgroup_mma(resident, streamed.permute((1, 0)), zero, use_acc=False, is_async=True)
-        mbarrier.wait(smem.streamed_dp_full.index(s), phase)
-        dp_async = warpgroup_mma(resident_dp, streamed_dp.permute((1, 0)), zero, use_acc=False, is_async=True)
-        if LATE and DKV:  # before s for dq, behind dp for dk: the other ways are 3 to 10% slower (one H100)
-            acc_async = warpgroup_mma(ds, streamed_last, acc, is_async=True)
-        if LATE and not DKV:
-            scores, acc = warpgroup_mma_wait(1, (s_async, acc_async))  # [BLOCK_RESIDENT, BLOCK_STREAMED]
-            if tile > first:
-                consumer_release(last, CONSUMERS)
-        else:
-            scores = warpgroup_mma_wait(2 if LATE else 1, (s_async,))
-        if DKV:
-            lse_tile = smem.lse_delta.index(s).reshape([2, BLOCK]).slice(0, 1).load(s_layout)  # [1, BLOCK]
-        else:
-            lse_tile = lse[:, None]  # [BLOCK_RESIDENT, 1]
-        p = gl.exp2(scores * qk_scale - lse_tile)
-        if MASKED:
-            if tile < full:
-                start = offset + tile * BLOCK if DKV else offset - tile * BLOCK
-                offs = start + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, s_layout))
-                visible = offs[None, :] >= edge[:, None] if DKV else offs[None, :] < edge[:, None]
-                p = gl.where(visible, p, 0.0)
-        if LATE and DKV:
-            dp, acc = warpgroup_mma_wait(0, (dp_async, acc_async))
-            if tile > first:
-                consumer_release(last, CONSUMERS)
-        if DKV:
-            p_operand = gl.convert_layout(p.to(dtype), ds_layout)
-            dv_async = warpgroup_mma(p_operand, streamed_dp, dv, is_async=True)
-            if not LATE:
-                dp = warpgroup_mma_wait(1, (dp_async,))
-            delta_tile = smem.lse_delta.index(s).reshape([2, BLOCK]).slice(1, 1).load(s_layout)
-        else:
-            dp = warpgroup_mma_wait(0, (dp_async,))
-            delta_tile = delta[:, None]
-        ds = gl.convert_layout((p * (dp - delta_tile)).to(dtype), ds_layout)
-        if not LATE:
-            acc_async = warpgroup_mma(ds, streamed, acc, is_async=True)
-            if DKV:
-                acc, dv = warpgroup_mma_wait(0, (acc_async, dv_async))
-            else:
-                acc = warpgroup_mma_wait(0, (acc_async,))
-            consumer_release(s, CONSUMERS)
-        elif DKV:
-            dv = warpgroup_mma_wait(0, (dv_async,))
-    return acc, dv, ds
+def next_number(smem, n_done, WARPS: constexpr):
+    """The number of the work tile that comes next, from the producer."""
+    layout: constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    mbarrier.wait(smem.number_full.index(n_done % 2), n_done // 2 & 1)
+    return gl.max(smem.number.index(n_done % 2).load(layout), 0)
 
 
 @gluon.jit
-def bwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, DKV: constexpr, CAUSAL: constexpr):
-    LSE_DELTA, out_desc, dv_desc, out_smem, dv_smem, ACC, DV_ACC, sm_scale = out
-    CONSUMERS: constexpr = smem.resident.shape[0]
-    STAGES: constexpr = smem.streamed.shape[0]
-    ROWS: constexpr = smem.resident.shape[2]
-    BLOCK: constexpr = smem.streamed.shape[2]
-    BLOCK_D: constexpr = smem.streamed.shape[4]
-    LATE: constexpr = BLOCK_D > 64  # three warpgroups, or longer tiles, keep the tensor cores as busy
-    s_layout: constexpr = product_layout(BLOCK)
-    o_layout: constexpr = product_layout(BLOCK_D)
-    row_s: constexpr = gl.SliceLayout(1, s_layout)
-    row_o: constexpr = gl.SliceLayout(1, o_layout)
-    dtype: constexpr = smem.streamed.dtype
-    B, H, G, T = dims.B, dims.H, dims.G, dims.T
-    resident, resident_dp = matrix(smem.resident, c), matrix(smem.resident_dp, c)
-    qk_scale = sm_scale * LOG2E
-    heads = H // G if DKV else H
-    n_done, tile = 0, 0
-    for n in range(B * heads // dims.L2_HEADS * dims.WAVES):
-        work = work_tile(n, dims, CONSUMERS * ROWS, BLOCK, DKV, CAUSAL)
-        if work.active:
-            hop, row = work.hop, work.start + c * ROWS
-            offs = row + gl.arange(0, ROWS, layout=row_s)
-            lse, delta = offs, offs  # unused for dk, dv, where they are streamed
-            if DKV:
-                edge = first_query(hop, offs, T, CAUSAL)  # a key is seen by the queries from edge on
-            else:
-                edge = keys_seen(hop, offs, T, CAUSAL)  # a query sees the keys before edge
-                T_pad = gl.cdiv(T, ROW_PAD) * ROW_PAD  # all of lse, then all of delta
-                at = (work.b * H + work.h).to(gl.int64) * T_pad + offs
-                lse = gl.load(LSE_DELTA + at, mask=offs < T, other=float("inf"))
-                delta = gl.load(LSE_DELTA + B.to(gl.int64) * H * T_pad + at, mask=offs < T, other=0.0)
-            acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
-            dv = acc
-            mbarrier.wait(smem.resident_full.index(c), n_done & 1)
-            ds, first = gl.zeros([ROWS, BLOCK], dtype, operand_layout(BLOCK_D)), tile
-            for g in range(G if DKV else 1):
-                full, end = tile + work.n_masked, tile + work.n_tiles
-                offset = (work.first - tile if DKV else work.first + tile) * BLOCK
-                if DKV:  # two loops: a branch in one would cost registers
-                    if CAUSAL:
-                        acc, dv, ds = bwd_tiles(
-                            acc, dv, ds, resident, resident_dp, lse, delta, smem, first, tile, full, full,
-                            offset, edge, qk_scale, True, DKV, LATE)  # fmt: skip
-                        tile = full
-                acc, dv, ds = bwd_tiles(
-                    acc, dv, ds, resident, resident_dp, lse, delta, smem, first, tile, full, end, offset,
-                    edge, qk_scale, not DKV, DKV, LATE)  # fmt: skip
-                tile = end
-            if LATE:
-                if work.n_tiles > 0:
-                    last = (tile - 1) % STAGES
-                    acc = warpgroup_mma(ds, matrix(smem.streamed, last), acc, is_async=True)
-                    acc = warpgroup_mma_wait(0, (acc,))
-                    consumer_release(last, CONSUMERS)
-            n_done += 1
-            mbarrier.arrive(smem.resident_empty.index(c), count=1)
-
-            origin, at, mask = state_offsets(work.b, work.h, row, T, heads, ROWS, BLOCK_D, HEAD_DIM, o_layout)
-            acc = acc * sm_scale
-            carry = gl.load(hop + (CARRY_GRAD if DKV else CARRY))  # rows of ACC that earlier hops have filled
-            if carry > row:
-                held = mask & (row + gl.arange(0, ROWS, layout=row_o) < carry)[:, None]
-                acc += gl.load(ACC + origin + at, mask=held, other=0.0)
-                if DKV:
-                    dv += gl.load(DV_ACC + origin + at, mask=held, other=0.0)
-            if DKV:
-                final: constexpr = out_desc.dtype == dtype  # gradients that travel on are in float32
-            else:
-                last_m = gl.minimum(work.start + CONSUMERS * ROWS, T) - 1
-                final = position(hop + Q_LAYOUT, last_m, T) < gl.load(hop + NEXT_START)
-            if final:
+def bwd_reducer(dq_desc, smem, dims, TURNS, n_work, DETERMINISTIC: constexpr, CAUSAL: constexpr):
+    BLOCK_M: constexpr = smem.q.shape[2]
+    UNITS: constexpr = smem.q.shape[2] * smem.q.shape[4] // (64 * 64)  # of a query tile: one of each consumer
+    T_pad = gl.cdiv(dims.T, ROW_PAD) * ROW_PAD
+    n_done = 0
+    n = next_number(smem, n_done, 1)
+    while n < n_work:
+        work = bwd_work_tile(n, dims, BWD_ROWS, BLOCK_M, CAUSAL)
+        turn, last = work.start // BWD_ROWS, TURNS
+        for g in range(dims.G):
+            tiles = (work.b * dims.H + work.h * dims.G + g) * (T_pad // BLOCK_M)
+            for j in range(work.n_tiles):
+                tile = tiles + work.first - j
+                bar_arrive(DQ_FREE, 160)
+                bar_arrive(DQ_FREE + 1, 160)
+                if DETERMINISTIC:
+                    if (g > 0) | (j > 0):
+                        pass_turn(last, turn)
+                    last = TURNS + tile
+                    wait_turn(last, turn)
+                bar_sync(DQ_FULL, 160)
+                tma_add(dq_desc, [tile * UNITS * 16, 0], smem.dq.index(0))
+                bar_sync(DQ_FULL + 1, 160)
+                tma_add(dq_desc, [tile * UNITS * 16 + 16, 0], smem.dq.index(1))
                 tma.store_wait(0)
-                warpgroup_barrier()
-                store_tile(out_desc, out_smem.index(c), acc, work.b, row, work.h)
-                if DKV:
-                    store_tile(dv_desc, dv_smem.index(c), dv, work.b, row, work.h)
-            else:
-                gl.store(ACC + origin + at, acc, mask=mask)
-                if DKV:
-                    gl.store(DV_ACC + origin + at, dv, mask=mask)
-    tma.store_wait(0)
+        if DETERMINISTIC:
+            if work.n_tiles > 0:
+                pass_turn(last, turn)
+        n_done += 1
+        mbarrier.arrive(smem.kv_empty.index(0), count=1)
+        n = next_number(smem, n_done, 1)
+
+
+@gluon.jit
+def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start, edge, qk_scale, MASKED: constexpr):
+    """n streamed tiles, the first one being the tile-th of this program, its queries from `start` on, the later ones
+    before it. A key is seen by the queries from edge on."""
+    STAGES: constexpr = smem.q.shape[0]
+    BLOCK_M: constexpr = smem.q.shape[2]
+    BLOCK_D: constexpr = smem.q.shape[4]
+    s_layout: constexpr = product_layout(BLOCK_M)
+    p_layout: constexpr = operand_layout(BLOCK_D)
+    dtype: constexpr = smem.q.dtype
+    k, v = matrix(smem.k, 0), matrix(smem.v, c)
+    zero = gl.zeros([64, BLOCK_M], gl.float32, s_layout)
+    zero_dq = gl.zeros([64, 64], gl.float32, product_layout(64))
+    for i in range(tile, tile + n):
+        s, phase, both = i % STAGES, i // STAGES & 1, i % 2
+        q, do = matrix(smem.q, s), matrix(smem.do, s)
+        lse_delta = smem.lse_delta.index(s).reshape([2, BLOCK_M])
+        mbarrier.wait(smem.q_full.index(s), phase)
+        s_async = warpgroup_mma(k.slice(c * 64, 64), q.permute((1, 0)), zero, use_acc=False, is_async=True)
+        mbarrier.wait(smem.do_full.index(s), phase)
+        dp_async = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(1, (s_async,))  # [64 keys, BLOCK_M queries]
+        p = gl.exp2(scores * qk_scale - lse_delta.slice(0, 1).load(s_layout))
+        if MASKED:
+            offs_m = start - (i - tile) * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
+            p = gl.where(offs_m[None, :] >= edge[:, None], p, 0.0)
+        # issued before the wait for dp: else ptxas moves that wait up, above the exponentials
+        dv_async = warpgroup_mma(gl.convert_layout(p.to(dtype), p_layout), do, dv, is_async=True)
+        dp = warpgroup_mma_wait(1, (dp_async,))
+        ds = (p * (dp - lse_delta.slice(1, 1).load(s_layout))).to(dtype)
+        smem.ds.index(both).slice(c * 64, 64).store(ds)  # two buffers: nobody overwrites what the other still reads
+        fence_async_shared()
+        bar_sync(DS_FULL, 256)
+        all_ds = smem.ds.index(both).permute((1, 0))  # [BLOCK_M queries, 128 keys]
+        if BLOCK_M == 64:  # dq is [64, 128]: half of the columns each; else [128, 64]: half of the rows
+            dq_async = warpgroup_mma(all_ds, k.slice(c * 64, 64, 1), zero_dq, use_acc=False, is_async=True)
+        else:
+            dq_async = warpgroup_mma(all_ds.slice(c * 64, 64), k, zero_dq, use_acc=False, is_async=True)
+        dk_async = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
+        dv, dq = warpgroup_mma_wait(1, (dv_async, dq_async))
+        bar_sync(DQ_FREE + c, 160)
+        # [warp, upper or lower rows, row, columns of 8, of 2, of 1] in the order of threads and what they hold
+        fragments = dq.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([16, 256])
+        smem.dq.index(c).store(fragments)
+        fence_async_shared()
+        bar_arrive(DQ_FULL + c, 160)
+        dk = warpgroup_mma_wait(0, (dk_async,))
+        bar_arrive(Q_FREE + s, 288)
+    return dk, dv
+
+
+@gluon.jit
+def bwd_consumer(c: constexpr, out, smem, dims, n_work, HEAD_DIM: constexpr, CAUSAL: constexpr):
+    DK, DV, DK_ACC, DV_ACC, dk_desc, dv_desc, sm_scale = out
+    BLOCK_M: constexpr = smem.q.shape[2]
+    BLOCK_D: constexpr = smem.q.shape[4]
+    dtype: constexpr = smem.q.dtype
+    o_layout: constexpr = product_layout(BLOCK_D)
+    row_s: constexpr = gl.SliceLayout(1, product_layout(BLOCK_M))
+    heads, T = dims.H // dims.G, dims.T
+    n_done, tile = 0, 0
+    n = next_number(smem, n_done, 4)
+    while n < n_work:
+        work = bwd_work_tile(n, dims, BWD_ROWS, BLOCK_M, CAUSAL)
+        row = work.start + c * 64
+        edge = first_query(work.hop, row + gl.arange(0, 64, layout=row_s), T, CAUSAL)
+        dk = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
+        dv = dk
+        n_bare = work.n_tiles - work.n_masked
+        mbarrier.wait(smem.kv_full.index(0), n_done & 1)
+        for g in range(dims.G):  # two loops: a branch in one would cost registers
+            start = work.first * BLOCK_M
+            dk, dv = bwd_tiles(c, dk, dv, smem, tile, n_bare, start, edge, sm_scale * LOG2E, False)
+            tile += n_bare
+            if CAUSAL:
+                start -= n_bare * BLOCK_M
+                dk, dv = bwd_tiles(c, dk, dv, smem, tile, work.n_masked, start, edge, sm_scale * LOG2E, True)
+                tile += work.n_masked
+        n_done += 1
+        dk = dk * sm_scale
+        carry = gl.load(work.hop + CARRY_GRAD)  # rows that other ranks have filled
+        at, offs, mask = state_offsets(work.b, work.h, row, T, heads, 64, BLOCK_D, HEAD_DIM, o_layout)
+        if carry > row:
+            held = mask & (row + gl.arange(0, 64, layout=gl.SliceLayout(1, o_layout)) < carry)[:, None]
+            dk += gl.load(DK_ACC + at + offs, mask=held, other=0.0)
+            dv += gl.load(DV_ACC + at + offs, mask=held, other=0.0)
+        if DK.dtype.element_ty == dtype:
+            store_tile(dv_desc, smem.v.index(c), dv, work.b, row, work.h)  # this consumer's v: nobody else reads it
+            tma.store_wait(0)
+            warpgroup_barrier()
+            store_tile(dk_desc, smem.v.index(c), dk, work.b, row, work.h)
+            tma.store_wait(0)
+            warpgroup_barrier()
+        else:
+            gl.store(DK + at + offs, dk, mask=mask)
+            gl.store(DV + at + offs, dv, mask=mask)
+        mbarrier.arrive(smem.kv_empty.index(0), count=1)
+        n = next_number(smem, n_done, 4)
 
 
 @gluon.jit(do_not_specialize=["B", "H", "G", "T", "GROUP_B", "L2_HEADS", "WAVES"])
-def hopper_bwd_kernel(resident_desc, resident_dp_desc, streamed_desc, streamed_dp_desc, lse_delta_desc,
-                      out_desc, dv_desc, LSE_DELTA, ACC, DV_ACC, HOP, sm_scale,
-                      B, H, G, T, GROUP_B, L2_HEADS, WAVES,
-                      DKV: constexpr, HEAD_DIM: constexpr, CAUSAL: constexpr, CONSUMERS: constexpr,
-                      STAGES: constexpr):  # fmt: skip
-    resident, resident_dp = tiles_like(resident_desc, CONSUMERS), tiles_like(resident_desc, CONSUMERS)
-    streamed, streamed_dp = tiles_like(streamed_desc, STAGES), tiles_like(streamed_desc, STAGES)
-    lse_delta = resident  # unused for dq
-    if DKV:
-        lse_delta = tiles_like(lse_delta_desc, STAGES)
-    smem = BwdBuffers(resident, resident_dp, streamed, streamed_dp, lse_delta, barriers(CONSUMERS),
-                      barriers(CONSUMERS), barriers(STAGES), barriers(STAGES))  # fmt: skip
+def hopper_bwd_kernel(q_desc, k_desc, v_desc, do_desc, lse_delta_desc, dq_desc, dk_desc, dv_desc, DK, DV, DK_ACC, DV_ACC, TURNS, HOP,
+                      sm_scale, B, H, G, T, GROUP_B, L2_HEADS, WAVES,
+                      HEAD_DIM: constexpr, CAUSAL: constexpr, STAGES: constexpr, DETERMINISTIC: constexpr):  # fmt: skip
+    BLOCK_M: constexpr = q_desc.block_type.shape[1]
+    ds_layout: constexpr = gl.NVMMASharedLayout.get_default_for([BWD_ROWS, BLOCK_M], q_desc.dtype)
+    ds = gl.allocate_shared_memory(q_desc.dtype, [2, BWD_ROWS, BLOCK_M], ds_layout)
+    number = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    kv_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(kv_empty.index(0), count=3)  # of the consumers and the reducer
+    smem = BwdBuffers(tiles_like(q_desc, STAGES), tiles_like(k_desc, 1), tiles_like(v_desc, 2),
+                      tiles_like(do_desc, STAGES), tiles_like(lse_delta_desc, STAGES), ds, tiles_like(dq_desc, 2),
+                      number, barriers(2), barriers(1), kv_empty, barriers(STAGES), barriers(STAGES))  # fmt: skip
     dims = Dims(HOP, B, H, G, T, GROUP_B, L2_HEADS, WAVES)
-    out_smem, dv_smem = resident, resident_dp  # unused by float32 gradients, which are stored from registers
-    if out_desc.dtype == resident_desc.dtype:
-        out_smem = tiles_like(out_desc, CONSUMERS)
-        if DKV:
-            dv_smem = tiles_like(out_desc, CONSUMERS)
-    descs = (resident_desc, resident_dp_desc, streamed_desc, streamed_dp_desc, lse_delta_desc)
-    out = (LSE_DELTA, out_desc, dv_desc, out_smem, dv_smem, ACC, DV_ACC, sm_scale)
-    if CONSUMERS == 2:
-        gl.warp_specialize([
-            (bwd_consumer, (0, out, smem, dims, HEAD_DIM, DKV, CAUSAL)),
-            (bwd_consumer, (1, out, smem, dims, HEAD_DIM, DKV, CAUSAL)),
-            (bwd_producer, (descs, smem, dims, DKV, CAUSAL)),
-        ], [4, 1], [240, 24])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (bwd_consumer, (0, out, smem, dims, HEAD_DIM, DKV, CAUSAL)),
-            (bwd_consumer, (1, out, smem, dims, HEAD_DIM, DKV, CAUSAL)),
-            (bwd_consumer, (2, out, smem, dims, HEAD_DIM, DKV, CAUSAL)),
-            (bwd_producer, (descs, smem, dims, DKV, CAUSAL)),
-        ], [4, 4, 1], [160, 160, 24])  # fmt: skip
+    descs = (q_desc, k_desc, v_desc, do_desc, lse_delta_desc)
+    n_work = gl.cdiv(T, BWD_ROWS) * B * (H // G)
+    COUNTER = TURNS + B * H * (gl.cdiv(T, ROW_PAD) * (ROW_PAD // 64))  # the turns need no more than this
+    out = (DK, DV, DK_ACC, DV_ACC, dk_desc, dv_desc, sm_scale)
+    gl.warp_specialize([
+        (bwd_consumer, (0, out, smem, dims, n_work, HEAD_DIM, CAUSAL)),
+        (bwd_consumer, (1, out, smem, dims, n_work, HEAD_DIM, CAUSAL)),
+        (bwd_producer, (descs, smem, dims, COUNTER, n_work, CAUSAL)),
+        (bwd_reducer, (dq_desc, smem, dims, TURNS, n_work, DETERMINISTIC, CAUSAL)),
+    ], [4, 1, 1], [240, 24, 24])  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["H", "T"])
+def bwd_postprocess_kernel(DQ_ACC, DQ, sm_scale, H, T, HEAD_DIM: constexpr, BLOCK_D: constexpr):
+    """dq in its own dtype and order from 64 rows of what hopper_bwd_kernel has added up."""
+    n_tiles = tl.cdiv(T, ROW_PAD) * (ROW_PAD // 64)
+    bh, tile = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
+    dq = tl.load(DQ_ACC + tl.program_id(0).to(tl.int64) * (64 * BLOCK_D) + tl.arange(0, 64 * BLOCK_D))
+    # halves of the columns, then as in bwd_tiles
+    dq = dq.reshape(BLOCK_D // 64, 8, 4, 8, 4, 2, 2).permute(2, 5, 3, 0, 1, 4, 6).reshape(64, BLOCK_D)
+    offs, mask = state_tile(bh // H, bh % H, tile * 64, T, H, 64, BLOCK_D, HEAD_DIM)
+    tl.store(DQ + offs, (dq * sm_scale).to(DQ.dtype.element_ty), mask=mask)
 
 
 # their launchers: the backend "gluon". Consumers (warpgroups of 64 resident rows), rows of a streamed tile,
 # stages, by padded head dim, as measured on one H100. Other head dims run in portable Triton
-HOPPER_TILES = {
-    "fwd": {64: (3, 128, 2), 128: (2, 128, 2)},
-    "dq": {64: (3, 64, 3), 128: (2, 64, 4)},
-    "dkv": {64: (2, 128, 2), 128: (2, 64, 3)},
-}
+HOPPER_TILES = {"fwd": {64: (3, 128, 2), 128: (2, 128, 2)}, "bwd": {64: (2, 128, 2), 128: (2, 64, 2)}}
 L2_BYTES = 32 << 20  # of the 50 MB of an H100; 32 and 64 were the best of 8 to 512
 
 
@@ -1793,7 +1854,10 @@ def tma_fields(shape, strides, block, dtype):
     if not tma_ok(shape, strides, dtype):
         return None
     dtypes = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), dtypes[dtype])
+    if dtype == torch.float32:
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=len(block))
+    else:
+        layout = gl.NVMMASharedLayout.get_default_for(list(block), dtypes[dtype])
     strides = [s if n > 1 else 16 for s, n in zip(strides[:-1], shape)]  # a dimension of 1 may have any
     return vars(GluonDescriptor(torch.empty(0, dtype=dtype), list(shape), [*strides, 1], list(block), layout))
 
@@ -1819,7 +1883,7 @@ def hopper_config(kernel, shape, HKV, device, n_groups, causal):
     BLOCK_D = max(64, triton.next_power_of_2(D))
     consumers, streamed, stages = HOPPER_TILES[kernel][BLOCK_D]
     n_sm = torch.cuda.get_device_properties(device).multi_processor_count
-    shared = 1 if kernel == "dkv" else H // HKV  # heads that stream the same tiles
+    shared = 1 if kernel == "bwd" else H // HKV  # heads that stream the same tiles
     n_tiles, n_heads = triton.cdiv(T, 64 * consumers), B * HKV * shared
     # heads at a time: as many as fit L2, two waves at least, and all sections alike
     heads = max(L2_BYTES // (4 * T * BLOCK_D), triton.cdiv(2 * n_sm, n_tiles * shared))
@@ -1827,8 +1891,8 @@ def hopper_config(kernel, shape, HKV, device, n_groups, causal):
     grid = min(n_tiles * n_heads, n_sm)
     dims = B, H, H // HKV, T, B // n_groups, heads, triton.cdiv(n_tiles * heads, grid)
     constants = dict(HEAD_DIM=D, CAUSAL=causal, CONSUMERS=consumers, STAGES=stages)
-    if kernel != "fwd":
-        constants = dict(DKV=kernel == "dkv", **constants)
+    if kernel == "bwd":
+        del constants["CONSUMERS"]
     options = dict(num_warps=4, maxnreg={2: 168, 3: 128}[consumers])
     return (1, 64, 1, BLOCK_D), (1, streamed, 1, BLOCK_D), dims, grid, constants, options
 
@@ -1841,33 +1905,40 @@ def hopper_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
     launch(hopper_fwd_kernel, q.device, (q.dtype, streamed), grid, args, constants, **options)
 
 
-def hopper_bwd(kernel, inputs, lse_delta, outputs, accumulators, q, k, hop, causal, sm_scale):
-    """inputs: resident, resident_dp, streamed, streamed_dp; outputs, accumulators: of acc and dv."""
-    config = hopper_config(kernel, q.shape, k.shape[2], q.device, len(hop.rows), causal)
+def hopper_preprocess(q, o, do, lse, dlse, dq, n_hops):
+    B, T, H, D = q.shape
+    n, BLOCK_D = B * H * padded_rows(T), max(64, triton.next_power_of_2(D))
+    dq_acc = torch.empty(n * BLOCK_D // 256, 256, dtype=torch.float32, device=q.device)  # in tiles of 64 x 64
+    turns = torch.empty(n_hops, n // 32, dtype=torch.int32, device=q.device)
+    return run_preprocess(o, do, lse, dlse, dq_acc, turns, n_hops), dq_acc, turns
+
+
+def hopper_bwd(q, k, v, do, state, dk, dv, dk_acc, dv_acc, hop, j, causal, sm_scale, deterministic=True):
+    lse_delta, dq_acc, turns = state
+    config = hopper_config("bwd", q.shape, k.shape[2], q.device, len(hop.rows), causal)
     resident, streamed, dims, grid, constants, options = config
-    a, a_dp, b, b_dp = inputs
-    streamed_rows = tma_descriptor(lse_delta, (2, 1, streamed[1])) if kernel == "dkv" else None
-    args = (
-        tma_descriptor(a, resident), tma_descriptor(a_dp, resident), tma_descriptor(b, streamed),
-        tma_descriptor(b_dp, streamed), streamed_rows, *(tma_descriptor(x, resident) for x in outputs),
-        lse_delta, *accumulators, hop.table, sm_scale, *dims,
-    )  # fmt: skip
-    depends = q.dtype, outputs[0].dtype, accumulators[0].dtype, streamed
-    launch(hopper_bwd_kernel, q.device, depends, grid, args, constants, **options)
+    half, resident = resident, (1, BWD_ROWS.value, 1, resident[3])
+    inputs = [tma_descriptor(x, b) for x, b in ((q, streamed), (k, resident), (v, half), (do, streamed))]
+    rows, dq_tiles = tma_descriptor(lse_delta, (2, 1, streamed[1])), tma_descriptor(dq_acc, (16, 256))
+    outs = [tma_descriptor(x, half) if x.dtype == q.dtype else rows for x in (dk, dv)]
+    args = (*inputs, rows, dq_tiles, *outs, dk, dv, dk_acc, dv_acc, turns[j], hop.table, sm_scale, *dims)
+    depends = q.dtype, dk.dtype, dk_acc.dtype, streamed
+    launch(hopper_bwd_kernel, q.device, depends, grid, args, dict(constants, DETERMINISTIC=deterministic), **options)
 
 
-def hopper_dq(q, k, v, do, lse_delta, dq, acc, hop, causal, sm_scale):
-    hopper_bwd("dq", (q, do, k, v), lse_delta, (dq, None), (acc, None), q, k, hop, causal, sm_scale)
-
-
-def hopper_dkv(q, k, v, do, lse_delta, dk, dv, dk_acc, dv_acc, hop, causal, sm_scale):
-    hopper_bwd("dkv", (k, v, q, do), lse_delta, (dk, dv), (dk_acc, dv_acc), q, k, hop, causal, sm_scale)
+def hopper_postprocess(state, dq, sm_scale):
+    B, T, H, D = dq.shape
+    _, dq_acc, _ = state
+    BLOCK_D = max(64, triton.next_power_of_2(D))
+    n = dq_acc.numel() // (64 * BLOCK_D)
+    constants = dict(HEAD_DIM=D, BLOCK_D=BLOCK_D)
+    launch(bwd_postprocess_kernel, dq.device, (dq.dtype,), n, (dq_acc, dq, sm_scale, H, T), constants, num_warps=4)
 
 
 BACKENDS = {
-    "torch": Backend(torch_fwd, torch_preprocess, torch_dq, torch_dkv),
-    "triton": Backend(triton_fwd, triton_preprocess, triton_dq, triton_dkv),
-    "gluon": Backend(hopper_fwd, triton_preprocess, hopper_dq, hopper_dkv),
+    "torch": Backend(torch_fwd, torch_preprocess, torch_bwd, no_postprocess),
+    "triton": Backend(triton_fwd, triton_preprocess, triton_bwd, no_postprocess),
+    "gluon": Backend(hopper_fwd, hopper_preprocess, hopper_bwd, hopper_postprocess),
 }
 
 
