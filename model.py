@@ -64,13 +64,13 @@ class Attention(nn.Module):
     dim: width of x, a multiple of dim_per_head. n_kv_heads: key/value heads (default: one per query head).
     rope_theta: base of the rotary embedding; None for none. dropout: of the projected output.
     group: process group or Ring (default: all processes); copies share it, a pickle leaves it out.
-    transport: as for ring_attn.ring_attn. attn_type may be changed at any time: weights do not depend on it.
+    transport, deterministic: as for ring_attn.ring_attn. attn_type may be changed at any time: weights do not depend on it.
     Raises ValueError for values that do not fit together.
     """
 
     def __init__(self, dim, dim_per_head, seq_len, rank, n_ranks, dropout, causal,
                  attn_type=AttentionType.FLASH, *, n_kv_heads=None, rope_theta=None, group=None,
-                 transport=None):  # fmt: skip
+                 transport=None, deterministic=True):  # fmt: skip
         super().__init__()
         if not isinstance(attn_type, AttentionType):
             raise ValueError(f"{attn_type=} must be an AttentionType: {', '.join(map(str, AttentionType))}")
@@ -95,6 +95,7 @@ class Attention(nn.Module):
         self.rank, self.n_ranks, self.transport = rank, n_ranks, transport
         self.group = group and ring_attn.resolve_ring(group)  # without a group, before init_process_group too
         self.causal, self.attn_type, self.rope_theta = causal, attn_type, rope_theta
+        self.deterministic = deterministic
         self.qkv_proj = nn.Linear(dim, (self.n_heads + 2 * self.n_kv_heads) * dim_per_head, bias=False)
         self.o_proj = nn.Linear(dim, dim, bias=False)
         self.o_drop = nn.Dropout(dropout)
@@ -143,11 +144,13 @@ class Attention(nn.Module):
             options = dict(is_causal=self.causal, scale=sm_scale, enable_gqa=self.n_heads != self.n_kv_heads)
             o = F.scaled_dot_product_attention(qt, kt, vt, **options).transpose(1, 2)
         elif self.attn_type is AttentionType.FLASH:
-            o = ring_attn.flash_attn_func(q, k, v, None, self.causal, sm_scale)
+            args = None, self.causal, sm_scale
+            o = ring_attn.flash_attn_func(q, k, v, *args, deterministic=self.deterministic)
         else:
             R, r, func = self.n_ranks, self.rank, ring_attn.ATTN_FUNCS[self.attn_type.value]
             args = R, r, (r - 1) % R, (r + 1) % R, None, self.causal, sm_scale
-            o = func(q, k, v, *args, group=self.group, transport=self.transport)
+            options = dict(group=self.group, transport=self.transport, deterministic=self.deterministic)
+            o = func(q, k, v, *args, **options)
         return self.o_drop(self.o_proj(rearrange(o, "b t h d -> b t (h d)")))
 
 
@@ -163,13 +166,14 @@ class Config:
     seq_len: int = 512  # tokens of the whole sequence, over all ranks
     dropout: float = 0.0
     rope_theta: float | None = 500_000.0  # None: no position embedding
+    deterministic: bool = True  # as for ring_attn.ring_attn
 
 
 class Block(nn.Module):
     def __init__(self, c, *args, **options):  # args, options: of Attention
         super().__init__()
         self.attn_norm, self.mlp_norm = nn.RMSNorm(c.dim), nn.RMSNorm(c.dim)
-        options |= dict(n_kv_heads=c.n_kv_heads, rope_theta=c.rope_theta)
+        options |= dict(n_kv_heads=c.n_kv_heads, rope_theta=c.rope_theta, deterministic=c.deterministic)
         self.attn = Attention(c.dim, c.dim_per_head, c.seq_len, *args, **options)
         up, down = nn.Linear(c.dim, 4 * c.dim, bias=False), nn.Linear(4 * c.dim, c.dim, bias=False)
         self.mlp = nn.Sequential(up, nn.GELU(), down, nn.Dropout(c.dropout))

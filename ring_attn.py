@@ -315,8 +315,8 @@ def keys_moved(schedule, n_ranks, T, B=1, causal=True, transport="symmetric"):
 
 
 class Backend(NamedTuple):
-    """The functions of one hop, and of a backward's begin and end: torch_*, or kernels. Sums stay in acc, dq_acc,
-    dk_acc, dv_acc, float32, between hops; complete ones go to o, dq, dk, dv. Both may be one tensor."""
+    """The functions of one hop, and of a backward's begin and end: torch_*, or kernels. Sums stay in acc,
+    dq_acc, dk_acc, dv_acc, float32, between hops; complete ones go to o, dq, dk, dv. Both may be one tensor."""
 
     forward: Callable
     preprocess: Callable  # what `backward` needs of the rows, and where it adds up dq
@@ -341,9 +341,10 @@ def forward_hops(ring, q, k, v, schedule, causal, sm_scale, backend, transport):
     yield o, lse
 
 
-def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, backend, transport):
-    """dq, dk, dv. Every hop adds to dk, dv of its keys and sends them on, which then move under the next hop. The
-    own keys come last: what all other ranks have added to their gradients comes home under the last hop but one."""
+def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, backend, transport,
+                  deterministic):  # fmt: skip
+    """dq, dk, dv. Every hop adds to dk, dv of its keys and sends them on, which then move under the next hop.
+    The own keys come last: what other ranks have added to their gradients arrives under the hops before."""
     kernels, R = BACKENDS[backend], ring.n_ranks
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -357,7 +358,8 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, b
         grads = link.grads(j or R) if R > 1 else [accumulator(x, acc_dtype, 1, backend) for x in (dk, dv)]
         if hops[j].visible:
             out = grads if j else (dk, dv)
-            kernels.backward(q, k_hop, v_hop, do, state, dq, *out, *grads, hops[j], j, causal, sm_scale)
+            args = hops[j], j, causal, sm_scale, deterministic
+            kernels.backward(q, k_hop, v_hop, do, state, dq, *out, *grads, *args)
         if j:
             link.pass_on(j)
         yield
@@ -411,7 +413,7 @@ def torch_preprocess(q, o, do, lse, dlse, dq, n_hops):
     return lse, delta if dlse is None else delta - dlse, accumulator(dq, lse.dtype, n_hops, "torch")
 
 
-def torch_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, sm_scale):
+def torch_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, sm_scale, deterministic):
     *lse_delta, dq_acc = state
     for row, b in zip(hop.rows, batch_slices(len(q), len(hop.rows))):
         for x, n in ((dq_acc, row.carry), (dk_acc, row.carry_grad), (dv_acc, row.carry_grad)):
@@ -711,7 +713,7 @@ def process_ring(group):
 
 
 def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None, return_lse=False, *,
-              backend=None, transport=None):  # fmt: skip
+              backend=None, transport=None, deterministic=True):  # fmt: skip
     """softmax(sm_scale * q k^T) v over a sequence sharded over the ranks of `group`. Differentiable once.
 
     q: (B, T, H, D), k, v: (B, T, HKV, D): this rank's tokens under `schedule`, see `shard`; T, B the same on
@@ -727,6 +729,8 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     transport: "p2p" (send and receive between neighbours: NCCL, gloo) or "symmetric" (CUDA, one host: copies
        by the GPUs); None: symmetric where all GPUs can read each other. resolve_ring(group).transport says
        which one None means, .why says why.
+    deterministic: the same inputs give the same gradients, to the bit. False: where a kernel gains by it
+       (Hopper's) dq is added up in any order; refused under torch.use_deterministic_algorithms(True).
     Returns o, (B, T, H, D), in the dtype of q.
 
     Calls of one ring share staging memory and flags. Eager calls may be on any stream, as each waits for the
@@ -737,12 +741,14 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     have agreed on theirs, is only found by the process group's timeout. Raises RuntimeError where a second
     derivative is asked for.
     """
-    return attend(q, k, v, schedule, resolve_ring(group), causal, sm_scale, return_lse, backend, transport)
+    options = causal, sm_scale, return_lse, backend, transport, deterministic
+    return attend(q, k, v, schedule, resolve_ring(group), *options)
 
 
-def flash_attn_func(q, k, v, bias=None, causal=True, sm_scale=None):
+def flash_attn_func(q, k, v, bias=None, causal=True, sm_scale=None, *, deterministic=True):
     """ring_attn on a ring of one, whatever the process group: (B, T, H, D). bias must be None."""
-    return attend(q, k, v, "contiguous", ALONE, causal, sm_scale, problem=bias_problem(bias))
+    options = dict(deterministic=deterministic, problem=bias_problem(bias))
+    return attend(q, k, v, "contiguous", ALONE, causal, sm_scale, **options)
 
 
 def public_name(schedule):
@@ -758,14 +764,15 @@ def named_attn_func(schedule):
     """The public function of one schedule, NAME_attn_func."""
 
     def func(q, k, v, n_ranks, rank, prev_rank, next_rank, bias=None, causal=True, sm_scale=None, *,
-             group=None, transport=None):  # fmt: skip
+             group=None, transport=None, deterministic=True):  # fmt: skip
         ring = ALONE if n_ranks == 1 and group is None else resolve_ring(group)
         given, problem = (n_ranks, rank, prev_rank, next_rank), bias_problem(bias)
         actual = ring.n_ranks, ring.rank, ring.prev_rank, ring.next_rank
         if given != actual:
             names = "n_ranks, rank, prev_rank, next_rank"
             problem = f"{names} are {given}; in this process group they are {actual}"
-        return attend(q, k, v, schedule, ring, causal, sm_scale, transport=transport, problem=problem)
+        options = dict(transport=transport, deterministic=deterministic, problem=problem)
+        return attend(q, k, v, schedule, ring, causal, sm_scale, **options)
 
     func.__name__ = func.__qualname__ = f"{public_name(schedule)}_attn_func"
     func.__doc__ = f"""ring_attn(q, k, v, schedule="{schedule}") with the ring's ranks as arguments.
@@ -964,8 +971,8 @@ def fwd_kernel(Q, K, V, O, ACC, LSE, HOP, sm_scale, H, G, T, GROUP_B, stride_q, 
 def bwd_preprocess_kernel(O, DO, LSE, DLSE, LSE_DELTA, DQ_ACC, TURNS, n_hops, B, H, T, HEAD_DIM: constexpr,
                           BLOCK_D: constexpr, BLOCK_M: constexpr):  # fmt: skip
     """What the backward needs per row, (2, B, H, T padded) float32. First lse in base 2, +inf where a row is
-    padding or saw no key, so that p is 0. Then delta = rowsum(do * o) - dlse, as in torch_preprocess. And zeros
-    for hopper_bwd_kernel: DQ_ACC (B, H, T padded, BLOCK_D), TURNS (n_hops, number of programs)."""
+    padding or saw no key, so that p is 0. Then delta = rowsum(do * o) - dlse, as in torch_preprocess. And
+    zeros for hopper_bwd_kernel: DQ_ACC (B, H, T padded, BLOCK_D), TURNS (n_hops, number of programs)."""
     if DQ_ACC is not None:
         dq_acc = DQ_ACC + tl.program_id(0).to(tl.int64) * (BLOCK_M * BLOCK_D)
         tl.store(dq_acc + tl.arange(0, BLOCK_M * BLOCK_D), tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
@@ -1211,7 +1218,7 @@ def triton_preprocess(q, o, do, lse, dlse, dq, n_hops):
     return *run_preprocess(o, do, lse, dlse), accumulator(dq, torch.float32, n_hops, "triton")
 
 
-def triton_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, sm_scale):
+def triton_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, sm_scale, deterministic):
     *lse_delta, dq_acc = state
     outputs = *lse_delta, dk, dv, dk_acc, dv_acc
     run_portable(dkv_kernel, "dkv", (q, k, v, do), outputs, hop, causal, sm_scale)
@@ -1221,7 +1228,7 @@ def triton_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, s
 # =============================================================================
 # Part III: fast paths
 # -----------------------------------------------------------------------------
-# Hopper kernels, in Gluon; arguments, state and results as in fwd_kernel, dq_kernel and dkv_kernel. A program
+# Hopper kernels, in Gluon; arguments, state and results as in fwd_kernel and dkv_kernel. A program
 # per SM works through work tiles. The rows of a work tile are resident while tiles of other rows stream by.
 # One warp, the producer, loads tiles by TMA into a ring of buffers. Two or three warpgroups, the consumers,
 # have 64 resident rows each: the softmax of one runs under the products of another, and under its own last
@@ -1243,11 +1250,10 @@ Dims = namedtuple("Dims", "HOP B H G T GROUP_B L2_HEADS WAVES")
 WorkTile = namedtuple("WorkTile", "b h start hop first n_masked n_tiles active")
 # shared memory: q of each consumer, k and v of each stage; barriers that say what it holds
 FwdBuffers = namedtuple("FwdBuffers", "q k v q_full q_empty k_full v_full")
-# resident, streamed          the factors of s
-# resident_dp, streamed_dp    the factors of dp
-# lse_delta                   streamed with queries
-# *_full, *_empty             barriers that say what they hold
-BwdBuffers = namedtuple("BwdBuffers", "q k v do lse_delta ds dq number number_full kv_full kv_empty q_full do_full")
+# lse_delta: two rows a stage, with q; ds, dq: see bwd_tiles; number: of the work tile, from the producer
+BwdBuffers = namedtuple(
+    "BwdBuffers", "q k v do lse_delta ds dq number number_full kv_full kv_empty q_full do_full"
+)
 
 
 @gluon.constexpr_function
@@ -1275,9 +1281,9 @@ NAMED_BARRIERS = constexpr(8)  # the first of ours, of 16 in hardware; the compi
 
 @gluon.jit
 def bar_arrive(i, THREADS: constexpr):
-    """This warp is at named barrier i, and goes on. Named barriers, as Gluon has the whole warpgroup wait for its
-    slowest warp before it arrives at an mbarrier, several times a tile: the tensor cores were busy 75% of the
-    time with those, 79% with these (ncu, one H100, D128 16k causal)."""
+    """This warp is at named barrier i, and goes on. Named barriers, as Gluon has the whole warpgroup wait for
+    its slowest warp before it arrives at an mbarrier, several times a tile: the tensor cores were busy 75% of
+    the time with those, 79% with these (ncu, one H100, D128 16k causal, forward)."""
     asm: constexpr = "bar.arrive $1, $2; mov.b32 $0, 0;"
     args = [NAMED_BARRIERS + i, THREADS]
     gl.inline_asm_elementwise(asm, "=r,r,r", args, dtype=gl.int32, is_pure=False, pack=1)
@@ -1348,8 +1354,8 @@ def fwd_work_tile(n, dims, BLOCK_M: constexpr, BLOCK_N: constexpr, CAUSAL: const
 
 @gluon.jit
 def bwd_work_tile(n, dims, BLOCK_N: constexpr, BLOCK_M: constexpr, CAUSAL: constexpr):
-    """The n-th WorkTile of all programs: keys, and the queries that see them. The first keys of L2_HEADS heads come
-    first: under a causal mask they are seen by the most queries, and dq is added up in that order."""
+    """The n-th WorkTile of all programs: keys, and the queries that see them. The first keys of L2_HEADS
+    heads come first: under a causal mask the most queries see them, and dq is added up in that order."""
     n_resident = gl.cdiv(dims.T, BLOCK_N)
     heads = dims.H // dims.G
     section, i = n // (n_resident * dims.L2_HEADS), n % (n_resident * dims.L2_HEADS)
@@ -1562,16 +1568,18 @@ def hopper_fwd_kernel(q_desc, k_desc, v_desc, o_desc, ACC, LSE, HOP, sm_scale, B
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
-# The backward is one kernel for dq, dk and dv, five products a tile. Keys are resident, queries are streamed. Scores
-# are computed transposed, so that p^T and ds^T are left operands of dv += p^T do and dk += ds^T q as they are, in
-# registers. Both consumers put their ds^T into shared memory, meet, and each computes half of dq = ds k, which one more
-# warp, the reducer, adds to DQ_ACC in global memory by TMA. A consumer writes its half as its threads hold it (as
-# FlashAttention-3 does): 16 bytes at a time, without bank conflicts; bwd_postprocess_kernel puts it in order.
+# The backward is one kernel for dq, dk and dv, with five products a tile; dq_kernel and dkv_kernel make seven.
+# Keys are resident, queries are streamed. Scores are computed transposed, so that p^T and ds^T are left operands
+# of dv += p^T do and dk += ds^T q as they are, in registers. Both consumers put their ds into shared memory,
+# meet, and each computes half of dq = ds k. One more warp, the reducer, adds that to DQ_ACC in global memory by
+# TMA, so that no consumer waits for it. A consumer writes its half as its threads hold it (as FlashAttention-3
+# does): 16 bytes at a time, without bank conflicts; bwd_postprocess_kernel puts it in order.
 #
-# A query tile of dq gets its parts in a fixed order, that of the key tiles, so that the same inputs give the same bits:
-# TURNS[query tile] is the number of the key tile whose turn it is. Nobody waits long: work tiles are handed out in this
-# order, too, as programs become free, and all begin with the last queries.
-Q_FREE, DQ_FREE, DS_FULL, DQ_FULL = (constexpr(i) for i in (0, 3, 5, 6))  # named barriers: of stages, of consumers
+# A query tile of dq gets its parts in a fixed order, that of the key tiles, so that the same inputs give the same
+# bits: TURNS[query tile] is the number of the key tile whose turn it is. Nobody waits long: work tiles are handed
+# out in this order, too, as programs become free, and all begin with the last queries. Whoever is waited for has
+# begun. Without DETERMINISTIC the reducer waits for nobody.
+Q_FREE, DQ_FREE, DS_FULL, DQ_FULL = (constexpr(i) for i in (0, 3, 5, 6))  # named barriers
 BWD_ROWS = constexpr(128)  # keys of a work tile
 
 
@@ -1588,9 +1596,11 @@ tma_add = getattr(tma, "async_atomic_add", None) or add_tile  # new in triton 3.
 @gluon.jit
 def next_work_tile(COUNTER):
     """A number that no other program gets: 0, 1, 2, ... For a partition of one warp."""
-    asm: constexpr = """{ .reg .pred p; .reg .b32 lane; mov.b32 $0, 0; mov.u32 lane, %laneid; setp.eq.u32 p, lane, 0;
-        @p atom.relaxed.gpu.global.add.u32 $0, [$1], 1; shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff; }"""
-    return gl.inline_asm_elementwise(asm, "=r,l", [COUNTER.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
+    asm: constexpr = """{ .reg .pred p; .reg .b32 lane; mov.b32 $0, 0; mov.u32 lane, %laneid;
+        setp.eq.u32 p, lane, 0; @p atom.relaxed.gpu.global.add.u32 $0, [$1], 1;
+        shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff; }"""
+    args = [COUNTER.to(gl.int64)]
+    return gl.inline_asm_elementwise(asm, "=r,l", args, dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -1700,20 +1710,28 @@ def bwd_reducer(dq_desc, smem, dims, TURNS, n_work, DETERMINISTIC: constexpr, CA
 
 
 @gluon.jit
+def unknown_zero():
+    """0, which no compiler knows. An address with it is computed where it is used: those of k and v, some
+    twenty, would else stay in registers throughout the loop, for which there are too few."""
+    return gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start, edge, qk_scale, MASKED: constexpr):
-    """n streamed tiles, the first one being the tile-th of this program, its queries from `start` on, the later ones
-    before it. A key is seen by the queries from edge on."""
+    """n streamed tiles, the first being the tile-th of this program, its queries from `start` on; the others
+    are before it. A key is seen by the queries from edge on."""
     STAGES: constexpr = smem.q.shape[0]
     BLOCK_M: constexpr = smem.q.shape[2]
     BLOCK_D: constexpr = smem.q.shape[4]
     s_layout: constexpr = product_layout(BLOCK_M)
     p_layout: constexpr = operand_layout(BLOCK_D)
     dtype: constexpr = smem.q.dtype
-    k, v = matrix(smem.k, 0), matrix(smem.v, c)
     zero = gl.zeros([64, BLOCK_M], gl.float32, s_layout)
     zero_dq = gl.zeros([64, 64], gl.float32, product_layout(64))
     for i in range(tile, tile + n):
         s, phase, both = i % STAGES, i // STAGES & 1, i % 2
+        here = unknown_zero()
+        k, v = matrix(smem.k, here), matrix(smem.v, c + here)
         q, do = matrix(smem.q, s), matrix(smem.do, s)
         lse_delta = smem.lse_delta.index(s).reshape([2, BLOCK_M])
         mbarrier.wait(smem.q_full.index(s), phase)
@@ -1729,10 +1747,11 @@ def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start, edge, qk_scale, MASKED
         dv_async = warpgroup_mma(gl.convert_layout(p.to(dtype), p_layout), do, dv, is_async=True)
         dp = warpgroup_mma_wait(1, (dp_async,))
         ds = (p * (dp - lse_delta.slice(1, 1).load(s_layout))).to(dtype)
-        smem.ds.index(both).slice(c * 64, 64).store(ds)  # two buffers: nobody overwrites what the other still reads
+        # two buffers: the other consumer may still read the last one
+        smem.ds.index(both).slice(c * 64, 64, 1).permute((1, 0)).store(ds)
         fence_async_shared()
         bar_sync(DS_FULL, 256)
-        all_ds = smem.ds.index(both).permute((1, 0))  # [BLOCK_M queries, 128 keys]
+        all_ds = smem.ds.index(both)  # [BLOCK_M queries, 128 keys]
         if BLOCK_M == 64:  # dq is [64, 128]: half of the columns each; else [128, 64]: half of the rows
             dq_async = warpgroup_mma(all_ds, k.slice(c * 64, 64, 1), zero_dq, use_acc=False, is_async=True)
         else:
@@ -1740,7 +1759,7 @@ def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start, edge, qk_scale, MASKED
         dk_async = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
         dv, dq = warpgroup_mma_wait(1, (dv_async, dq_async))
         bar_sync(DQ_FREE + c, 160)
-        # [warp, upper or lower rows, row, columns of 8, of 2, of 1] in the order of threads and what they hold
+        # [warp, upper or lower rows, row, columns of 8, of 2, of 1], by threads and what they hold
         fragments = dq.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([16, 256])
         smem.dq.index(c).store(fragments)
         fence_async_shared()
@@ -1786,7 +1805,8 @@ def bwd_consumer(c: constexpr, out, smem, dims, n_work, HEAD_DIM: constexpr, CAU
             dk += gl.load(DK_ACC + at + offs, mask=held, other=0.0)
             dv += gl.load(DV_ACC + at + offs, mask=held, other=0.0)
         if DK.dtype.element_ty == dtype:
-            store_tile(dv_desc, smem.v.index(c), dv, work.b, row, work.h)  # this consumer's v: nobody else reads it
+            # over this consumer's v, which nobody else reads
+            store_tile(dv_desc, smem.v.index(c), dv, work.b, row, work.h)
             tma.store_wait(0)
             warpgroup_barrier()
             store_tile(dk_desc, smem.v.index(c), dk, work.b, row, work.h)
@@ -1800,18 +1820,21 @@ def bwd_consumer(c: constexpr, out, smem, dims, n_work, HEAD_DIM: constexpr, CAU
 
 
 @gluon.jit(do_not_specialize=["B", "H", "G", "T", "GROUP_B", "L2_HEADS", "WAVES"])
-def hopper_bwd_kernel(q_desc, k_desc, v_desc, do_desc, lse_delta_desc, dq_desc, dk_desc, dv_desc, DK, DV, DK_ACC, DV_ACC, TURNS, HOP,
-                      sm_scale, B, H, G, T, GROUP_B, L2_HEADS, WAVES,
-                      HEAD_DIM: constexpr, CAUSAL: constexpr, STAGES: constexpr, DETERMINISTIC: constexpr):  # fmt: skip
+def hopper_bwd_kernel(q_desc, k_desc, v_desc, do_desc, lse_delta_desc, dq_desc, dk_desc, dv_desc,
+                      DK, DV, DK_ACC, DV_ACC, TURNS, HOP, sm_scale, B, H, G, T, GROUP_B, L2_HEADS, WAVES,
+                      HEAD_DIM: constexpr, CAUSAL: constexpr, STAGES: constexpr,
+                      DETERMINISTIC: constexpr):  # fmt: skip
     BLOCK_M: constexpr = q_desc.block_type.shape[1]
-    ds_layout: constexpr = gl.NVMMASharedLayout.get_default_for([BWD_ROWS, BLOCK_M], q_desc.dtype)
-    ds = gl.allocate_shared_memory(q_desc.dtype, [2, BWD_ROWS, BLOCK_M], ds_layout)
+    ds_layout: constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BWD_ROWS], q_desc.dtype)
+    ds = gl.allocate_shared_memory(q_desc.dtype, [2, BLOCK_M, BWD_ROWS], ds_layout)
     number = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     kv_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_empty.index(0), count=3)  # of the consumers and the reducer
-    smem = BwdBuffers(tiles_like(q_desc, STAGES), tiles_like(k_desc, 1), tiles_like(v_desc, 2),
-                      tiles_like(do_desc, STAGES), tiles_like(lse_delta_desc, STAGES), ds, tiles_like(dq_desc, 2),
-                      number, barriers(2), barriers(1), kv_empty, barriers(STAGES), barriers(STAGES))  # fmt: skip
+    q, do = tiles_like(q_desc, STAGES), tiles_like(do_desc, STAGES)
+    lse_delta = tiles_like(lse_delta_desc, STAGES)
+    k, v, dq = tiles_like(k_desc, 1), tiles_like(v_desc, 2), tiles_like(dq_desc, 2)
+    smem = BwdBuffers(q, k, v, do, lse_delta, ds, dq, number, barriers(2), barriers(1), kv_empty,
+                      barriers(STAGES), barriers(STAGES))  # fmt: skip
     dims = Dims(HOP, B, H, G, T, GROUP_B, L2_HEADS, WAVES)
     descs = (q_desc, k_desc, v_desc, do_desc, lse_delta_desc)
     n_work = gl.cdiv(T, BWD_ROWS) * B * (H // G)
@@ -1913,7 +1936,7 @@ def hopper_preprocess(q, o, do, lse, dlse, dq, n_hops):
     return run_preprocess(o, do, lse, dlse, dq_acc, turns, n_hops), dq_acc, turns
 
 
-def hopper_bwd(q, k, v, do, state, dk, dv, dk_acc, dv_acc, hop, j, causal, sm_scale, deterministic=True):
+def hopper_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, sm_scale, deterministic):
     lse_delta, dq_acc, turns = state
     config = hopper_config("bwd", q.shape, k.shape[2], q.device, len(hop.rows), causal)
     resident, streamed, dims, grid, constants, options = config
@@ -1923,7 +1946,8 @@ def hopper_bwd(q, k, v, do, state, dk, dv, dk_acc, dv_acc, hop, j, causal, sm_sc
     outs = [tma_descriptor(x, half) if x.dtype == q.dtype else rows for x in (dk, dv)]
     args = (*inputs, rows, dq_tiles, *outs, dk, dv, dk_acc, dv_acc, turns[j], hop.table, sm_scale, *dims)
     depends = q.dtype, dk.dtype, dk_acc.dtype, streamed
-    launch(hopper_bwd_kernel, q.device, depends, grid, args, dict(constants, DETERMINISTIC=deterministic), **options)
+    constants = dict(constants, DETERMINISTIC=deterministic)
+    launch(hopper_bwd_kernel, q.device, depends, grid, args, constants, **options)
 
 
 def hopper_postprocess(state, dq, sm_scale):
@@ -1932,7 +1956,8 @@ def hopper_postprocess(state, dq, sm_scale):
     BLOCK_D = max(64, triton.next_power_of_2(D))
     n = dq_acc.numel() // (64 * BLOCK_D)
     constants = dict(HEAD_DIM=D, BLOCK_D=BLOCK_D)
-    launch(bwd_postprocess_kernel, dq.device, (dq.dtype,), n, (dq_acc, dq, sm_scale, H, T), constants, num_warps=4)
+    args = dq_acc, dq, sm_scale, H, T
+    launch(bwd_postprocess_kernel, dq.device, (dq.dtype,), n, args, constants, num_warps=4)
 
 
 BACKENDS = {
@@ -2407,16 +2432,16 @@ def dense(q, k, v, ring):
     return q, k, v
 
 
-def run_hops(hops, tensors, ring, schedule, causal, sm_scale, backend, transport):
+def run_hops(hops, tensors, ring, schedule, causal, sm_scale, backend, *options):
     q = tensors[0]
     backend = best_backend(q) if backend is None else backend
     kind, plain = q.device.type, contextlib.nullcontext()  # the state stays in float32, also under autocast
     no_casts = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else plain
     with torch.cuda.device_of(q), no_casts:
-        return ring_numbered(ring).run(hops, tensors, schedule, causal, sm_scale, backend, transport)
+        return ring_numbered(ring).run(hops, tensors, schedule, causal, sm_scale, backend, *options)
 
 
-def forward_real(q, k, v, ring, schedule, causal, sm_scale, backend, transport, backward, problem):
+def forward_real(q, k, v, ring, schedule, causal, sm_scale, backend, transport, *for_backward):
     return run_hops(forward_hops, dense(q, k, v, ring), ring, schedule, causal, sm_scale, backend, transport)
 
 
@@ -2474,7 +2499,7 @@ class RingAttention(torch.autograd.Function):
             with torch._C._AutoDispatchBelowAutograd():  # the same operator, below autograd
                 o, lse = torch.ops.ring_attn.forward.default(q, k, v, *args)
         ctx.save_for_backward(q, k, v, o, lse)
-        ctx.args, ctx.ring = args[:6], ring_numbered(args[0])  # the ring lives until the backward
+        ctx.args, ctx.ring = args[:7], ring_numbered(args[0])  # the ring lives until the backward
         ctx.set_materialize_grads(False)
         return o, lse
 
@@ -2488,6 +2513,7 @@ class RingAttention(torch.autograd.Function):
 LIBRARY = torch.library.Library("ring_attn", "DEF")
 TENSORS, GRADS = "Tensor q, Tensor k, Tensor v", "Tensor? do, Tensor? dlse"
 OPTIONS = "int ring, str schedule, bool causal, float sm_scale, str? backend, str? transport"
+OPTIONS += ", bool deterministic"
 LIBRARY.define(f"forward({TENSORS}, {OPTIONS}, bool backward, str? problem) -> (Tensor, Tensor)")
 LIBRARY.define(f"backward({GRADS}, {TENSORS}, Tensor o, Tensor lse, {OPTIONS}) -> (Tensor, Tensor, Tensor)")
 LIBRARY.impl("forward", lambda *args: RingAttention.apply(*args[:3], forward_checked, args[3:]), "Autograd")
@@ -2511,7 +2537,7 @@ class Unshard(torch.autograd.Function):
 
 
 def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse=False, backend=None, transport=None,
-           problem=None):  # fmt: skip
+           deterministic=True, problem=None):  # fmt: skip
     """What all public functions call. problem: what the caller found wrong, to be raised on every rank."""
     has_shape = isinstance(q, torch.Tensor) and not q.is_nested and q.ndim > 0
     if sm_scale is None:
@@ -2520,9 +2546,10 @@ def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse=False, backend=
         q, k, v = autocast(q, k, v)
     backward = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v))
     if not torch.compiler.is_compiling():
-        options = schedule, causal, sm_scale, backend, transport, backward, problem
+        options = schedule, causal, sm_scale, backend, transport, deterministic, backward, problem
         check_once(q, k, v, ring_numbered(ring.number), *options)
-    args = ring.number, schedule, bool(causal), float(sm_scale), backend, transport, backward, problem
+    options = bool(causal), float(sm_scale), backend, transport, bool(deterministic), backward, problem
+    args = ring.number, schedule, *options
     if can_skip_dispatcher(q, k, v):
         if backward:
             o, lse = RingAttention.apply(q, k, v, forward_real, args)
@@ -2610,9 +2637,11 @@ def check_common(q, k, v, sm_scale, causal, backend, backends):
         check_portable(q)
 
 
-def check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend, transport):
+def check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend, transport, deterministic):
     """Everything that the hop loops cannot do."""
     check_common(q, k, v, sm_scale, causal, backend, BACKENDS)
+    if not isinstance(deterministic, int):  # bool is one
+        raise ValueError(f"{deterministic=} must be True or False")
     (B, T, _, D), n_ranks = q.shape, ring.n_ranks
     if k.shape[:2] != (B, T):
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}; need equal B, T and D")
@@ -2696,26 +2725,30 @@ def agree_once(ring, key, signature, problem, check, prepare=lambda: None):
     ring.agreed[key] = True
 
 
-def check_once(q, k, v, ring, schedule, causal, sm_scale, backend, transport, backward, problem):
+def check_once(q, k, v, ring, schedule, causal, sm_scale, backend, transport, deterministic, backward,
+               problem):  # fmt: skip
     """check_inputs, and that all ranks agree, the first time that shapes and options come up."""
     if backend is None:
         has_shape = isinstance(q, torch.Tensor) and not q.is_nested and q.ndim > 0
         backend = best_backend(q) if has_shape else "torch"
-    options = schedule, causal, sm_scale, backend, transport, backward, problem
+    if not deterministic and backward and torch.get_deterministic_debug_mode() == 2:
+        strict = "under torch.use_deterministic_algorithms(True); leave one of the two out"
+        problem = problem or f"{deterministic=} {strict}"
+    options = schedule, causal, sm_scale, backend, transport, deterministic, backward, problem
     try:
         tensors = ((x.shape, x.dtype, x.device, x.layout) for x in (q, k, v))
-        key = *tensors, *options, type(causal), type(sm_scale)
+        key = *tensors, *options, type(causal), type(sm_scale), type(deterministic)
         if key in ring.agreed:
             return
     except (AttributeError, TypeError, RuntimeError):  # an argument of a kind that will be refused
         key = repr((summary(q), summary(k), summary(v), *options))
     if isinstance(q, torch.Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing():
         raise ValueError("ranks cannot agree on options inside a CUDA graph; make this call once before it")
-    names = "schedule", "causal", "sm_scale", "backend", "transport", "backward"
+    names = "schedule", "causal", "sm_scale", "backend", "transport", "deterministic", "backward"
     signature = dict(q=summary(q), k=summary(k), v=summary(v), **dict(zip(names, map(repr, options))))
     agree_once(
         ring, key, signature, problem,
-        lambda: check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend, transport),
+        lambda: check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend, transport, deterministic),
         lambda: ring.prepare(k, backward, transport),
     )  # fmt: skip
 

@@ -309,10 +309,10 @@ def judge(got, *inputs):
     return worst([(what, error(a, t), times * error(p, t) + 1e-5) for what, a, t, p, times in of_all])
 
 
-def run(q, k, v, do, schedule="contiguous", group=None, causal=True, backend=None, transport=None):
+def run(q, k, v, do, schedule="contiguous", group=None, causal=True, backend=None, **options):
     """(o, lse, dq, dk, dv); group None: this process alone."""
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    options = dict(return_lse=True, backend=backend, transport=transport)
+    options |= dict(return_lse=True, backend=backend)
     o, lse = ring_attn.ring_attn(q, k, v, schedule, group or alone(), causal, **options)
     return o.detach(), lse.detach(), *torch.autograd.grad(o, (q, k, v), do)
 
@@ -384,13 +384,12 @@ def check_masked_rows(backend):
     hop = Hop(source=0, rows=(row,), seen=(12,), send=(), recv=(), send_grad=(), recv_grad=())
     (hop,) = ring_attn.on_device((hop,), DEVICE)
     o, dq, dk, dv = (torch.empty_like(x) for x in (q, q, k, v))
-    o_acc, dq_acc = (x if x.dtype == f32 else x.float() for x in (o, dq))
-    dk_acc, dv_acc = (torch.empty_like(x, dtype=f32) for x in (dk, dv))
+    o_acc, dk_acc, dv_acc = (x if x.dtype == f32 else x.float() for x in (o, dk, dv))
     lse = torch.empty(1, 2, 12, device=DEVICE)
     kernels.forward(q, k, v, o, o_acc, lse, hop, True, 0.25)
-    lse_delta = kernels.preprocess(o, do, lse, None)
-    kernels.dq(q, k, v, do, lse_delta, dq, dq_acc, hop, True, 0.25)
-    kernels.dkv(q, k, v, do, lse_delta, dk, dv, dk_acc, dv_acc, hop, True, 0.25)
+    state = kernels.preprocess(q, o, do, lse, None, dq, 1)
+    kernels.backward(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, 0, True, 0.25, True)
+    kernels.postprocess(state, dq, 0.25)
     empty = not o[:, :5].any() and not dq[:, :5].any() and (lse[..., :5] == -inf).all()
     assert empty, "rows without a key are not empty"
     assert not dk[:, 7:].any() and not dv[:, 7:].any(), "keys that no query sees have a gradient"
@@ -426,9 +425,53 @@ def check_autocast(backend):
 
 def check_same_bits(backend):
     inputs = make(2, 512 if GPU else 24, 4, 2, 64 if GPU else 16, f16)
-    first, *others = (run(*inputs, "zigzag", VirtualRing(2), True, backend) for _ in range(3))
-    for other in others:
+    first = run(*inputs, "zigzag", VirtualRing(2), True, backend)
+    for _ in range(1000 if GPU and backend != "torch" else 2):
+        other = run(*inputs, "zigzag", VirtualRing(2), True, backend)
         same_bits(first, other, "the same inputs gave other bits")
+    for causal in (True, False):  # many programs add to one tile of dq, and wait for each other
+        inputs = make(1, 8192 if GPU else 64, 4, 2, 128 if GPU else 16, f16)
+        first = run(*inputs, causal=causal, backend=backend)
+        for _ in range(300 if GPU and backend != "torch" else 1):
+            other = run(*inputs, causal=causal, backend=backend)
+            same_bits(first, other, "the same inputs gave other bits")
+
+
+def check_free_order(backend):
+    """deterministic=False: gradients within the yardstick; the same bits but where a kernel gains by others."""
+    rows = []
+    for (B, T, H, HKV, D), causal in product([(2, 700, 4, 2, 128), (1, 2048, 4, 4, 64)], (True, False)):
+        inputs = make(B, T if GPU else T // 16, H, HKV, D if GPU else 16, LOW[backend])
+        args = *inputs, "contiguous", None, causal, backend
+        free = run(*args, deterministic=False)
+        rows.append(judge(free, *inputs, causal))
+        if backend != "gluon":
+            same_bits(run(*args), free, "deterministic=False changed a backend that takes no notice")
+    return worst(rows)
+
+
+@local
+def deterministic_False_is_refused_by_a_deterministic_torch():
+    """Of a call that will have a backward, in every public function, and in a model. warn_only refuses nothing."""
+    x, before = torch.randn(1, 8, 2, 16, device=DEVICE, requires_grad=True), torch.get_deterministic_debug_mode()
+    alone_, two = dict(deterministic=False), dict(deterministic=False, group=VirtualRing(2))
+    config = Config(n_layers=1, dim=32, dim_per_head=16, seq_len=8, deterministic=False)
+    model, tokens = Transformer(config).to(DEVICE), torch.zeros(1, 8, dtype=torch.int64, device=DEVICE)
+    calls = [partial(ring_attn.flash_attn_func, x, x, x, **alone_), partial(model, tokens)]
+    calls += [partial(ring_attn.ring_attn, x, x, x, schedule, **two) for schedule in SCHEDULES if schedule != "step"]
+    calls += [partial(f, x, x, x, 1, 0, 0, 0, **alone_) for f in ring_attn.ATTN_FUNCS.values()]
+    calls = [call for call in calls if "step" not in getattr(call.func, "__name__", "")]  # B is odd
+    try:
+        for call in calls:
+            torch.use_deterministic_algorithms(True)
+            raises(call, "deterministic=False", "use_deterministic_algorithms")
+            with torch.no_grad():
+                call()
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            call()
+    finally:
+        torch.set_deterministic_debug_mode(before)
+    raises(partial(calls[0], deterministic="no"), "deterministic='no'", "True or False")
 
 
 def amid_nan(x, *pad):
@@ -629,17 +672,20 @@ def check_protocol(schedule, n_ranks, seed, loops=8):
         wide = f32 if direction < 0 else None
         moves = ring_attn.Symmetric(ring, schedule, k, v, True, direction, wide)
         alive.append((moves, k, v))
-        for j, hop in enumerate(moves.hops):
-            kv = moves.keys(j)
-            if direction < 0 and j:
-                grads = moves.grads(j)
-                if hop.visible:
+        if direction < 0:
+            moves.keys(0)
+        for j in ring_attn.hop_order(n_ranks, direction):
+            hop, kv = moves.hops[j], (k, v) if direction < 0 and j == 0 else moves.keys(j)
+            if direction < 0:
+                grads = moves.grads(j or n_ranks)
+                if hop.visible and j:
                     kernel(collect, rank, grads, hop)
-                moves.pass_on(j)
             if hop.visible:
                 kernel(attend, name, loop, kv, hop, j)
-        if direction < 0:
-            kernel(bring_home, name, rank, moves.hops[0], moves.grads(n_ranks))
+            if direction < 0 and j:
+                moves.pass_on(j)
+            elif direction < 0:
+                kernel(bring_home, name, rank, hop, grads)
         moves.finish()
         kernel(spoil, k, v)  # as the caller may
 
@@ -894,19 +940,27 @@ def a_million_tokens(T=2**20):
     return worst([("lse", lse_error, 1e-4), *((what, a, 3 * b + 1e-5) for what, (a, b) in roots.items())])
 
 
-def check_work_tiles(kernel):
-    """The programs of a Hopper kernel have each tile of each head once between them, and under a causal mask
-    nearly as much to do as each other; where a head's keys fill L2 they work on one head at a time."""
+SHAPES_OF_WORK = [(1, 8192, 32, 8), (1, 16384, 16, 16), (2, 4096, 24, 3)]
+SHAPES_OF_WORK += [(1, 65536, 32, 32), (1, 70000, 7, 7), (3, 100, 5, 5)]
+
+
+def dealt(kernel, n_sm, B, T, H, HKV):
+    """hopper_config of a causal problem on a GPU of n_sm multiprocessors: its integers, and the programs."""
+    properties = SimpleNamespace(multi_processor_count=n_sm)
+    with replaced(torch.cuda, "get_device_properties", lambda device, found=properties: found):
+        args = kernel, (B, T, H, 128), HKV, DEVICE, 1, True
+        _, _, integers, P, *_ = ring_attn.hopper_config.__wrapped__(*args)
+    return integers, P
+
+
+@local
+def work_tiles_of_the_Hopper_forward():
+    """Its programs have each tile of each head once between them, and under a causal mask nearly as much to do
+    as each other; where a head's keys fill L2 they work on one head at a time."""
     uneven = 0.0
-    shapes = [(1, 8192, 32, 8), (1, 16384, 16, 16), (2, 4096, 24, 3)]
-    shapes += [(1, 65536, 32, 32), (1, 70000, 7, 7), (3, 100, 5, 5)]
-    for n_sm, (B, T, H, HKV) in product((132, 78, 7), shapes):
-        properties = SimpleNamespace(multi_processor_count=n_sm)
-        with replaced(torch.cuda, "get_device_properties", lambda device, found=properties: found):
-            config = ring_attn.hopper_config.__wrapped__(kernel, (B, T, H, 128), HKV, DEVICE, 1, True)
-        *_, problem, P, constants, _ = config
-        *_, l2_heads, waves = problem
-        n_tiles, n_heads = triton.cdiv(T, 64 * constants["CONSUMERS"]), B * (HKV if kernel == "dkv" else H)
+    for n_sm, (B, T, H, HKV) in product((132, 78, 7), SHAPES_OF_WORK):
+        (*_, l2_heads, waves), P = dealt("fwd", n_sm, B, T, H, HKV)
+        n_tiles, n_heads = triton.cdiv(T, 64 * ring_attn.HOPPER_TILES["fwd"][128][0]), B * H
         n, program = np.arange(n_heads // l2_heads * waves), np.arange(P)[:, None]
         grid = dict(num_programs=lambda axis, P=P: P, program_id=lambda axis, p=program: p)
         gl = SimpleNamespace(where=np.where, minimum=np.minimum, **grid)
@@ -926,40 +980,63 @@ def check_work_tiles(kernel):
 
 
 @local
+def work_tiles_of_the_Hopper_backward():
+    """Each key tile of each head once, and those that an addition waits for earlier: so that whoever is waited
+    for has begun. Their queries are those that see a key of the tile; the masked tiles are the last ones."""
+    code, M, N = ring_attn.bwd_work_tile.fn.__code__, 64, ring_attn.BWD_ROWS.value
+    gl = SimpleNamespace(cdiv=lambda a, b: -(-a // b), where=np.where, minimum=np.minimum, load=lambda at: 0)
+    names = dict(gl=gl, WorkTile=ring_attn.WorkTile, HOP_COLUMNS=0, CARRY_GRAD=0)
+    for B, T, H, HKV in SHAPES_OF_WORK:
+        names["first_query"] = lambda hop, j, T, causal: np.minimum(j, T)
+        integers, _ = dealt("bwd", 132, B, T, H, HKV)
+        dims, n_tiles = ring_attn.Dims(0, *integers), -(-T // N)
+        work = FunctionType(code, names)(np.arange(n_tiles * B * HKV), dims, N, M, True)
+        tiles = (work.b * HKV + work.h) * n_tiles + work.start // N
+        assert np.array_equal(np.sort(tiles), np.arange(len(tiles))), f"T{T}: not every work tile once"
+        for head in range(B * HKV):
+            starts = work.start[work.b * HKV + work.h == head]
+            assert (np.diff(starts) > 0).all(), f"T{T}: a key tile comes before one that it waits for"
+        end = -(-T // M)
+        assert work.first == end - 1 and (work.n_tiles == end - work.start // M).all(), f"T{T}: queries"
+        assert (work.n_masked == np.minimum(N // M, work.n_tiles)).all(), f"T{T}: masked tiles"
+
+
+@local
 def launchers_fit_the_Hopper_kernels():
     """What launchers pass to the Hopper kernels fits their signatures, name by name, constants last."""
     seen = []
-    integers = "sm_scale", "B", "H", "G", "T", "GROUP_B", "L2_HEADS", "WAVES"
+    integers = "sm_scale", "n_hops", "B", "H", "G", "T", "GROUP_B", "L2_HEADS", "WAVES"
 
     def spy(kernel, device, depends, grid, args, constants, **options):
         given, name = dict(zip(kernel.arg_names, args)), kernel.__name__
         expected = list(kernel.arg_names[len(args) :])
         assert expected == list(constants), f"{name}: constants {list(constants)}, not {expected}"
         for x, value in given.items():
-            if value is None:  # dq is one result, and its kernel streams no rows
-                absent = x in ("lse_delta_desc", "dv_desc", "DV_ACC")
-                assert absent and not constants["DKV"], f"{name}: no {x}"
+            if value is None:
+                assert x == "DLSE", f"{name}: no {x}"
             else:
                 kind = "_desc" if hasattr(value, "block_shape") else isinstance(value, torch.Tensor)
                 right = "_desc" if x.endswith("_desc") else x not in integers
                 assert kind == right, f"{name}: {x} is {value}"
-        seen.append((name, constants.get("DKV"), grid))
+        seen.append((name, grid))
 
     properties = SimpleNamespace(multi_processor_count=10)
     config = ring_attn.hopper_config.__wrapped__  # not the cached one: the GPU is made up
     q, k, v, do = make(2, 200, 4, 2, 40, f16)
     (hop,) = ring_attn.on_device(plan("zigzag", 0, 1, 200, True, 1), DEVICE)
-    lse_delta, kernels = torch.zeros(2, 8, 256, device=DEVICE), ring_attn.BACKENDS["gluon"]
+    lse, kernels = torch.zeros(2, 4, 200, device=DEVICE), ring_attn.BACKENDS["gluon"]
     with (
         replaced(ring_attn, "launch", spy),
         replaced(ring_attn, "hopper_config", config),
         replaced(torch.cuda, "get_device_properties", lambda device: properties),
     ):
-        kernels.forward(q, k, v, q, q.float(), lse_delta, hop, True, 0.5)
-        kernels.dq(q, k, v, do, lse_delta, q, q.float(), hop, True, 0.5)
-        kernels.dkv(q, k, v, do, lse_delta, k, v, k.float(), v.float(), hop, True, 0.5)
-    backward = [("hopper_bwd_kernel", False, 10), ("hopper_bwd_kernel", True, 8)]
-    assert seen == [("hopper_fwd_kernel", None, 10), *backward], f"{seen}"
+        kernels.forward(q, k, v, q, q.float(), lse, hop, True, 0.5)
+        state = kernels.preprocess(q, q, do, lse, None, q, 1)
+        grads = k, v, k.float(), v.float()
+        kernels.backward(q, k, v, do, state, q, *grads, hop, 0, True, 0.5, True)
+        kernels.postprocess(state, q, 0.5)
+    backward = [("bwd_preprocess_kernel", 64), ("hopper_bwd_kernel", 8), ("bwd_postprocess_kernel", 32)]
+    assert seen == [("hopper_fwd_kernel", 10), *backward], f"{seen}"
 
 
 @local
@@ -985,9 +1062,8 @@ for backend in ring_attn.BACKENDS:
         local(check_lse_gradient, f"gradient of lse ({backend})", backend)
     local(check_autocast, f"autocast casts as SDPA's ({backend})", backend)
     local(check_same_bits, f"same inputs, same bits ({backend})", backend)
+    local(check_free_order, f"gradients in free order ({backend})", backend)
     local(check_strides, f"strided views amid nan ({backend})", backend)
-for kernel in ring_attn.HOPPER_TILES:
-    local(check_work_tiles, f"work tiles of the Hopper kernels: {kernel}", kernel)
 for schedule in SCHEDULES:
     local(check_positions, f"positions, shard, merge: {schedule}", schedule)
     local(check_plans, f"plans, sends match receives: {schedule}", schedule)
@@ -1871,7 +1947,8 @@ def check_ring_graph(ring):
 
 
 def check_launches_on_ring(ring, schedule):
-    """Forward: a kernel for each hop that has something to do. Backward: two for each, and preprocessing."""
+    """Forward: a kernel for each hop that has something to do. Backward: on Hopper one for each, one before and
+    one after; elsewhere two for each, and one before."""
     from torch.profiler import ProfilerActivity, profile
 
     B, T = fit(schedule, 2, 512)
@@ -1886,8 +1963,9 @@ def check_launches_on_ring(ring, schedule):
         return torch.autograd.grad(forward(*leaves), leaves, do)
 
     detached = [x.detach() for x in leaves]
+    both = 2 * visible + 2 if ring_attn.best_backend(q) == "gluon" else 3 * visible + 1
     with without_fill():
-        for call, n_kernels in ((lambda: forward(*detached), visible), (forward_backward, 3 * visible + 1)):
+        for call, n_kernels in ((lambda: forward(*detached), visible), (forward_backward, both)):
             call(), torch.cuda.synchronize()
             with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
                 call(), torch.cuda.synchronize()
@@ -2870,25 +2948,29 @@ def compile_kernels():
 
     def tile(rows, D, kind="bf16", shape=None):
         shape = shape or [1, rows, 1, D]
-        layout = gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16 if kind == "bf16" else gl.float32)
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=len(shape))
+        if kind == "bf16":
+            layout = gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16)
         return f"tensordesc<{kind}{shape},{layout!r}>"
 
     for (kernel, table), causal in product(ring_attn.HOPPER_TILES.items(), (True, False)):
         for D, (consumers, rows, stages) in table.items():
-            constants = dict(HEAD_DIM=D, CAUSAL=causal, CONSUMERS=consumers, STAGES=stages)
+            constants = dict(HEAD_DIM=D, CAUSAL=causal, STAGES=stages)
             resident, streamed = tile(64, D), tile(rows, D)
-            types = dict(HOP="*i32", sm_scale="fp32", ACC="*fp32", **integers)
+            types = dict.fromkeys(("ACC", "LSE", "DK_ACC", "DV_ACC"), "*fp32")
+            types |= dict(HOP="*i32", TURNS="*i32", DK="*bf16", DV="*bf16", sm_scale="fp32", **integers)
             if kernel == "fwd":
                 function = ring_attn.hopper_fwd_kernel
-                types |= dict(q_desc=resident, k_desc=streamed, v_desc=streamed, o_desc=resident, LSE="*fp32")
+                constants["CONSUMERS"] = consumers
+                types |= dict(q_desc=resident, k_desc=streamed, v_desc=streamed, o_desc=resident)
             else:
                 function = ring_attn.hopper_bwd_kernel
-                constants["DKV"] = kernel == "dkv"
-                types |= dict.fromkeys(("resident_desc", "resident_dp_desc", "out_desc"), resident)
-                types |= dict(streamed_desc=streamed, streamed_dp_desc=streamed, LSE_DELTA="*fp32")
-                if kernel == "dkv":
-                    lse_delta = tile(0, 0, "fp32", [2, 1, rows])
-                    types |= dict(lse_delta_desc=lse_delta, dv_desc=resident, DV_ACC="*fp32")
+                constants["DETERMINISTIC"] = True
+                types |= dict.fromkeys(("v_desc", "dk_desc", "dv_desc"), resident)
+                types |= dict(q_desc=streamed, do_desc=streamed, k_desc=tile(64 * consumers, D))
+                types["lse_delta_desc"] = tile(0, 0, "fp32", [2, 1, rows])
+                types["dq_desc"] = tile(0, 0, "fp32", [16, 256])
+            types = {x: types[x] for x in function.arg_names if x in types}
             options = dict(num_warps=4, maxnreg={2: 168, 3: 128}[consumers])
             name = f"hopper {kernel} D{D} {'causal' if causal else 'full'}"
             report(name, True, function, types, constants, **options)

@@ -121,6 +121,7 @@ def parse(argv=None):
     g = p.add_argument_group("processes and memory")
     flag(g, "ring_size", int, "processes that share a sequence; the rings share a batch (one ring of all)")
     flag(g, "accumulate", int, "micro batches that a ring splits its part of the batch into", 1)
+    flag(g, "free_order", bool, "add gradients up in any order where that is faster: other bits every time")
     flag(g, "fsdp", bool, "shard weights, gradients and optimizer over all processes")
     flag(g, "checkpoint", bool, "keep only attention's outputs; the backward recomputes the rest of a layer")
     flag(g, "compile", bool, "compile the layers")
@@ -783,7 +784,8 @@ def train(args, group=None):
 
 
 def make_config(args):  # a dict
-    return Config(**{name: args[name] for name in MODEL})
+    shape = {name: args[name] for name in MODEL}
+    return Config(**shape, deterministic=not args.get("free_order"))  # checkpoints from before lack it
 
 
 def load_sampler(file, args, ring):
