@@ -1685,6 +1685,8 @@ def bwd_reducer(dq_desc, smem, dims, TURNS, n_work, DETERMINISTIC: constexpr, CA
     while n < n_work:
         work = bwd_work_tile(n, dims, BWD_ROWS, BLOCK_M, CAUSAL)
         turn, last = work.start // BWD_ROWS, TURNS
+        # without it, at work tiles without queries, this warp would be ahead, and count twice in kv_empty
+        mbarrier.wait(smem.kv_full.index(0), n_done & 1)
         for g in range(dims.G):
             tiles = (work.b * dims.H + work.h * dims.G + g) * (T_pad // BLOCK_M)
             for j in range(work.n_tiles):
