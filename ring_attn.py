@@ -316,7 +316,7 @@ def keys_moved(schedule, n_ranks, T, B=1, causal=True, transport="symmetric"):
 
 class Backend(NamedTuple):
     """The functions of one hop, and of a backward's begin and end: torch_*, or kernels. Sums stay in acc,
-    dq_acc, dk_acc, dv_acc, float32, between hops; complete ones go to o, dq, dk, dv. Both may be one tensor."""
+    dq_acc, dk_acc, dv_acc, float32, between hops; complete ones go to o, dq, dk, dv. The two may be one."""
 
     forward: Callable
     preprocess: Callable  # what `backward` needs of the rows, and where it adds up dq
@@ -1568,17 +1568,18 @@ def hopper_fwd_kernel(q_desc, k_desc, v_desc, o_desc, ACC, LSE, HOP, sm_scale, B
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
-# The backward is one kernel for dq, dk and dv, with five products a tile; dq_kernel and dkv_kernel make seven.
-# Keys are resident, queries are streamed. Scores are computed transposed, so that p^T and ds^T are left operands
-# of dv += p^T do and dk += ds^T q as they are, in registers. Both consumers put their ds into shared memory,
-# meet, and each computes half of dq = ds k. One more warp, the reducer, adds that to DQ_ACC in global memory by
-# TMA, so that no consumer waits for it. A consumer writes its half as its threads hold it (as FlashAttention-3
-# does): 16 bytes at a time, without bank conflicts; bwd_postprocess_kernel puts it in order.
+# The backward is one kernel for dq, dk and dv, with five products a tile; dq_kernel and dkv_kernel make
+# seven. Keys are resident, queries are streamed. Scores are computed transposed, so that p^T and ds^T are
+# left operands of dv += p^T do and dk += ds^T q as they are, in registers. Both consumers put their ds into
+# shared memory, meet, and each computes half of dq = ds k. One more warp, the reducer, adds that to DQ_ACC
+# in global memory by TMA, so that no consumer waits for it. A consumer writes its half as its threads hold
+# it (as FlashAttention-3 does): 16 bytes at a time, without bank conflicts; bwd_postprocess_kernel puts it
+# in order.
 #
-# A query tile of dq gets its parts in a fixed order, that of the key tiles, so that the same inputs give the same
-# bits: TURNS[query tile] is the number of the key tile whose turn it is. Nobody waits long: work tiles are handed
-# out in this order, too, as programs become free, and all begin with the last queries. Whoever is waited for has
-# begun. Without DETERMINISTIC the reducer waits for nobody.
+# A query tile of dq gets its parts in a fixed order, that of the key tiles, so that the same inputs give
+# the same bits: TURNS[query tile] is the number of the key tile whose turn it is. Nobody waits long: work
+# tiles are handed out in this order, too, as programs become free, and all begin with the last queries.
+# Whoever is waited for has begun. Without DETERMINISTIC the reducer waits for nobody.
 Q_FREE, DQ_FREE, DS_FULL, DQ_FULL = (constexpr(i) for i in (0, 3, 5, 6))  # named barriers
 BWD_ROWS = constexpr(128)  # keys of a work tile
 

@@ -438,7 +438,7 @@ def check_same_bits(backend):
 
 
 def check_free_order(backend):
-    """deterministic=False: gradients within the yardstick; the same bits but where a kernel gains by others."""
+    """deterministic=False: gradients within the yardstick, and the same bits where no kernel gains by it."""
     rows = []
     for (B, T, H, HKV, D), causal in product([(2, 700, 4, 2, 128), (1, 2048, 4, 4, 64)], (True, False)):
         inputs = make(B, T if GPU else T // 16, H, HKV, D if GPU else 16, LOW[backend])
@@ -452,15 +452,16 @@ def check_free_order(backend):
 
 @local
 def deterministic_False_is_refused_by_a_deterministic_torch():
-    """Of a call that will have a backward, in every public function, and in a model. warn_only refuses nothing."""
-    x, before = torch.randn(1, 8, 2, 16, device=DEVICE, requires_grad=True), torch.get_deterministic_debug_mode()
+    """Where there will be a backward, in every public function and in a model. warn_only refuses nothing."""
+    x = torch.randn(1, 8, 2, 16, device=DEVICE, requires_grad=True)
+    before = torch.get_deterministic_debug_mode()
     alone_, two = dict(deterministic=False), dict(deterministic=False, group=VirtualRing(2))
     config = Config(n_layers=1, dim=32, dim_per_head=16, seq_len=8, deterministic=False)
     model, tokens = Transformer(config).to(DEVICE), torch.zeros(1, 8, dtype=torch.int64, device=DEVICE)
     calls = [partial(ring_attn.flash_attn_func, x, x, x, **alone_), partial(model, tokens)]
-    calls += [partial(ring_attn.ring_attn, x, x, x, schedule, **two) for schedule in SCHEDULES if schedule != "step"]
-    calls += [partial(f, x, x, x, 1, 0, 0, 0, **alone_) for f in ring_attn.ATTN_FUNCS.values()]
-    calls = [call for call in calls if "step" not in getattr(call.func, "__name__", "")]  # B is odd
+    for schedule in set(SCHEDULES) - {"step"}:  # which needs an even B
+        calls.append(partial(ring_attn.ring_attn, x, x, x, schedule, **two))
+        calls.append(partial(ring_attn.ATTN_FUNCS[schedule], x, x, x, 1, 0, 0, 0, **alone_))
     try:
         for call in calls:
             torch.use_deterministic_algorithms(True)
@@ -508,8 +509,9 @@ def check_offsets():
         view.copy_(x)
     row = judge(run(*spread, do), q, k, v, do, True)
     del far, spread, view
-    B = 2**31 // (17 * 32 * 128) + 64
-    inputs = [torch.randn(B, 17, n, 128, device=DEVICE, dtype=bf16) for n in (32, 1, 1, 32)]
+    T = 100  # the last tile of 128 is hardly padded
+    B = 2**31 // (T * 32 * 128) + 64
+    inputs = [torch.randn(B, T, n, 128, device=DEVICE, dtype=bf16) for n in (32, 1, 1, 32)]
     got = run(*inputs)
     return worst([row, judge([x[-64:] for x in got], *(x[-64:] for x in inputs), True)])
 
@@ -748,7 +750,7 @@ def operators_under_opcheck():
     """Schemas, fakes (shapes, dtypes, strides) and autograd of both operators."""
     for group, dtype in ((alone(), f64), (VirtualRing(2), f16)):
         q, k, v, do = (permuted(x, 1, 2) for x in make(2, 8, 4, 2, 16, dtype))
-        options = ring_attn.resolve_ring(group).number, "zigzag", True, 0.25, "torch", None
+        options = ring_attn.resolve_ring(group).number, "zigzag", True, 0.25, "torch", None, True
         leaves = [x.requires_grad_() for x in (q, k, v)]
         torch.library.opcheck(torch.ops.ring_attn.forward.default, (*leaves, *options, True, None))
         results = torch.ops.ring_attn.forward(*leaves, *options, True, None)
@@ -909,8 +911,10 @@ def a_million_tokens(T=2**20):
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     o, lse, dq, dk, dv = run(q, k, v, do)
-    peak = (torch.cuda.max_memory_allocated() - before) / q.nbytes  # o, dq, dk, dv, 3 float32 a row
-    assert peak < 4.5, f"forward and backward keep {peak:.1f} times the memory of q"
+    peak = (torch.cuda.max_memory_allocated() - before) / q.nbytes
+    # o, dq, dk, dv, 3 float32 a row; on Hopper also dq in float32
+    most = 6.5 if ring_attn.best_backend(q) == "gluon" else 4.5
+    assert peak < most, f"forward and backward keep {peak:.1f} times the memory of q"
     scale, lse_error = D**-0.5, 0.0
     squares = {}  # (what, position): squared errors of ours and of the yardstick, summed over the heads
 
@@ -955,8 +959,8 @@ def dealt(kernel, n_sm, B, T, H, HKV):
 
 @local
 def work_tiles_of_the_Hopper_forward():
-    """Its programs have each tile of each head once between them, and under a causal mask nearly as much to do
-    as each other; where a head's keys fill L2 they work on one head at a time."""
+    """Its programs have each tile of each head once between them, and under a causal mask nearly as much to
+    do as each other; where a head's keys fill L2 they work on one head at a time."""
     uneven = 0.0
     for n_sm, (B, T, H, HKV) in product((132, 78, 7), SHAPES_OF_WORK):
         (*_, l2_heads, waves), P = dealt("fwd", n_sm, B, T, H, HKV)
@@ -981,8 +985,8 @@ def work_tiles_of_the_Hopper_forward():
 
 @local
 def work_tiles_of_the_Hopper_backward():
-    """Each key tile of each head once, and those that an addition waits for earlier: so that whoever is waited
-    for has begun. Their queries are those that see a key of the tile; the masked tiles are the last ones."""
+    """Each key tile of each head once, and those that an addition waits for earlier: so that whoever is
+    waited for has begun. Their queries are those that see a key of the tile; the masked tiles come last."""
     code, M, N = ring_attn.bwd_work_tile.fn.__code__, 64, ring_attn.BWD_ROWS.value
     gl = SimpleNamespace(cdiv=lambda a, b: -(-a // b), where=np.where, minimum=np.minimum, load=lambda at: 0)
     names = dict(gl=gl, WorkTile=ring_attn.WorkTile, HOP_COLUMNS=0, CARRY_GRAD=0)
@@ -1947,8 +1951,8 @@ def check_ring_graph(ring):
 
 
 def check_launches_on_ring(ring, schedule):
-    """Forward: a kernel for each hop that has something to do. Backward: on Hopper one for each, one before and
-    one after; elsewhere two for each, and one before."""
+    """Forward: a kernel for each hop that has something to do. Backward: on Hopper one for each, one before
+    and one after; elsewhere two for each, and one before."""
     from torch.profiler import ProfilerActivity, profile
 
     B, T = fit(schedule, 2, 512)
@@ -2937,11 +2941,12 @@ def compile_kernels():
             good, found = ahead >= 16 and spilled <= 64, f"{ahead:3} copies ahead"
         else:
             products, spills, overwritten = inspect_loops(sass)
-            serial, theirs = "serialized" in said, re.findall(r" BAR\.\w+[.\w]* 0x([0-9a-f]+)(?:, 0x80)? ;", sass)
+            # barriers of a whole warpgroup, or without a number of threads, are the compiler's
+            theirs = re.findall(r" BAR\.\w+[.\w]* 0x([0-9a-f]+)(?:, 0x80)? ;", sass)
+            serial = "serialized" in said
             good = products > 0 and not serial and not overwritten
             good &= not (strict and strict_spills) or 10 * spills <= products  # a few reloads do no harm
             good &= not name.startswith("hopper fwd") or under_products(sass) >= 32
-            # those of a whole warpgroup, or without a number of threads
             good &= all(int(barrier, 16) < ring_attn.NAMED_BARRIERS.value for barrier in theirs)
             found = f"{products:3} {spills:3} {overwritten:3}{' SERIALIZED' * serial}"
         all_good &= good
