@@ -1252,7 +1252,7 @@ WorkTile = namedtuple("WorkTile", "b h start hop first n_masked n_tiles active")
 FwdBuffers = namedtuple("FwdBuffers", "q k v q_full q_empty k_full v_full")
 # lse_delta: two rows a stage, with q; ds, dq: see bwd_tiles; number: of the work tile, from the producer
 BwdBuffers = namedtuple(
-    "BwdBuffers", "q k v do lse_delta ds dq number number_full kv_full kv_empty q_full do_full"
+    "BwdBuffers", "q k v do lse_delta ds dq number number_full kv_full kv_empty ds_full q_full do_full"
 )
 
 
@@ -1355,11 +1355,14 @@ def fwd_work_tile(n, dims, BLOCK_M: constexpr, BLOCK_N: constexpr, CAUSAL: const
 @gluon.jit
 def bwd_work_tile(n, dims, BLOCK_N: constexpr, BLOCK_M: constexpr, CAUSAL: constexpr):
     """The n-th WorkTile of all programs: keys, and the queries that see them. The first keys of L2_HEADS
-    heads come first: under a causal mask the most queries see them, and dq is added up in that order."""
+    heads come first: under a causal mask the most queries see them, and dq is added up in that order. Four
+    tiles of one head in a row, as they stream the same queries at the same time: one load from memory."""
     n_resident = gl.cdiv(dims.T, BLOCK_N)
     heads = dims.H // dims.G
     section, i = n // (n_resident * dims.L2_HEADS), n % (n_resident * dims.L2_HEADS)
-    start, bh = i // dims.L2_HEADS * BLOCK_N, section * dims.L2_HEADS + i % dims.L2_HEADS
+    four, i = i // (4 * dims.L2_HEADS) * 4, i % (4 * dims.L2_HEADS)
+    size = gl.minimum(4, n_resident - four)
+    start, bh = (four + i % size) * BLOCK_N, section * dims.L2_HEADS + i // size
     b, h = bh // heads, bh % heads
     hop = dims.HOP + (b // dims.GROUP_B) * HOP_COLUMNS
     begin = first_query(hop, start, dims.T, CAUSAL)
@@ -1605,19 +1608,28 @@ def next_work_tile(COUNTER):
 
 
 @gluon.jit
-def wait_turn(TURN, turn):
+def peek_turn(TURN):
+    """*TURN, of which wait_turn makes sure. What comes between the two does not wait for this load."""
+    asm: constexpr = "ld.relaxed.gpu.global.b32 $0, [$1];"
+    return gl.inline_asm_elementwise(asm, "=r,l", [TURN.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def wait_turn(TURN, turn, seen):
     """Wait until *TURN is `turn`: what the programs before added is there."""
-    asm: constexpr = """{ .reg .pred p; .reg .b32 x;
-        again: ld.acquire.gpu.global.b32 x, [$1]; setp.ne.s32 p, x, $2; @p bra again; mov.b32 $0, 0; }"""
-    args = [TURN.to(gl.int64), turn]
-    gl.inline_asm_elementwise(asm, "=r,l,r", args, dtype=gl.int32, is_pure=False, pack=1)
+    asm: constexpr = """{ .reg .pred p; .reg .b32 x; mov.b32 x, $3;
+        again: setp.eq.s32 p, x, $2; @p bra done; ld.acquire.gpu.global.b32 x, [$1]; bra again;
+        done: mov.b32 $0, 0; }"""
+    args = [TURN.to(gl.int64), turn, seen]
+    gl.inline_asm_elementwise(asm, "=r,l,r,r", args, dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def pass_turn(TURN, turn):
-    """What this warp has added is in global memory, not only read from here: *TURN = turn + 1."""
+    """*TURN = turn + 1, once what this warp has added is complete. Additions are made in L2, and the next
+    ones begin when this number is read from there: a release would order no more, and wait much longer."""
     asm: constexpr = """cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff;
-        st.release.gpu.global.b32 [$1], $2; mov.b32 $0, 0;"""
+        st.relaxed.gpu.global.b32 [$1], $2; mov.b32 $0, 0;"""
     args = [TURN.to(gl.int64), turn + 1]
     gl.inline_asm_elementwise(asm, "=r,l,r", args, dtype=gl.int32, is_pure=False, pack=1)
 
@@ -1639,10 +1651,10 @@ def bwd_producer(descs, smem, dims, COUNTER, n_work, CAUSAL: constexpr):
             if work.n_tiles == 0:
                 mbarrier.wait(smem.kv_empty.index(0), n_done & 1 ^ 1)
                 mbarrier.arrive(smem.kv_full.index(0), count=1)
-            for g in range(dims.G):  # the query heads that share this key head
-                h = work.h * dims.G + g
-                for j in range(work.n_tiles):
-                    row = (work.first - j) * BLOCK_M
+            for j in range(work.n_tiles):
+                row = (work.first - j) * BLOCK_M
+                for g in range(dims.G):  # the query heads that share this key head
+                    h = work.h * dims.G + g
                     s = tile % STAGES
                     if tile >= STAGES:
                         bar_sync(Q_FREE + s, 288)
@@ -1685,20 +1697,20 @@ def bwd_reducer(dq_desc, smem, dims, TURNS, n_work, DETERMINISTIC: constexpr, CA
     n = next_number(smem, n_done, 1)
     while n < n_work:
         work = bwd_work_tile(n, dims, BWD_ROWS, BLOCK_M, CAUSAL)
-        turn, last = work.start // BWD_ROWS, TURNS
         # without it, at work tiles without queries, this warp would be ahead, and count twice in kv_empty
         mbarrier.wait(smem.kv_full.index(0), n_done & 1)
-        for g in range(dims.G):
-            tiles = (work.b * dims.H + work.h * dims.G + g) * (T_pad // BLOCK_M)
-            for j in range(work.n_tiles):
-                tile = tiles + work.first - j
+        turn, last = work.start // BWD_ROWS, TURNS
+        for j in range(work.n_tiles):
+            for g in range(dims.G):
+                tile = (work.b * dims.H + work.h * dims.G + g) * (T_pad // BLOCK_M) + work.first - j
                 bar_arrive(DQ_FREE, 160)
                 bar_arrive(DQ_FREE + 1, 160)
                 if DETERMINISTIC:
+                    seen = peek_turn(TURNS + tile)
                     if (g > 0) | (j > 0):
                         pass_turn(last, turn)
                     last = TURNS + tile
-                    wait_turn(last, turn)
+                    wait_turn(last, turn, seen)
                 bar_sync(DQ_FULL, 160)
                 tma_add(dq_desc, [tile * UNITS * 16, 0], smem.dq.index(0))
                 bar_sync(DQ_FULL + 1, 160)
@@ -1720,9 +1732,9 @@ def unknown_zero():
 
 
 @gluon.jit
-def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start, edge, qk_scale, MASKED: constexpr):
-    """n streamed tiles, the first being the tile-th of this program, its queries from `start` on; the others
-    are before it. A key is seen by the queries from edge on."""
+def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, edge, G, qk_scale, MASKED: constexpr):
+    """n streamed tiles, the first being the tile-th of this program: G heads' of the same queries, then of
+    the queries before. A key is seen from row `edge` of the first tile on."""
     STAGES: constexpr = smem.q.shape[0]
     BLOCK_M: constexpr = smem.q.shape[2]
     BLOCK_D: constexpr = smem.q.shape[4]
@@ -1738,22 +1750,25 @@ def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start, edge, qk_scale, MASKED
         q, do = matrix(smem.q, s), matrix(smem.do, s)
         lse_delta = smem.lse_delta.index(s).reshape([2, BLOCK_M])
         mbarrier.wait(smem.q_full.index(s), phase)
+        lse = lse_delta.slice(0, 1).load(s_layout)
         s_async = warpgroup_mma(k.slice(c * 64, 64), q.permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(smem.do_full.index(s), phase)
         dp_async = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(1, (s_async,))  # [64 keys, BLOCK_M queries]
-        p = gl.exp2(scores * qk_scale - lse_delta.slice(0, 1).load(s_layout))
+        p = gl.exp2(scores * qk_scale - lse)
         if MASKED:
-            offs_m = start - (i - tile) * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
-            p = gl.where(offs_m[None, :] >= edge[:, None], p, 0.0)
-        # issued before the wait for dp: else ptxas moves that wait up, above the exponentials
-        dv_async = warpgroup_mma(gl.convert_layout(p.to(dtype), p_layout), do, dv, is_async=True)
-        dp = warpgroup_mma_wait(1, (dp_async,))
+            offs_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
+            first = edge + (i - tile) // G * BLOCK_M
+            p = gl.where(offs_m[None, :] >= first[:, None], p, 0.0)
+        dp = warpgroup_mma_wait(0, (dp_async,))
         ds = (p * (dp - lse_delta.slice(1, 1).load(s_layout))).to(dtype)
         # two buffers: the other consumer may still read the last one
         smem.ds.index(both).slice(c * 64, 64, 1).permute((1, 0)).store(ds)
+        dv_async = warpgroup_mma(gl.convert_layout(p.to(dtype), p_layout), do, dv, is_async=True)
         fence_async_shared()
-        bar_sync(DS_FULL, 256)
+        bar_sync(DQ_FREE + c, 160)
+        mbarrier.arrive(smem.ds_full.index(0), count=1)
+        mbarrier.wait(smem.ds_full.index(0), i & 1)
         all_ds = smem.ds.index(both)  # [BLOCK_M queries, 128 keys]
         if BLOCK_M == 64:  # dq is [64, 128]: half of the columns each; else [128, 64]: half of the rows
             dq_async = warpgroup_mma(all_ds, k.slice(c * 64, 64, 1), zero_dq, use_acc=False, is_async=True)
@@ -1761,7 +1776,6 @@ def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start, edge, qk_scale, MASKED
             dq_async = warpgroup_mma(all_ds.slice(c * 64, 64), k, zero_dq, use_acc=False, is_async=True)
         dk_async = warpgroup_mma(gl.convert_layout(ds, p_layout), q, dk, is_async=True)
         dv, dq = warpgroup_mma_wait(1, (dv_async, dq_async))
-        bar_sync(DQ_FREE + c, 160)
         # [warp, upper or lower rows, row, columns of 8, of 2, of 1], by threads and what they hold
         fragments = dq.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([16, 256])
         smem.dq.index(c).store(fragments)
@@ -1789,16 +1803,14 @@ def bwd_consumer(c: constexpr, out, smem, dims, n_work, HEAD_DIM: constexpr, CAU
         edge = first_query(work.hop, row + gl.arange(0, 64, layout=row_s), T, CAUSAL)
         dk = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         dv = dk
-        n_bare = work.n_tiles - work.n_masked
         mbarrier.wait(smem.kv_full.index(0), n_done & 1)
-        for g in range(dims.G):  # two loops: a branch in one would cost registers
-            start = work.first * BLOCK_M
-            dk, dv = bwd_tiles(c, dk, dv, smem, tile, n_bare, start, edge, sm_scale * LOG2E, False)
-            tile += n_bare
-            if CAUSAL:
-                start -= n_bare * BLOCK_M
-                dk, dv = bwd_tiles(c, dk, dv, smem, tile, work.n_masked, start, edge, sm_scale * LOG2E, True)
-                tile += work.n_masked
+        n, G, qk_scale = work.n_tiles - work.n_masked, dims.G, sm_scale * LOG2E
+        dk, dv = bwd_tiles(c, dk, dv, smem, tile, n * G, edge, G, qk_scale, False)
+        tile += n * G
+        if CAUSAL:  # two loops: a branch in one would cost registers
+            edge -= (work.first - n) * BLOCK_M
+            dk, dv = bwd_tiles(c, dk, dv, smem, tile, work.n_masked * G, edge, G, qk_scale, True)
+            tile += work.n_masked * G
         n_done += 1
         dk = dk * sm_scale
         carry = gl.load(work.hop + CARRY_GRAD)  # rows that other ranks have filled
@@ -1832,11 +1844,13 @@ def hopper_bwd_kernel(q_desc, k_desc, v_desc, do_desc, lse_delta_desc, dq_desc, 
     ds = gl.allocate_shared_memory(q_desc.dtype, [2, BLOCK_M, BWD_ROWS], ds_layout)
     number = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     kv_empty = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    ds_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(ds_full.index(0), count=2)
     mbarrier.init(kv_empty.index(0), count=3)  # of the consumers and the reducer
     q, do = tiles_like(q_desc, STAGES), tiles_like(do_desc, STAGES)
     lse_delta = tiles_like(lse_delta_desc, STAGES)
     k, v, dq = tiles_like(k_desc, 1), tiles_like(v_desc, 2), tiles_like(dq_desc, 2)
-    smem = BwdBuffers(q, k, v, do, lse_delta, ds, dq, number, barriers(2), barriers(1), kv_empty,
+    smem = BwdBuffers(q, k, v, do, lse_delta, ds, dq, number, barriers(2), barriers(1), kv_empty, ds_full,
                       barriers(STAGES), barriers(STAGES))  # fmt: skip
     dims = Dims(HOP, B, H, G, T, GROUP_B, L2_HEADS, WAVES)
     descs = (q_desc, k_desc, v_desc, do_desc, lse_delta_desc)
