@@ -322,6 +322,7 @@ class Backend(NamedTuple):
     preprocess: Callable  # what `backward` needs of the rows, and where it adds up dq
     backward: Callable
     postprocess: Callable  # dq, where `backward` does not complete it
+    coming: Callable  # address of an int: `backward` of the own keys wants their gradients once it is 0
 
 
 def forward_hops(ring, q, k, v, schedule, causal, sm_scale, backend, transport):
@@ -352,6 +353,7 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, b
     link = ring.link(transport, schedule, k, v, causal, -1, acc_dtype)
     hops = ring.on_device(link.hops, q.device)
     link.keys(0)  # the next rank's are on their way
+    coming = kernels.coming(state)
     yield
     for j in hop_order(R, -1):
         k_hop, v_hop = link.keys(j) if j else (k, v)
@@ -361,7 +363,7 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, b
             args = hops[j], j, causal, sm_scale, deterministic
             kernels.backward(q, k_hop, v_hop, do, state, dq, *out, *grads, *args)
         if j:
-            link.pass_on(j)
+            link.pass_on(j, coming if j == R - 1 else None)
         yield
     kernels.postprocess(state, dq, sm_scale)
     link.finish()
@@ -427,7 +429,7 @@ def torch_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, sm
         x.copy_(acc)
 
 
-def no_postprocess(state, dq, sm_scale):
+def nothing(*args):
     pass
 
 
@@ -435,7 +437,8 @@ def no_postprocess(state, dq, sm_scale):
 # the p2p transport. A transport is a class; a hop loop makes an object of it, its `link`, with four methods:
 #   keys(j)      k, v of hop j, which have arrived; starts to move those of hop j + 1
 #   grads(j)     dk, dv of the keys of hop j, as earlier ranks left them; grads(n_ranks): of the own keys
-#   pass_on(j)   sends dk, dv of hop j on; this rank has added its part
+#   pass_on(j, coming)   sends dk, dv of hop j on; this rank has added its part. coming, if not None: address
+#                of an int that may be set to 1 for as long as grads(j + 1) are not there yet
 #   finish()     after this, no other rank reads or writes this rank's memory
 
 
@@ -467,7 +470,7 @@ class P2P:
             self.wait_grads()
         return self.grad_staging[j % 2]
 
-    def pass_on(self, j):
+    def pass_on(self, j, coming):
         send = first_rows(self.grad_staging[j % 2], self.hops[j].send_grad)
         recv = first_rows(self.grad_staging[(j + 1) % 2], self.hops[j].recv_grad)
         self.wait_grads = self.ring.exchange(send, recv, self.direction, ("gradients", j + 1))
@@ -1616,9 +1619,9 @@ def peek_turn(TURN):
 
 @gluon.jit
 def wait_turn(TURN, turn, seen):
-    """Wait until *TURN is `turn`: what the programs before added is there."""
+    """Wait until *TURN is `turn`: what programs, or a copy engine, wrote before it is there."""
     asm: constexpr = """{ .reg .pred p; .reg .b32 x; mov.b32 x, $3;
-        again: setp.eq.s32 p, x, $2; @p bra done; ld.acquire.gpu.global.b32 x, [$1]; bra again;
+        again: setp.eq.s32 p, x, $2; @p bra done; ld.acquire.sys.global.b32 x, [$1]; bra again;
         done: mov.b32 $0, 0; }"""
     args = [TURN.to(gl.int64), turn, seen]
     gl.inline_asm_elementwise(asm, "=r,l,r,r", args, dtype=gl.int32, is_pure=False, pack=1)
@@ -1626,10 +1629,10 @@ def wait_turn(TURN, turn, seen):
 
 @gluon.jit
 def pass_turn(TURN, turn):
-    """*TURN = turn + 1, once what this warp has added is complete. Additions are made in L2, and the next
-    ones begin when this number is read from there: a release would order no more, and wait much longer."""
+    """*TURN = turn + 1, once what this warp has added is in global memory. A relaxed store would cost a tenth
+    of the latency, but comes before the additions: results differed."""
     asm: constexpr = """cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff;
-        st.relaxed.gpu.global.b32 [$1], $2; mov.b32 $0, 0;"""
+        st.release.gpu.global.b32 [$1], $2; mov.b32 $0, 0;"""
     args = [TURN.to(gl.int64), turn + 1]
     gl.inline_asm_elementwise(asm, "=r,l,r", args, dtype=gl.int32, is_pure=False, pack=1)
 
@@ -1788,7 +1791,7 @@ def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, edge, G, qk_scale, MASKED: co
 
 @gluon.jit
 def bwd_consumer(c: constexpr, out, smem, dims, n_work, HEAD_DIM: constexpr, CAUSAL: constexpr):
-    DK, DV, DK_ACC, DV_ACC, dk_desc, dv_desc, sm_scale = out
+    DK, DV, DK_ACC, DV_ACC, COMING, dk_desc, dv_desc, sm_scale = out
     BLOCK_M: constexpr = smem.q.shape[2]
     BLOCK_D: constexpr = smem.q.shape[4]
     dtype: constexpr = smem.q.dtype
@@ -1816,6 +1819,7 @@ def bwd_consumer(c: constexpr, out, smem, dims, n_work, HEAD_DIM: constexpr, CAU
         carry = gl.load(work.hop + CARRY_GRAD)  # rows that other ranks have filled
         at, offs, mask = state_offsets(work.b, work.h, row, T, heads, 64, BLOCK_D, HEAD_DIM, o_layout)
         if carry > row:
+            wait_turn(COMING, 0, 1)
             held = mask & (row + gl.arange(0, 64, layout=gl.SliceLayout(1, o_layout)) < carry)[:, None]
             dk += gl.load(DK_ACC + at + offs, mask=held, other=0.0)
             dv += gl.load(DV_ACC + at + offs, mask=held, other=0.0)
@@ -1856,7 +1860,7 @@ def hopper_bwd_kernel(q_desc, k_desc, v_desc, do_desc, lse_delta_desc, dq_desc, 
     descs = (q_desc, k_desc, v_desc, do_desc, lse_delta_desc)
     n_work = gl.cdiv(T, BWD_ROWS) * B * (H // G)
     COUNTER = TURNS + B * H * (gl.cdiv(T, ROW_PAD) * (ROW_PAD // 64))  # the turns need no more than this
-    out = (DK, DV, DK_ACC, DV_ACC, dk_desc, dv_desc, sm_scale)
+    out = (DK, DV, DK_ACC, DV_ACC, COUNTER + 1, dk_desc, dv_desc, sm_scale)
     gl.warp_specialize([
         (bwd_consumer, (0, out, smem, dims, n_work, HEAD_DIM, CAUSAL)),
         (bwd_consumer, (1, out, smem, dims, n_work, HEAD_DIM, CAUSAL)),
@@ -1967,6 +1971,11 @@ def hopper_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, s
     launch(hopper_bwd_kernel, q.device, depends, grid, args, constants, **options)
 
 
+def hopper_coming(state):
+    *_, turns = state
+    return turns.data_ptr() + 4 * (turns.shape[1] // 2 + 1)  # beside the counter of hop 0
+
+
 def hopper_postprocess(state, dq, sm_scale):
     B, T, H, D = dq.shape
     _, dq_acc, _ = state
@@ -1978,9 +1987,9 @@ def hopper_postprocess(state, dq, sm_scale):
 
 
 BACKENDS = {
-    "torch": Backend(torch_fwd, torch_preprocess, torch_bwd, no_postprocess),
-    "triton": Backend(triton_fwd, triton_preprocess, triton_bwd, no_postprocess),
-    "gluon": Backend(hopper_fwd, hopper_preprocess, hopper_bwd, hopper_postprocess),
+    "torch": Backend(torch_fwd, torch_preprocess, torch_bwd, nothing, nothing),
+    "triton": Backend(triton_fwd, triton_preprocess, triton_bwd, nothing, nothing),
+    "gluon": Backend(hopper_fwd, hopper_preprocess, hopper_bwd, hopper_postprocess, hopper_coming),
 }
 
 
@@ -2045,12 +2054,16 @@ class Symmetric:
         return self.kv if ops.staging is None else self.kv_staging[ops.staging]
 
     def grads(self, j):
-        if j > 1:
+        if j > 1 and self.arrived_grads:
             self.stream.compute_wait(self.arrived_grads)
         return self.grad_staging[j % 2]
 
-    def pass_on(self, j):
+    def pass_on(self, j, coming):
         ops, stream, memory, x = self.grad_ops[j], self.stream, self.memory, self.grad_staging[0][0]
+        # in a CUDA graph nothing says that copies run beside a kernel that waits for them
+        coming = coming if ops.rows and not stream.capturing() else None
+        if coming:
+            stream.write(coming, 1, torch._C._cuda_getCurrentRawStream(stream.device))
         stream.wait_compute()  # the kernel that wrote them is done
         stream.run(ops.before)
         to = memory.base[self.rank] + memory.grad_staging[(j + 1) % 2]
@@ -2058,8 +2071,10 @@ class Symmetric:
         row_bytes = x.nbytes // (x.shape[0] * x.shape[1])
         for first, n in ops.rows:
             stream.copy(to + first * row_bytes, source + first * row_bytes, n * row_bytes)
+        if coming:
+            stream.write(coming, 0, stream.handle)
         stream.run(ops.after)
-        self.arrived_grads = stream.record_event()
+        self.arrived_grads = None if coming else stream.record_event()
 
     def finish(self):
         self.stream.run(self.last_ops)
@@ -2238,6 +2253,9 @@ class CopyStream:
 
     def copy(self, to, source, nbytes):
         cuda("cuMemcpyDtoDAsync_v2", to, source, nbytes, self.handle)
+
+    def write(self, address, value, stream):
+        cuda("cuStreamBatchMemOp_v2", stream, *stream_operations([(WRITE, address, value)]), 0)
 
     def prepare(self, signals):
         """For `run`: ("signal", rank, flag) sets a flag; ("wait", flag, reason) waits until a flag of this
