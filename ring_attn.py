@@ -319,10 +319,9 @@ class Backend(NamedTuple):
     dq_acc, dk_acc, dv_acc, float32, between hops; complete ones go to o, dq, dk, dv. The two may be one."""
 
     forward: Callable
-    preprocess: Callable  # what `backward` needs of the rows, and where it adds up dq
+    preprocess: Callable  # what `backward` needs of the rows, where it adds up dq; `coming` of link.pass_on
     backward: Callable
     postprocess: Callable  # dq, where `backward` does not complete it
-    coming: Callable  # address of an int: `backward` of the own keys wants their gradients once it is 0
 
 
 def forward_hops(ring, q, k, v, schedule, causal, sm_scale, backend, transport):
@@ -349,11 +348,10 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, b
     kernels, R = BACKENDS[backend], ring.n_ranks
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    state = kernels.preprocess(q, o, do, lse, dlse, dq, R)
+    state, coming = kernels.preprocess(q, o, do, lse, dlse, dq, R)
     link = ring.link(transport, schedule, k, v, causal, -1, acc_dtype)
     hops = ring.on_device(link.hops, q.device)
     link.keys(0)  # the next rank's are on their way
-    coming = kernels.coming(state)
     yield
     for j in hop_order(R, -1):
         k_hop, v_hop = link.keys(j) if j else (k, v)
@@ -412,7 +410,8 @@ def torch_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
 def torch_preprocess(q, o, do, lse, dlse, dq, n_hops):
     """lse and delta = rowsum(do * o) - dlse; so a gradient of lse, too, enters ds = p * (dp - delta)."""
     delta = einsum(o.to(lse.dtype), do.to(lse.dtype), "b t h d, b t h d -> b h t")
-    return lse, delta if dlse is None else delta - dlse, accumulator(dq, lse.dtype, n_hops, "torch")
+    delta = delta if dlse is None else delta - dlse
+    return (lse, delta, accumulator(dq, lse.dtype, n_hops, "torch")), None
 
 
 def torch_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, sm_scale, deterministic):
@@ -429,7 +428,7 @@ def torch_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, sm
         x.copy_(acc)
 
 
-def nothing(*args):
+def no_postprocess(*args):
     pass
 
 
@@ -1218,7 +1217,7 @@ def padded_rows(T):
 
 
 def triton_preprocess(q, o, do, lse, dlse, dq, n_hops):
-    return *run_preprocess(o, do, lse, dlse), accumulator(dq, torch.float32, n_hops, "triton")
+    return (*run_preprocess(o, do, lse, dlse), accumulator(dq, torch.float32, n_hops, "triton")), None
 
 
 def triton_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, sm_scale, deterministic):
@@ -1358,14 +1357,14 @@ def fwd_work_tile(n, dims, BLOCK_M: constexpr, BLOCK_N: constexpr, CAUSAL: const
 @gluon.jit
 def bwd_work_tile(n, dims, BLOCK_N: constexpr, BLOCK_M: constexpr, CAUSAL: constexpr):
     """The n-th WorkTile of all programs: keys, and the queries that see them. The first keys of L2_HEADS
-    heads come first: under a causal mask the most queries see them, and dq is added up in that order. Four
-    tiles of one head in a row, as they stream the same queries at the same time: one load from memory."""
+    heads come first: under a causal mask the most queries see them, and dq is added up in that order. G tiles
+    of a head in a row: they begin together, so that its G times as many queries come from memory once."""
     n_resident = gl.cdiv(dims.T, BLOCK_N)
     heads = dims.H // dims.G
     section, i = n // (n_resident * dims.L2_HEADS), n % (n_resident * dims.L2_HEADS)
-    four, i = i // (4 * dims.L2_HEADS) * 4, i % (4 * dims.L2_HEADS)
-    size = gl.minimum(4, n_resident - four)
-    start, bh = (four + i % size) * BLOCK_N, section * dims.L2_HEADS + i // size
+    row, i = i // (dims.G * dims.L2_HEADS) * dims.G, i % (dims.G * dims.L2_HEADS)
+    n_row = gl.minimum(dims.G, n_resident - row)
+    start, bh = (row + i % n_row) * BLOCK_N, section * dims.L2_HEADS + i // n_row
     b, h = bh // heads, bh % heads
     hop = dims.HOP + (b // dims.GROUP_B) * HOP_COLUMNS
     begin = first_query(hop, start, dims.T, CAUSAL)
@@ -1931,6 +1930,8 @@ def hopper_config(kernel, shape, HKV, device, n_groups, causal):
     n_tiles, n_heads = triton.cdiv(T, 64 * consumers), B * HKV * shared
     # heads at a time: as many as fit L2, two waves at least, and all sections alike
     heads = max(L2_BYTES // (4 * T * BLOCK_D), triton.cdiv(2 * n_sm, n_tiles * shared))
+    if kernel == "bwd" and causal:
+        heads = max(heads, n_sm // 16)  # else too many programs in a row wait for each other's dq
     heads = shared * next(n for n in range(1, B * HKV + 1) if B * HKV % n == 0 and n >= min(heads, B * HKV))
     grid = min(n_tiles * n_heads, n_sm)
     dims = B, H, H // HKV, T, B // n_groups, heads, triton.cdiv(n_tiles * heads, grid)
@@ -1954,7 +1955,8 @@ def hopper_preprocess(q, o, do, lse, dlse, dq, n_hops):
     n, BLOCK_D = B * H * padded_rows(T), max(64, triton.next_power_of_2(D))
     dq_acc = torch.empty(n * BLOCK_D // 256, 256, dtype=torch.float32, device=q.device)  # in tiles of 64 x 64
     turns = torch.empty(n_hops, n // 32, dtype=torch.int32, device=q.device)
-    return run_preprocess(o, do, lse, dlse, dq_acc, turns, n_hops), dq_acc, turns
+    coming = turns.data_ptr() + 4 * (n // 64 + 1)  # beside hop 0's counter of work tiles
+    return (run_preprocess(o, do, lse, dlse, dq_acc, turns, n_hops), dq_acc, turns), coming
 
 
 def hopper_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, sm_scale, deterministic):
@@ -1971,11 +1973,6 @@ def hopper_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, s
     launch(hopper_bwd_kernel, q.device, depends, grid, args, constants, **options)
 
 
-def hopper_coming(state):
-    *_, turns = state
-    return turns.data_ptr() + 4 * (turns.shape[1] // 2 + 1)  # beside the counter of hop 0
-
-
 def hopper_postprocess(state, dq, sm_scale):
     B, T, H, D = dq.shape
     _, dq_acc, _ = state
@@ -1987,9 +1984,9 @@ def hopper_postprocess(state, dq, sm_scale):
 
 
 BACKENDS = {
-    "torch": Backend(torch_fwd, torch_preprocess, torch_bwd, nothing, nothing),
-    "triton": Backend(triton_fwd, triton_preprocess, triton_bwd, nothing, nothing),
-    "gluon": Backend(hopper_fwd, hopper_preprocess, hopper_bwd, hopper_postprocess, hopper_coming),
+    "torch": Backend(torch_fwd, torch_preprocess, torch_bwd, no_postprocess),
+    "triton": Backend(triton_fwd, triton_preprocess, triton_bwd, no_postprocess),
+    "gluon": Backend(hopper_fwd, hopper_preprocess, hopper_bwd, hopper_postprocess),
 }
 
 
@@ -2063,7 +2060,7 @@ class Symmetric:
         # in a CUDA graph nothing says that copies run beside a kernel that waits for them
         coming = coming if ops.rows and not stream.capturing() else None
         if coming:
-            stream.write(coming, 1, torch._C._cuda_getCurrentRawStream(stream.device))
+            stream.write(coming, 1, on_compute=True)
         stream.wait_compute()  # the kernel that wrote them is done
         stream.run(ops.before)
         to = memory.base[self.rank] + memory.grad_staging[(j + 1) % 2]
@@ -2072,7 +2069,7 @@ class Symmetric:
         for first, n in ops.rows:
             stream.copy(to + first * row_bytes, source + first * row_bytes, n * row_bytes)
         if coming:
-            stream.write(coming, 0, stream.handle)
+            stream.write(coming, 0)
         stream.run(ops.after)
         self.arrived_grads = None if coming else stream.record_event()
 
@@ -2254,7 +2251,8 @@ class CopyStream:
     def copy(self, to, source, nbytes):
         cuda("cuMemcpyDtoDAsync_v2", to, source, nbytes, self.handle)
 
-    def write(self, address, value, stream):
+    def write(self, address, value, on_compute=False):
+        stream = torch._C._cuda_getCurrentRawStream(self.device) if on_compute else self.handle
         cuda("cuStreamBatchMemOp_v2", stream, *stream_operations([(WRITE, address, value)]), 0)
 
     def prepare(self, signals):

@@ -387,7 +387,7 @@ def check_masked_rows(backend):
     o_acc, dk_acc, dv_acc = (x if x.dtype == f32 else x.float() for x in (o, dk, dv))
     lse = torch.empty(1, 2, 12, device=DEVICE)
     kernels.forward(q, k, v, o, o_acc, lse, hop, True, 0.25)
-    state = kernels.preprocess(q, o, do, lse, None, dq, 1)
+    state, _ = kernels.preprocess(q, o, do, lse, None, dq, 1)
     kernels.backward(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, 0, True, 0.25, True)
     kernels.postprocess(state, dq, 0.25)
     empty = not o[:, :5].any() and not dq[:, :5].any() and (lse[..., :5] == -inf).all()
@@ -598,6 +598,9 @@ class ModelCopyStream:
     def copy(self, *args):
         self.copies.append(("copy", *args))
 
+    def write(self, address, value, on_compute=False):
+        (self.kernels if on_compute else self.copies).append(("write", address, value))
+
     def prepare(self, signals):
         at = [(kind, args if kind == "signal" else (self.rank, args[0])) for kind, *args in signals]
         return [(kind, self.base[rank] + 4 * flag) for kind, (rank, flag) in at]
@@ -673,7 +676,8 @@ def check_protocol(schedule, n_ranks, seed, loops=8):
         kernel(fill, k, v, loop, rank)
         wide = f32 if direction < 0 else None
         moves = ring_attn.Symmetric(ring, schedule, k, v, True, direction, wide)
-        alive.append((moves, k, v))
+        coming = ctypes.c_int32(0)
+        alive.append((moves, k, v, coming))
         if direction < 0:
             moves.keys(0)
         for j in ring_attn.hop_order(n_ranks, direction):
@@ -685,8 +689,10 @@ def check_protocol(schedule, n_ranks, seed, loops=8):
             if hop.visible:
                 kernel(attend, name, loop, kv, hop, j)
             if direction < 0 and j:
-                moves.pass_on(j)
+                at = ctypes.addressof(coming) if loop % 4 == 1 and j == n_ranks - 1 else None
+                moves.pass_on(j, at)
             elif direction < 0:
+                streams[rank].kernels.append(("wait for 0", ctypes.addressof(coming)))  # within the kernel
                 kernel(bring_home, name, rank, hop, grads)
         moves.finish()
         kernel(spoil, k, v)  # as the caller may
@@ -698,7 +704,8 @@ def check_protocol(schedule, n_ranks, seed, loops=8):
 
     def ready(queue):
         kind, what, *_ = queue[0]
-        return not (kind == "wait event" and what not in done or kind == "wait" and flag(what).value != 1)
+        wanted = {"wait": 1, "wait for 0": 0}
+        return what in done if kind == "wait event" else kind not in wanted or flag(what).value == wanted[kind]
 
     while any(queues):
         able = [queue for queue in queues if queue and ready(queue)]
@@ -712,6 +719,8 @@ def check_protocol(schedule, n_ranks, seed, loops=8):
             ctypes.memmove(*args)
             for rank in range(n_ranks):
                 bytes_pushed[rank] += args[2] * (0 <= args[0] - base[rank] < grad_staging[0])
+        elif kind == "write":
+            flag(args[0]).value = args[1]
         elif kind in ("signal", "wait"):
             assert kind == "wait" or flag(args[0]).value == 0, f"{title}: a flag is set twice"
             flag(args[0]).value = int(kind == "signal")
@@ -1035,7 +1044,7 @@ def launchers_fit_the_Hopper_kernels():
         replaced(torch.cuda, "get_device_properties", lambda device: properties),
     ):
         kernels.forward(q, k, v, q, q.float(), lse, hop, True, 0.5)
-        state = kernels.preprocess(q, q, do, lse, None, q, 1)
+        state, _ = kernels.preprocess(q, q, do, lse, None, q, 1)
         grads = k, v, k.float(), v.float()
         kernels.backward(q, k, v, do, state, q, *grads, hop, 0, True, 0.5, True)
         kernels.postprocess(state, q, 0.5)
