@@ -20,8 +20,8 @@ The file has four parts. Part I is the algorithm, and runs on a CPU: you may sto
     III  fast paths: Hopper kernels in Gluon, symmetric memory, the watchdog
     IV   the operator, autograd, checks
 
-Parallelism: forward and dq by (query tile, head, batch); dk, dv by (key tile, key/value head, batch), looping
-over the G query heads of the group. There are no atomics: the same inputs give the same bits.
+Parallelism: forward by (query tile, head, batch); backward by (key tile, key/value head, batch), looping over
+the G query heads of the group. The same inputs give the same bits.
 
 Not supported: attention bias, windows, dropout on the probabilities, queries and keys of different lengths.
 
