@@ -983,7 +983,7 @@ def intervals(events, calls):
         if (kind in MOVES.values()) != moves:
             kind = "copy" if moves else "other"
         track = "copies" if moves else "kernels" if thread == stream or not GPU else "other stream"
-        found.append([track, start, event["dur"], "other" if kind == "preprocess" else kind])
+        found.append([track, start, event["dur"], "other" if kind in ("preprocess", "postprocess") else kind])
     kernels = sorted(start for track, start, *_ in found if track == "kernels")
     first = kernels[-(len(kernels) // calls)]
     return [x for x in found if x[1] + x[2] > first]
@@ -1156,7 +1156,7 @@ def throughput_figure(found, lines):
 
 def overlap_figure(path, found):
     """A band for each rank: its kernels, and the copies that bring keys and gradients from other ranks."""
-    data, colors = found["trace"], dict(forward=BLUE, dq=ORANGE, dkv=GREEN, other=INK)
+    data, colors = found["trace"], dict(forward=BLUE, backward=ORANGE, other=INK)
     colors |= {"keys, values": PURPLE, "copy": PURPLE, "gradients": GOLD}
     end = max(start + length for rank in data["ranks"] for _, start, length, _ in rank)
     left, width, y, kinds = 130, 800, 90, {kind for rank in data["ranks"] for *_, kind in rank}

@@ -64,7 +64,8 @@ class Attention(nn.Module):
     dim: width of x, a multiple of dim_per_head. n_kv_heads: key/value heads (default: one per query head).
     rope_theta: base of the rotary embedding; None for none. dropout: of the projected output.
     group: process group or Ring (default: all processes); copies share it, a pickle leaves it out.
-    transport, deterministic: as for ring_attn.ring_attn. attn_type may be changed at any time: weights do not depend on it.
+    transport, deterministic: as for ring_attn.ring_attn. attn_type may be changed at any time: weights do not
+    depend on it.
     Raises ValueError for values that do not fit together.
     """
 

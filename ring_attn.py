@@ -21,7 +21,7 @@ The file has four parts. Part I is the algorithm, and runs on a CPU: you may sto
     IV   the operator, autograd, checks
 
 Parallelism: forward by (query tile, head, batch); backward by (key tile, key/value head, batch), looping over
-the G query heads of the group. The same inputs give the same bits.
+the G query heads of the group. The same inputs give the same bits, unless deterministic=False.
 
 Not supported: attention bias, windows, dropout on the probabilities, queries and keys of different lengths.
 
@@ -288,7 +288,7 @@ def plan(schedule, rank, n_ranks, T, causal, direction):
 
 
 def hop_order(n_ranks, direction):
-    """Forward the own keys, which are there, come first; backward last, when their gradients are home."""
+    """Forward the own keys, which are there, come first; backward last, as their gradients come home last."""
     return [*range(n_ranks)] if direction > 0 else [*range(1, n_ranks), 0]
 
 
@@ -343,8 +343,8 @@ def forward_hops(ring, q, k, v, schedule, causal, sm_scale, backend, transport):
 
 def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, backend, transport,
                   deterministic):  # fmt: skip
-    """dq, dk, dv. Every hop adds to dk, dv of its keys and sends them on, which then move under the next hop.
-    The own keys come last: what other ranks have added to their gradients arrives under the hops before."""
+    """dq, dk, dv. Every hop adds to dk, dv of its keys and sends them on; the next hop waits for those of its
+    own. The own keys come last. Theirs may still be on the way when their kernel starts: see pass_on."""
     kernels, R = BACKENDS[backend], ring.n_ranks
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -731,8 +731,9 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     transport: "p2p" (send and receive between neighbours: NCCL, gloo) or "symmetric" (CUDA, one host: copies
        by the GPUs); None: symmetric where all GPUs can read each other. resolve_ring(group).transport says
        which one None means, .why says why.
-    deterministic: the same inputs give the same gradients, to the bit. False: where a kernel gains by it
-       (Hopper's) dq is added up in any order; refused under torch.use_deterministic_algorithms(True).
+    deterministic: the same inputs give the same gradients, to the bit. False: Hopper's kernel adds up dq in
+       any order, which is mostly faster under a causal mask. torch.use_deterministic_algorithms(True) refuses
+       that in a forward that has a backward.
     Returns o, (B, T, H, D), in the dtype of q.
 
     Calls of one ring share staging memory and flags. Eager calls may be on any stream, as each waits for the
@@ -1611,14 +1612,15 @@ def next_work_tile(COUNTER):
 
 @gluon.jit
 def peek_turn(TURN):
-    """*TURN, of which wait_turn makes sure. What comes between the two does not wait for this load."""
+    """*TURN, perhaps too old: wait_turn reads it again then. What comes between does not wait for this."""
     asm: constexpr = "ld.relaxed.gpu.global.b32 $0, [$1];"
     return gl.inline_asm_elementwise(asm, "=r,l", [TURN.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def wait_turn(TURN, turn, seen):
-    """Wait until *TURN is `turn`: what programs, or a copy engine, wrote before it is there."""
+    """Wait until *TURN is `turn`; where `seen` is not, what was written before it is there. Where it is, only
+    additions in L2, which is where the next ones are made."""
     asm: constexpr = """{ .reg .pred p; .reg .b32 x; mov.b32 x, $3;
         again: setp.eq.s32 p, x, $2; @p bra done; ld.acquire.sys.global.b32 x, [$1]; bra again;
         done: mov.b32 $0, 0; }"""
@@ -2466,12 +2468,18 @@ def dense(q, k, v, ring):
 
 
 def run_hops(hops, tensors, ring, schedule, causal, sm_scale, backend, *options):
-    q = tensors[0]
+    q, ring_object = tensors[0], ring_numbered(ring)
     backend = best_backend(q) if backend is None else backend
+    T = q.shape[1] // (ring_object.n_ranks if ring < 0 else 1)
+    overhangs = T % BWD_ROWS.value and (not causal or ring_object.n_ranks > 1)
+    if backend == "gluon" and hops is backward_hops and overhangs:
+        # hopper_bwd_kernel does not mask keys past the end where all queries see a tile. They are 0, but
+        # p = exp(-lse) may not fit 16 bits, and dq be nan
+        backend = "triton"
     kind, plain = q.device.type, contextlib.nullcontext()  # the state stays in float32, also under autocast
     no_casts = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else plain
     with torch.cuda.device_of(q), no_casts:
-        return ring_numbered(ring).run(hops, tensors, schedule, causal, sm_scale, backend, *options)
+        return ring_object.run(hops, tensors, schedule, causal, sm_scale, backend, *options)
 
 
 def forward_real(q, k, v, ring, schedule, causal, sm_scale, backend, transport, *for_backward):
@@ -2764,7 +2772,8 @@ def check_once(q, k, v, ring, schedule, causal, sm_scale, backend, transport, de
     if backend is None:
         has_shape = isinstance(q, torch.Tensor) and not q.is_nested and q.ndim > 0
         backend = best_backend(q) if has_shape else "torch"
-    if not deterministic and backward and torch.get_deterministic_debug_mode() == 2:
+    strict_torch = torch.get_deterministic_debug_mode() == 2
+    if backward and strict_torch and isinstance(deterministic, int) and not deterministic:
         strict = "under torch.use_deterministic_algorithms(True); leave one of the two out"
         problem = problem or f"{deterministic=} {strict}"
     options = schedule, causal, sm_scale, backend, transport, deterministic, backward, problem
