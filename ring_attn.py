@@ -254,8 +254,8 @@ def plan(schedule, rank, n_ranks, T, causal, direction):
     """The hops of one rank: a tuple of n_ranks Hops. Hop 0 works on its own keys, those it holds at first.
 
     direction 1 (forward): keys move to the next rank, hop j has those of rank - j. direction -1 (backward):
-    keys and their gradients move to the previous rank, hop j has those of rank + j. Hop 0 comes last then:
-    the gradients of the own keys travel home meanwhile.
+    keys and their gradients move to the previous rank, hop j has those of rank + j. Hop 0 then comes last, as
+    the gradients of the own keys come home after hop n_ranks - 1.
     """
     R = n_ranks
     layouts = [rank_layouts(schedule, r, R, T) for r in range(R)]
@@ -288,7 +288,7 @@ def plan(schedule, rank, n_ranks, T, causal, direction):
 
 
 def hop_order(n_ranks, direction):
-    """Forward the own keys, which are there, come first; backward last, as their gradients come home last."""
+    """The hops in the order in which a rank works on them."""
     return [*range(n_ranks)] if direction > 0 else [*range(1, n_ranks), 0]
 
 
@@ -315,13 +315,14 @@ def keys_moved(schedule, n_ranks, T, B=1, causal=True, transport="symmetric"):
 
 
 class Backend(NamedTuple):
-    """The functions of one hop, and of a backward's begin and end: torch_*, or kernels. Sums stay in acc,
-    dq_acc, dk_acc, dv_acc, float32, between hops; complete ones go to o, dq, dk, dv. The two may be one."""
+    """The functions of one hop, and those that a backward begins and ends with: torch_*, or kernels. Between
+    hops sums stay in acc, dq_acc, dk_acc, dv_acc, float32; complete ones go to o, dq, dk, dv. A sum and its
+    result may be one tensor."""
 
     forward: Callable
-    preprocess: Callable  # what `backward` needs of the rows, where it adds up dq; `coming` of link.pass_on
+    preprocess: Callable  # (what `backward` needs: lse, delta, where dq is added up; `coming` of pass_on)
     backward: Callable
-    postprocess: Callable  # dq, where `backward` does not complete it
+    postprocess: Callable  # writes dq where `backward` does not
 
 
 def forward_hops(ring, q, k, v, schedule, causal, sm_scale, backend, transport):
@@ -348,7 +349,7 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, b
     kernels, R = BACKENDS[backend], ring.n_ranks
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    state, coming = kernels.preprocess(q, o, do, lse, dlse, dq, R)
+    state, coming = kernels.preprocess(o, do, lse, dlse, dq, R)
     link = ring.link(transport, schedule, k, v, causal, -1, acc_dtype)
     hops = ring.on_device(link.hops, q.device)
     link.keys(0)  # the next rank's are on their way
@@ -407,7 +408,7 @@ def torch_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
     o.copy_(acc)
 
 
-def torch_preprocess(q, o, do, lse, dlse, dq, n_hops):
+def torch_preprocess(o, do, lse, dlse, dq, n_hops):
     """lse and delta = rowsum(do * o) - dlse; so a gradient of lse, too, enters ds = p * (dp - delta)."""
     delta = einsum(o.to(lse.dtype), do.to(lse.dtype), "b t h d, b t h d -> b h t")
     delta = delta if dlse is None else delta - dlse
@@ -436,8 +437,9 @@ def no_postprocess(*args):
 # the p2p transport. A transport is a class; a hop loop makes an object of it, its `link`, with four methods:
 #   keys(j)      k, v of hop j, which have arrived; starts to move those of hop j + 1
 #   grads(j)     dk, dv of the keys of hop j, as earlier ranks left them; grads(n_ranks): of the own keys
-#   pass_on(j, coming)   sends dk, dv of hop j on; this rank has added its part. coming, if not None: address
-#                of an int that may be set to 1 for as long as grads(j + 1) are not there yet
+#   pass_on(j, coming)  sends dk, dv of hop j on; this rank has added its part. coming: None, or the address
+#                of an int: the next kernel waits until it is 0. A link that keeps it at 1 until grads(j + 1)
+#                have arrived may return them before
 #   finish()     after this, no other rank reads or writes this rank's memory
 
 
@@ -726,14 +728,15 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     sm_scale: above 0; None means D ** -0.5.
     return_lse: also return lse (B, H, T) float32 (float64 for float64 inputs), the natural log of the
        softmax's denominator; gradients flow through it.
-    backend: "torch", "triton" (any GPU, and CPU tensors under TRITON_INTERPRET=1) or "gluon" (Hopper); None
-       chooses the fastest one.
+    backend: "torch", "triton" (any GPU, and CPU tensors under TRITON_INTERPRET=1) or "gluon" (Hopper; its
+       backward is that of "triton" where T is not a multiple of 128 and the mask is full or n_ranks above 1);
+       None chooses the fastest one.
     transport: "p2p" (send and receive between neighbours: NCCL, gloo) or "symmetric" (CUDA, one host: copies
        by the GPUs); None: symmetric where all GPUs can read each other. resolve_ring(group).transport says
        which one None means, .why says why.
     deterministic: the same inputs give the same gradients, to the bit. False: Hopper's kernel adds up dq in
-       any order, which is mostly faster under a causal mask. torch.use_deterministic_algorithms(True) refuses
-       that in a forward that has a backward.
+       any order, which is mostly faster under a causal mask. Under torch.use_deterministic_algorithms(True) a
+       forward whose gradients are wanted then raises.
     Returns o, (B, T, H, D), in the dtype of q.
 
     Calls of one ring share staging memory and flags. Eager calls may be on any stream, as each waits for the
@@ -749,7 +752,8 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
 
 
 def flash_attn_func(q, k, v, bias=None, causal=True, sm_scale=None, *, deterministic=True):
-    """ring_attn on a ring of one, whatever the process group: (B, T, H, D). bias must be None."""
+    """ring_attn on a ring of one, whatever the process group: (B, T, H, D). bias must be None. deterministic:
+    as for ring_attn."""
     options = dict(deterministic=deterministic, problem=bias_problem(bias))
     return attend(q, k, v, "contiguous", ALONE, causal, sm_scale, **options)
 
@@ -782,8 +786,8 @@ def named_attn_func(schedule):
 
     q: (B, T, H, D), k, v: (B, T, HKV, D), this rank's tokens, see `shard`. Ranks are those within `group`
     (default: all processes); n_ranks = 1 without a group is a local call, whatever the process group.
-    bias must be None. Returns o (B, T, H, D). Raises ValueError as ring_attn does, and for other ranks than
-    the group's.
+    bias must be None. transport, deterministic: as for ring_attn. Returns o (B, T, H, D). Raises ValueError
+    as ring_attn does, and for other ranks than the group's.
     """
     return func
 
@@ -971,16 +975,16 @@ def fwd_kernel(Q, K, V, O, ACC, LSE, HOP, sm_scale, H, G, T, GROUP_B, stride_q, 
 
 
 @triton.jit(do_not_specialize=["n_hops", "B", "H", "T"])
-def bwd_preprocess_kernel(O, DO, LSE, DLSE, LSE_DELTA, DQ_ACC, TURNS, n_hops, B, H, T, HEAD_DIM: constexpr,
-                          BLOCK_D: constexpr, BLOCK_M: constexpr):  # fmt: skip
+def bwd_preprocess_kernel(O, DO, LSE, DLSE, LSE_DELTA, DQ_ACC, DQ_SEMAPHORE, n_hops, B, H, T,
+                          HEAD_DIM: constexpr, BLOCK_D: constexpr, BLOCK_M: constexpr):  # fmt: skip
     """What the backward needs per row, (2, B, H, T padded) float32. First lse in base 2, +inf where a row is
     padding or saw no key, so that p is 0. Then delta = rowsum(do * o) - dlse, as in torch_preprocess. And
-    zeros for hopper_bwd_kernel: DQ_ACC (B, H, T padded, BLOCK_D), TURNS (n_hops, number of programs)."""
+    zeros for hopper_bwd_kernel: DQ_ACC (B, H, T padded, BLOCK_D), DQ_SEMAPHORE (n_hops, programs here)."""
     if DQ_ACC is not None:
         dq_acc = DQ_ACC + tl.program_id(0).to(tl.int64) * (BLOCK_M * BLOCK_D)
         tl.store(dq_acc + tl.arange(0, BLOCK_M * BLOCK_D), tl.zeros([BLOCK_M * BLOCK_D], tl.float32))
         for j in range(n_hops):
-            tl.store(TURNS + j * tl.num_programs(0) + tl.program_id(0), 0)
+            tl.store(DQ_SEMAPHORE + j * tl.num_programs(0) + tl.program_id(0), 0)
     T_pad = tl.cdiv(T, ROW_PAD) * ROW_PAD
     n_tiles = T_pad // BLOCK_M
     bh = tl.program_id(0) // n_tiles
@@ -1199,7 +1203,7 @@ def triton_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
     run_portable(fwd_kernel, "fwd", (q, k, v), (o, acc, lse), hop, causal, sm_scale)
 
 
-def run_preprocess(o, do, lse, dlse, dq_acc=None, turns=None, n_hops=0):
+def run_preprocess(o, do, lse, dlse, dq_acc=None, semaphores=None, n_hops=0):
     """lse in base 2 and delta, (2, B * H, T padded): see bwd_preprocess_kernel."""
     B, T, H, D = o.shape
     n_rows = padded_rows(T)
@@ -1208,7 +1212,7 @@ def run_preprocess(o, do, lse, dlse, dq_acc=None, turns=None, n_hops=0):
     aligned = (x is not None and x.data_ptr() % 16 == 0 for x in (o, do, lse, dlse))
     depends = o.dtype, dlse is None, dq_acc is None, *aligned
     constants = dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=32)
-    args = o, do, lse, dlse, lse_delta, dq_acc, turns, n_hops, B, H, T
+    args = o, do, lse, dlse, lse_delta, dq_acc, semaphores, n_hops, B, H, T
     launch(bwd_preprocess_kernel, o.device, depends, n_rows // 32 * B * H, args, constants, num_warps=4)
     return lse_delta
 
@@ -1217,7 +1221,7 @@ def padded_rows(T):
     return -(-T // ROW_PAD.value) * ROW_PAD.value
 
 
-def triton_preprocess(q, o, do, lse, dlse, dq, n_hops):
+def triton_preprocess(o, do, lse, dlse, dq, n_hops):
     return (*run_preprocess(o, do, lse, dlse), accumulator(dq, torch.float32, n_hops, "triton")), None
 
 
@@ -1231,8 +1235,8 @@ def triton_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, s
 # =============================================================================
 # Part III: fast paths
 # -----------------------------------------------------------------------------
-# Hopper kernels, in Gluon; arguments, state and results as in fwd_kernel and dkv_kernel. A program
-# per SM works through work tiles. The rows of a work tile are resident while tiles of other rows stream by.
+# Hopper kernels, in Gluon; arguments, state and results as in fwd_kernel and dkv_kernel. A program per SM
+# works through work tiles. The rows of a work tile are resident while tiles of other rows stream by.
 # One warp, the producer, loads tiles by TMA into a ring of buffers. Two or three warpgroups, the consumers,
 # have 64 resident rows each: the softmax of one runs under the products of another, and under its own last
 # ones (FlashAttention-3, arXiv 2407.08608). Barriers: k_full[s]: stage s holds keys. producer_acquire(s): all
@@ -1245,7 +1249,7 @@ tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 warpgroup_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
-# what all warps know of the problem: HopRows; sizes; L2_HEADS and WAVES for tile_scheduler
+# what all warps know of the problem: HopRows; sizes; L2_HEADS, heads at a time; WAVES for tile_scheduler
 Dims = namedtuple("Dims", "HOP B H G T GROUP_B L2_HEADS WAVES")
 # b, h, start, hop           batch, head, first resident row, HopRow
 # first, n_masked, n_tiles   the first streamed tile; how many are masked, which come first; how many in all
@@ -1359,7 +1363,7 @@ def fwd_work_tile(n, dims, BLOCK_M: constexpr, BLOCK_N: constexpr, CAUSAL: const
 def bwd_work_tile(n, dims, BLOCK_N: constexpr, BLOCK_M: constexpr, CAUSAL: constexpr):
     """The n-th WorkTile of all programs: keys, and the queries that see them. The first keys of L2_HEADS
     heads come first: under a causal mask the most queries see them, and dq is added up in that order. G tiles
-    of a head in a row: they begin together, so that its G times as many queries come from memory once."""
+    of one head follow each other: they stream the same queries at the same time, which L2 then holds."""
     n_resident = gl.cdiv(dims.T, BLOCK_N)
     heads = dims.H // dims.G
     section, i = n // (n_resident * dims.L2_HEADS), n % (n_resident * dims.L2_HEADS)
@@ -1583,10 +1587,11 @@ def hopper_fwd_kernel(q_desc, k_desc, v_desc, o_desc, ACC, LSE, HOP, sm_scale, B
 # in order.
 #
 # A query tile of dq gets its parts in a fixed order, that of the key tiles, so that the same inputs give
-# the same bits: TURNS[query tile] is the number of the key tile whose turn it is. Nobody waits long: work
-# tiles are handed out in this order, too, as programs become free, and all begin with the last queries.
-# Whoever is waited for has begun. Without DETERMINISTIC the reducer waits for nobody.
-Q_FREE, DQ_FREE, DS_FULL, DQ_FULL = (constexpr(i) for i in (0, 3, 5, 6))  # named barriers
+# the same bits. DQ_SEMAPHORE[query tile] is the number of the key tile that adds next. (CUTLASS's semaphores,
+# as in FlashAttention.) Work tiles are handed out in this order, too, as programs become free: whoever is
+# waited for has begun. All begin with the last queries, so that nobody waits long. Without DETERMINISTIC the
+# reducer does not wait.
+Q_FREE, DQ_FREE, DQ_FULL = (constexpr(i) for i in (0, 3, 6))  # named barriers
 BWD_ROWS = constexpr(128)  # keys of a work tile
 
 
@@ -1611,30 +1616,31 @@ def next_work_tile(COUNTER):
 
 
 @gluon.jit
-def peek_turn(TURN):
-    """*TURN, perhaps too old: wait_turn reads it again then. What comes between does not wait for this."""
+def semaphore_fetch(SEMAPHORE):
+    """Its value, for semaphore_wait. What comes between the two does not wait for this load."""
     asm: constexpr = "ld.relaxed.gpu.global.b32 $0, [$1];"
-    return gl.inline_asm_elementwise(asm, "=r,l", [TURN.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
+    args = [SEMAPHORE.to(gl.int64)]
+    return gl.inline_asm_elementwise(asm, "=r,l", args, dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def wait_turn(TURN, turn, seen):
-    """Wait until *TURN is `turn`; where `seen` is not, what was written before it is there. Where it is, only
-    additions in L2, which is where the next ones are made."""
+def semaphore_wait(SEMAPHORE, turn, fetched):
+    """Wait until its value is `turn`. If it was when fetched, nothing is acquired: additions are made in L2,
+    and those before this are complete there. If not, all that was written before is visible."""
     asm: constexpr = """{ .reg .pred p; .reg .b32 x; mov.b32 x, $3;
         again: setp.eq.s32 p, x, $2; @p bra done; ld.acquire.sys.global.b32 x, [$1]; bra again;
         done: mov.b32 $0, 0; }"""
-    args = [TURN.to(gl.int64), turn, seen]
+    args = [SEMAPHORE.to(gl.int64), turn, fetched]
     gl.inline_asm_elementwise(asm, "=r,l,r,r", args, dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def pass_turn(TURN, turn):
-    """*TURN = turn + 1, once what this warp has added is in global memory. A relaxed store would cost a tenth
-    of the latency, but comes before the additions: results differed."""
+def semaphore_release(SEMAPHORE, turn):
+    """Set it to turn + 1, once what this warp has added is in global memory. Waiting for the bulk group does
+    not ensure that: with a relaxed store results differed from run to run."""
     asm: constexpr = """cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff;
         st.release.gpu.global.b32 [$1], $2; mov.b32 $0, 0;"""
-    args = [TURN.to(gl.int64), turn + 1]
+    args = [SEMAPHORE.to(gl.int64), turn + 1]
     gl.inline_asm_elementwise(asm, "=r,l,r", args, dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -1693,7 +1699,7 @@ def next_number(smem, n_done, WARPS: constexpr):
 
 
 @gluon.jit
-def bwd_reducer(dq_desc, smem, dims, TURNS, n_work, DETERMINISTIC: constexpr, CAUSAL: constexpr):
+def bwd_reducer(dq_desc, smem, dims, DQ_SEMAPHORE, n_work, DETERMINISTIC: constexpr, CAUSAL: constexpr):
     BLOCK_M: constexpr = smem.q.shape[2]
     UNITS: constexpr = smem.q.shape[2] * smem.q.shape[4] // (64 * 64)  # of a query tile: one of each consumer
     T_pad = gl.cdiv(dims.T, ROW_PAD) * ROW_PAD
@@ -1703,18 +1709,18 @@ def bwd_reducer(dq_desc, smem, dims, TURNS, n_work, DETERMINISTIC: constexpr, CA
         work = bwd_work_tile(n, dims, BWD_ROWS, BLOCK_M, CAUSAL)
         # without it, at work tiles without queries, this warp would be ahead, and count twice in kv_empty
         mbarrier.wait(smem.kv_full.index(0), n_done & 1)
-        turn, last = work.start // BWD_ROWS, TURNS
+        turn, last = work.start // BWD_ROWS, DQ_SEMAPHORE
         for j in range(work.n_tiles):
             for g in range(dims.G):
                 tile = (work.b * dims.H + work.h * dims.G + g) * (T_pad // BLOCK_M) + work.first - j
                 bar_arrive(DQ_FREE, 160)
                 bar_arrive(DQ_FREE + 1, 160)
                 if DETERMINISTIC:
-                    seen = peek_turn(TURNS + tile)
+                    fetched = semaphore_fetch(DQ_SEMAPHORE + tile)
                     if (g > 0) | (j > 0):
-                        pass_turn(last, turn)
-                    last = TURNS + tile
-                    wait_turn(last, turn, seen)
+                        semaphore_release(last, turn)
+                    last = DQ_SEMAPHORE + tile
+                    semaphore_wait(last, turn, fetched)
                 bar_sync(DQ_FULL, 160)
                 tma_add(dq_desc, [tile * UNITS * 16, 0], smem.dq.index(0))
                 bar_sync(DQ_FULL + 1, 160)
@@ -1722,7 +1728,7 @@ def bwd_reducer(dq_desc, smem, dims, TURNS, n_work, DETERMINISTIC: constexpr, CA
                 tma.store_wait(0)
         if DETERMINISTIC:
             if work.n_tiles > 0:
-                pass_turn(last, turn)
+                semaphore_release(last, turn)
         n_done += 1
         mbarrier.arrive(smem.kv_empty.index(0), count=1)
         n = next_number(smem, n_done, 1)
@@ -1820,7 +1826,7 @@ def bwd_consumer(c: constexpr, out, smem, dims, n_work, HEAD_DIM: constexpr, CAU
         carry = gl.load(work.hop + CARRY_GRAD)  # rows that other ranks have filled
         at, offs, mask = state_offsets(work.b, work.h, row, T, heads, 64, BLOCK_D, HEAD_DIM, o_layout)
         if carry > row:
-            wait_turn(COMING, 0, 1)
+            semaphore_wait(COMING, 0, 1)
             held = mask & (row + gl.arange(0, 64, layout=gl.SliceLayout(1, o_layout)) < carry)[:, None]
             dk += gl.load(DK_ACC + at + offs, mask=held, other=0.0)
             dv += gl.load(DV_ACC + at + offs, mask=held, other=0.0)
@@ -1841,8 +1847,8 @@ def bwd_consumer(c: constexpr, out, smem, dims, n_work, HEAD_DIM: constexpr, CAU
 
 @gluon.jit(do_not_specialize=["B", "H", "G", "T", "GROUP_B", "L2_HEADS", "WAVES"])
 def hopper_bwd_kernel(q_desc, k_desc, v_desc, do_desc, lse_delta_desc, dq_desc, dk_desc, dv_desc,
-                      DK, DV, DK_ACC, DV_ACC, TURNS, HOP, sm_scale, B, H, G, T, GROUP_B, L2_HEADS, WAVES,
-                      HEAD_DIM: constexpr, CAUSAL: constexpr, STAGES: constexpr,
+                      DK, DV, DK_ACC, DV_ACC, DQ_SEMAPHORE, HOP, sm_scale, B, H, G, T, GROUP_B, L2_HEADS,
+                      WAVES, HEAD_DIM: constexpr, CAUSAL: constexpr, STAGES: constexpr,
                       DETERMINISTIC: constexpr):  # fmt: skip
     BLOCK_M: constexpr = q_desc.block_type.shape[1]
     ds_layout: constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BWD_ROWS], q_desc.dtype)
@@ -1860,13 +1866,13 @@ def hopper_bwd_kernel(q_desc, k_desc, v_desc, do_desc, lse_delta_desc, dq_desc, 
     dims = Dims(HOP, B, H, G, T, GROUP_B, L2_HEADS, WAVES)
     descs = (q_desc, k_desc, v_desc, do_desc, lse_delta_desc)
     n_work = gl.cdiv(T, BWD_ROWS) * B * (H // G)
-    COUNTER = TURNS + B * H * (gl.cdiv(T, ROW_PAD) * (ROW_PAD // 64))  # the turns need no more than this
+    COUNTER = DQ_SEMAPHORE + B * H * (gl.cdiv(T, ROW_PAD) * (ROW_PAD // 64))  # behind those of dq
     out = (DK, DV, DK_ACC, DV_ACC, COUNTER + 1, dk_desc, dv_desc, sm_scale)
     gl.warp_specialize([
         (bwd_consumer, (0, out, smem, dims, n_work, HEAD_DIM, CAUSAL)),
         (bwd_consumer, (1, out, smem, dims, n_work, HEAD_DIM, CAUSAL)),
         (bwd_producer, (descs, smem, dims, COUNTER, n_work, CAUSAL)),
-        (bwd_reducer, (dq_desc, smem, dims, TURNS, n_work, DETERMINISTIC, CAUSAL)),
+        (bwd_reducer, (dq_desc, smem, dims, DQ_SEMAPHORE, n_work, DETERMINISTIC, CAUSAL)),
     ], [4, 1, 1], [240, 24, 24])  # fmt: skip
 
 
@@ -1937,9 +1943,8 @@ def hopper_config(kernel, shape, HKV, device, n_groups, causal):
     heads = shared * next(n for n in range(1, B * HKV + 1) if B * HKV % n == 0 and n >= min(heads, B * HKV))
     grid = min(n_tiles * n_heads, n_sm)
     dims = B, H, H // HKV, T, B // n_groups, heads, triton.cdiv(n_tiles * heads, grid)
-    constants = dict(HEAD_DIM=D, CAUSAL=causal, CONSUMERS=consumers, STAGES=stages)
-    if kernel == "bwd":
-        del constants["CONSUMERS"]
+    of_fwd = dict(CONSUMERS=consumers) if kernel == "fwd" else {}
+    constants = dict(HEAD_DIM=D, CAUSAL=causal, **of_fwd, STAGES=stages)
     options = dict(num_warps=4, maxnreg={2: 168, 3: 128}[consumers])
     return (1, 64, 1, BLOCK_D), (1, streamed, 1, BLOCK_D), dims, grid, constants, options
 
@@ -1952,24 +1957,24 @@ def hopper_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
     launch(hopper_fwd_kernel, q.device, (q.dtype, streamed), grid, args, constants, **options)
 
 
-def hopper_preprocess(q, o, do, lse, dlse, dq, n_hops):
-    B, T, H, D = q.shape
+def hopper_preprocess(o, do, lse, dlse, dq, n_hops):
+    B, T, H, D = o.shape
     n, BLOCK_D = B * H * padded_rows(T), max(64, triton.next_power_of_2(D))
-    dq_acc = torch.empty(n * BLOCK_D // 256, 256, dtype=torch.float32, device=q.device)  # in tiles of 64 x 64
-    turns = torch.empty(n_hops, n // 32, dtype=torch.int32, device=q.device)
-    coming = turns.data_ptr() + 4 * (n // 64 + 1)  # beside hop 0's counter of work tiles
-    return (run_preprocess(o, do, lse, dlse, dq_acc, turns, n_hops), dq_acc, turns), coming
+    dq_acc = torch.empty(n * BLOCK_D // 256, 256, dtype=torch.float32, device=o.device)  # in tiles of 64 x 64
+    semaphores = torch.empty(n_hops, n // 32, dtype=torch.int32, device=o.device)
+    coming = semaphores.data_ptr() + 4 * (n // 64 + 1)  # beside hop 0's counter of work tiles
+    return (run_preprocess(o, do, lse, dlse, dq_acc, semaphores, n_hops), dq_acc, semaphores), coming
 
 
 def hopper_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, sm_scale, deterministic):
-    lse_delta, dq_acc, turns = state
+    lse_delta, dq_acc, semaphores = state
     config = hopper_config("bwd", q.shape, k.shape[2], q.device, len(hop.rows), causal)
     resident, streamed, dims, grid, constants, options = config
     half, resident = resident, (1, BWD_ROWS.value, 1, resident[3])
     inputs = [tma_descriptor(x, b) for x, b in ((q, streamed), (k, resident), (v, half), (do, streamed))]
     rows, dq_tiles = tma_descriptor(lse_delta, (2, 1, streamed[1])), tma_descriptor(dq_acc, (16, 256))
     outs = [tma_descriptor(x, half) if x.dtype == q.dtype else rows for x in (dk, dv)]
-    args = (*inputs, rows, dq_tiles, *outs, dk, dv, dk_acc, dv_acc, turns[j], hop.table, sm_scale, *dims)
+    args = (*inputs, rows, dq_tiles, *outs, dk, dv, dk_acc, dv_acc, semaphores[j], hop.table, sm_scale, *dims)
     depends = q.dtype, dk.dtype, dk_acc.dtype, streamed
     constants = dict(constants, DETERMINISTIC=deterministic)
     launch(hopper_bwd_kernel, q.device, depends, grid, args, constants, **options)
@@ -2254,6 +2259,7 @@ class CopyStream:
         cuda("cuMemcpyDtoDAsync_v2", to, source, nbytes, self.handle)
 
     def write(self, address, value, on_compute=False):
+        """Set an int, in the order of this stream or of the kernels'."""
         stream = torch._C._cuda_getCurrentRawStream(self.device) if on_compute else self.handle
         cuda("cuStreamBatchMemOp_v2", stream, *stream_operations([(WRITE, address, value)]), 0)
 
@@ -2473,8 +2479,8 @@ def run_hops(hops, tensors, ring, schedule, causal, sm_scale, backend, *options)
     T = q.shape[1] // (ring_object.n_ranks if ring < 0 else 1)
     overhangs = T % BWD_ROWS.value and (not causal or ring_object.n_ranks > 1)
     if backend == "gluon" and hops is backward_hops and overhangs:
-        # hopper_bwd_kernel does not mask keys past the end where all queries see a tile. They are 0, but
-        # p = exp(-lse) may not fit 16 bits, and dq be nan
+        # hopper_bwd_kernel does not mask keys past the end in a tile that all queries see. They are 0, but
+        # ds, with p = exp(-lse), may be infinite in 16 bits, and dq nan
         backend = "triton"
     kind, plain = q.device.type, contextlib.nullcontext()  # the state stays in float32, also under autocast
     no_casts = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else plain
