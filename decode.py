@@ -971,10 +971,11 @@ class KVCache:
         T = min(k.shape[1], self.k[layer].shape[1])
         self.k[layer][:, :T], self.v[layer][:, :T] = k[:, :T], v[:, :T]
 
-    def attend(self, layer, q, sm_scale):
-        """Attention of q (B, M, H, D), the last M tokens, to everything in the cache: (B, M, H, D)."""
+    def attend(self, layer, q, sm_scale, window=None, sink=None):
+        """Attention of q (B, M, H, D), the last M tokens, to the cache: (B, M, H, D). window, sink: as for
+        decode_attn."""
         k, v = self.k[layer], self.v[layer]
-        options = dict(cache_seqlens=self.lengths, sm_scale=sm_scale)
+        options = dict(cache_seqlens=self.lengths, sm_scale=sm_scale, window=window, sink=sink)
         if self.ring.n_ranks > 1:
             return sharded_decode_attn(q.to(k.dtype), k, v, group=self.ring, **options).to(q.dtype)
         return decode_attn(q.to(k.dtype), k, v, **options).to(q.dtype)

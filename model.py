@@ -4,7 +4,7 @@ Pre-norm blocks (RMSNorm), rotary position embedding at global positions, groupe
 tied embeddings. Only attention mixes tokens, so each rank runs the model on its own shard:
 
     attn = Attention(dim, dim_per_head, seq_len, rank, n_ranks, dropout, causal, AttentionType.ZIGZAG)
-    y = attn.unshard(attn(attn.shard(x)))     # x, y (B, S, dim) on every rank; S = seq_len = n_ranks * T
+    y = attn.unshard(attn(attn.shard(x)))     # x, y (B, S, dim) on every rank; S = seq_len, any number
 
     model = Transformer(Config())
     tokens = model.generate(prompt, 100)      # (B, S) -> (B, S + 100), through a cache of keys and values
@@ -60,18 +60,19 @@ def rotate(x, cos, sin):
 
 class Attention(nn.Module):
     """Multi-head attention over seq_len tokens: whole sequences (SDPA, FLASH), or a shard on each rank.
+    Shards have seq_len / n_ranks tokens, or a few more: the end is padded to what the schedule needs.
 
     dim: width of x, a multiple of dim_per_head. n_kv_heads: key/value heads (default: one per query head).
     rope_theta: base of the rotary embedding; None for none. dropout: of the projected output.
     group: process group or Ring (default: all processes); copies share it, a pickle leaves it out.
-    transport, deterministic: as for ring_attn.ring_attn. attn_type may be changed at any time: weights do not
-    depend on it.
+    window, transport, deterministic: as for ring_attn.ring_attn. sinks: learn those of ring_attn, 0 at first.
+    attn_type may be changed at any time: weights do not depend on it.
     Raises ValueError for values that do not fit together.
     """
 
     def __init__(self, dim, dim_per_head, seq_len, rank, n_ranks, dropout, causal,
-                 attn_type=AttentionType.FLASH, *, n_kv_heads=None, rope_theta=None, group=None,
-                 transport=None, deterministic=True):  # fmt: skip
+                 attn_type=AttentionType.FLASH, *, n_kv_heads=None, rope_theta=None, window=None, sinks=False,
+                 group=None, transport=None, deterministic=True):  # fmt: skip
         super().__init__()
         if not isinstance(attn_type, AttentionType):
             raise ValueError(f"{attn_type=} must be an AttentionType: {', '.join(map(str, AttentionType))}")
@@ -83,10 +84,7 @@ class Attention(nn.Module):
             raise ValueError(f"{dropout=} must be in [0, 1)")
         if rope_theta is not None and dim_per_head % 2:
             raise ValueError(f"{dim_per_head=} must be even for rotary embeddings, or rope_theta=None")
-        if attn_type.is_ring:
-            if seq_len % n_ranks:
-                raise ValueError(f"{seq_len=} must be a multiple of {n_ranks=}; pad it, or use other ranks")
-            ring_attn.check_schedule(attn_type.value, n_ranks, seq_len // n_ranks)
+        ring_attn.check_mask(causal, window, None, None, 1, seq_len, seq_len)
         self.n_heads = dim // dim_per_head
         self.n_kv_heads = self.n_heads if n_kv_heads is None else n_kv_heads
         if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
@@ -96,62 +94,95 @@ class Attention(nn.Module):
         self.rank, self.n_ranks, self.transport = rank, n_ranks, transport
         self.group = group and ring_attn.resolve_ring(group)  # without a group, before init_process_group too
         self.causal, self.attn_type, self.rope_theta = causal, attn_type, rope_theta
-        self.deterministic = deterministic
+        self.window, self.deterministic = window, deterministic
         self.qkv_proj = nn.Linear(dim, (self.n_heads + 2 * self.n_kv_heads) * dim_per_head, bias=False)
         self.o_proj = nn.Linear(dim, dim, bias=False)
         self.o_drop = nn.Dropout(dropout)
+        self.sinks = nn.Parameter(torch.zeros(self.n_heads)) if sinks else None  # None: not in the state dict
 
-    def shard(self, x):
-        """This rank's tokens of x (B, S, ...); x itself under SDPA and FLASH."""
-        kind = self.attn_type
-        return ring_attn.shard(x, kind.value, self.rank, self.n_ranks) if kind.is_ring else x
+    def shard(self, x, pad_value=0):
+        """This rank's tokens of x (B, S, ...), and of what pads its end; x itself under SDPA and FLASH."""
+        if not self.attn_type.is_ring:
+            return x
+        args = self.attn_type.value, self.rank, self.n_ranks
+        return ring_attn.shard(x, *args, pad=True, pad_value=pad_value)
 
     def unshard(self, x):
         """The whole (B, S, ...) from every rank's shard, on every rank; x itself under SDPA and FLASH."""
-        kind = self.attn_type
-        return ring_attn.unshard(x, kind.value, self.group) if kind.is_ring and self.n_ranks > 1 else x
+        if not self.attn_type.is_ring or self.n_ranks == 1:
+            return x
+        return ring_attn.unshard(x, self.attn_type.value, self.group, seq_len=self.true_length(x.shape[1]))
 
-    def positions(self, B, T, device):
-        """Global positions of this rank's T tokens, (1 or B, T)."""
-        if not self.attn_type.is_ring:
-            return torch.arange(T, device=device)[None]
-        return ring_attn.positions(self.attn_type.value, self.rank, self.n_ranks, T, B, device)
+    def true_length(self, T):
+        """How many of n_ranks * T tokens are not padding: seq_len, if its shards have T tokens, else all."""
+        multiple = ring_attn.padded_to(self.attn_type.value, self.n_ranks)
+        padded = -(-self.seq_len // multiple) * multiple
+        return self.seq_len if self.n_ranks * T == padded else self.n_ranks * T
+
+    def positions(self, B, T, device, cu_seqlens=None):
+        """Positions of this rank's T tokens, (1 or B, T): in the sequence, or in their documents."""
+        kind = self.attn_type
+        shards = (kind.value, self.rank, self.n_ranks) if kind.is_ring else ("contiguous", 0, 1)
+        return ring_attn.positions(*shards, T, B, device, cu_seqlens=cu_seqlens)
 
     def rotary(self, positions):
         return self.rope_theta and rotary_table(positions, self.dim_per_head, self.rope_theta)
 
-    def forward(self, x, rotary=None, cache=None, layer=0, prefill=False):
+    def dense_mask(self, B, S, cu_seqlens, dtype, device):
+        """What masks and sinks add to scores, for SDPA: (1 or B, 1, S, S); with sinks (1 or B, H, S, S + 1),
+        as their logits are those of one more key."""
+        documents = None if cu_seqlens is None else "on device"
+        mask = ring_attn.make_mask(S, self.causal, self.window, documents=documents)
+        starts = None if cu_seqlens is None else ring_attn.document_starts(cu_seqlens, S).to(device)
+        pos = torch.arange(S, device=device)
+        first, last = (x.view(-1, 1, S, 1) for x in mask.keys(pos, starts))
+        bias = torch.zeros((), dtype=dtype, device=device).where((first <= pos) & (pos <= last), -math.inf)
+        if self.sinks is None:
+            return bias
+        sinks = self.sinks.to(dtype)[:, None, None].expand(len(bias), -1, S, 1)
+        return torch.cat((bias.expand(-1, self.n_heads, -1, -1), sinks), dim=-1)
+
+    def forward(self, x, rotary=None, cache=None, layer=0, prefill=False, cu_seqlens=None, seq_len=None):
         """x (B, T, dim) -> (B, T, dim). rotary: the rotary_table of x's positions, if the caller has it.
 
         cache: a KVCache whose last T tokens are those of x. It takes their keys and values for `layer`, and
         the queries see all that it holds. prefill: it holds nothing else (on a ring: than all ranks' x).
+        cu_seqlens: of documents, as for ring_attn; not with a cache. seq_len: how many of the n_ranks * T
+        tokens are not padding (default: see true_length).
         """
         B, T, _ = x.shape
         heads = rearrange(self.qkv_proj(x), "b t (h d) -> b t h d", d=self.dim_per_head)
         q, k, v = heads.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)  # (B, T, H or HKV, D)
         if self.rope_theta is not None:
             if rotary is None:
-                rotary = self.rotary(self.positions(B, T, x.device))
+                rotary = self.rotary(self.positions(B, T, x.device, cu_seqlens))
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         sm_scale = self.dim_per_head**-0.5
         if prefill:
             cache.fill(layer, k, v)
         elif cache is not None:
             cache.write(layer, k, v)
+        masks = dict(window=self.window, cu_seqlens=cu_seqlens, sinks=self.sinks)
         if cache is not None and not prefill:
-            o = cache.attend(layer, q, sm_scale)
+            o = cache.attend(layer, q, sm_scale, self.window, self.sinks)
         elif self.attn_type is AttentionType.SDPA:
+            options, bias = dict(scale=sm_scale, enable_gqa=self.n_heads != self.n_kv_heads), None
+            if any(x is not None for x in masks.values()):
+                bias = self.dense_mask(B, T, cu_seqlens, q.dtype, x.device)
+                extra = bias.shape[-1] - T  # a key for the sinks; its value is 0
+                k, v = (F.pad(y, (0, 0, 0, 0, 0, extra)) for y in (k, v))
             qt, kt, vt = (y.transpose(1, 2) for y in (q, k, v))
-            options = dict(is_causal=self.causal, scale=sm_scale, enable_gqa=self.n_heads != self.n_kv_heads)
+            options |= dict(attn_mask=bias, is_causal=self.causal and bias is None)
             o = F.scaled_dot_product_attention(qt, kt, vt, **options).transpose(1, 2)
         elif self.attn_type is AttentionType.FLASH:
             args = None, self.causal, sm_scale
-            o = ring_attn.flash_attn_func(q, k, v, *args, deterministic=self.deterministic)
+            o = ring_attn.flash_attn_func(q, k, v, *args, deterministic=self.deterministic, **masks)
         else:
             R, r, func = self.n_ranks, self.rank, ring_attn.ATTN_FUNCS[self.attn_type.value]
             args = R, r, (r - 1) % R, (r + 1) % R, None, self.causal, sm_scale
+            masks["seq_len"] = seq_len or self.true_length(T)
             options = dict(group=self.group, transport=self.transport, deterministic=self.deterministic)
-            o = func(q, k, v, *args, **options)
+            o = func(q, k, v, *args, **options, **masks)
         return self.o_drop(self.o_proj(rearrange(o, "b t h d -> b t (h d)")))
 
 
@@ -168,6 +199,8 @@ class Config:
     dropout: float = 0.0
     rope_theta: float | None = 500_000.0  # None: no position embedding
     deterministic: bool = True  # as for ring_attn.ring_attn
+    window: int | None = None  # tokens that a token sees, itself included; None: all
+    sinks: bool = False  # a learned logit for each head in the softmax's denominator
 
 
 class Block(nn.Module):
@@ -175,6 +208,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn_norm, self.mlp_norm = nn.RMSNorm(c.dim), nn.RMSNorm(c.dim)
         options |= dict(n_kv_heads=c.n_kv_heads, rope_theta=c.rope_theta, deterministic=c.deterministic)
+        options |= dict(window=c.window, sinks=c.sinks)
         self.attn = Attention(c.dim, c.dim_per_head, c.seq_len, *args, **options)
         up, down = nn.Linear(c.dim, 4 * c.dim, bias=False), nn.Linear(4 * c.dim, c.dim, bias=False)
         self.mlp = nn.Sequential(up, nn.GELU(), down, nn.Dropout(c.dropout))
@@ -204,6 +238,8 @@ class Transformer(nn.Module):
         c = self.config = config
         if c.n_layers < 1 or c.vocab_size < 1:
             raise ValueError(f"n_layers={c.n_layers} and vocab_size={c.vocab_size} must be 1 or more")
+        if isinstance(c.window, (tuple, list)):
+            raise ValueError(f"window={c.window} must be an int or None: no token sees those after it")
         self.embedding = nn.Embedding(c.vocab_size, c.dim)  # also the output projection
         args = c, rank, n_ranks, c.dropout, True, attn_type
         self.blocks = nn.ModuleList(Block(*args, group=group, transport=transport) for _ in range(c.n_layers))
@@ -213,25 +249,28 @@ class Transformer(nn.Module):
                 residual = name.endswith(("o_proj.weight", "mlp.2.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * c.n_layers) ** 0.5 if residual else 0.02)
 
-    def hidden(self, tokens, cache=None, prefill=False):
-        """tokens (B, T) -> input of the output projection (B, T, dim). cache, prefill: as for Attention."""
+    def hidden(self, tokens, cache=None, prefill=False, cu_seqlens=None, seq_len=None):
+        """tokens (B, T) -> input of the output projection (B, T, dim). All else: as for Attention.forward."""
         x, attn = self.embedding(tokens), self.blocks[0].attn  # (B, T, dim)
         decoding = cache is not None and not prefill
-        pos = cache.positions(tokens.shape[1]) if decoding else attn.positions(*tokens.shape, tokens.device)
+        B, T = tokens.shape
+        pos = cache.positions(T) if decoding else attn.positions(B, T, tokens.device, cu_seqlens)
         rotary = attn.rotary(pos)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, cache, layer, prefill)
+            x = block(x, rotary, cache, layer, prefill, cu_seqlens, seq_len)
         return self.norm(x)
 
-    def forward(self, tokens, targets=None, reduction="mean"):
+    def forward(self, tokens, targets=None, reduction="mean", cu_seqlens=None):
         """tokens (B, T) int64 of this rank -> logits (B, T, vocab_size); with targets (B, T), a loss in nats.
 
         reduction: "mean" over the targets that are not -100, "sum", or "none": (B, T), 0 at a target of -100.
+        cu_seqlens: of documents, as for ring_attn.ring_attn; positions restart at 0 in each. Padding and the
+        last tokens of documents should have a target of -100.
         While a loss is computed, at most LOGITS logits exist. Raises ValueError for other reductions.
         """
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f'{reduction=} must be "mean", "sum" or "none"')
-        x = self.hidden(tokens)
+        x = self.hidden(tokens, cu_seqlens=cu_seqlens)
         if targets is None:
             return F.linear(x, self.embedding.weight)
         rows = max(1, LOGITS // self.config.vocab_size)
@@ -250,10 +289,20 @@ class Transformer(nn.Module):
         logits = F.linear(x, self.embedding.weight).float()
         return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="none")
 
-    def flops_per_token(self, seq_len):
-        """Training FLOPs per token: 6 per weight, and causal attention, whose backward is 2.5 forwards."""
+    def flops_per_token(self, seq_len, documents=None):
+        """Training FLOPs per token: 6 per weight, and attention, whose backward is 2.5 forwards.
+
+        documents: their lengths, a tensor, if tokens see their own only; sequences then begin anywhere in the
+        joined documents, and cut those at their ends.
+        """
         weights = sum(p.numel() for p in self.parameters() if p.ndim == 2)  # embedding: as output projection
-        return 6 * weights + 3.5 * self.config.n_layers * 2 * seq_len * self.config.dim
+        most = min(self.config.window or seq_len, seq_len)
+        keys = most - most**2 / (2 * seq_len)  # that a token sees on average
+        if documents is not None:  # token i of one sees min(i, most), if the sequence begins before it
+            n = documents.double()
+            begun = n.clamp(max=most)
+            keys = ((begun**2 / 2 - begun**3 / (6 * seq_len) + (n - begun) * keys).sum() / n.sum()).item()
+        return 6 * weights + 3.5 * self.config.n_layers * 4 * keys * self.config.dim
 
     def new_cache(self, B, n_tokens):
         """An empty KVCache for B sequences of up to n_tokens tokens, striped over the ranks of the model."""
@@ -280,8 +329,8 @@ class Transformer(nn.Module):
             have = f"the cache holds {cache.length} tokens and the prompt {S}"
             raise ValueError(f"{have}; prefill wants an empty cache and a prompt of 1 or more")
         cache.extend(S)
-        padded = F.pad(tokens, (0, -S % R))  # at the end, where no token sees it
-        x = self.hidden(attn.shard(padded), cache, True)
+        x = attn.shard(tokens)  # no token sees the padding at the end, so that attention need not know of it
+        x = self.hidden(x, cache, True, seq_len=R * x.shape[1])
         last = x[:, (S - 1) // R].contiguous()  # (B, dim), on the rank that has the last token
         if R > 1:
             self.broadcast(last, (S - 1) % R, cache)
