@@ -23,7 +23,7 @@ The file has four parts. Part I is the algorithm, and runs on a CPU: you may sto
 Parallelism: forward by (query tile, head, batch); backward by (key tile, key/value head, batch), looping over
 the G query heads of the group. The same inputs give the same bits, unless deterministic=False.
 
-Not supported: attention bias, windows, dropout on the probabilities, queries and keys of different lengths.
+Not supported: attention bias, dropout on the probabilities.
 
 Sources: Ring Attention (arXiv 2310.01889), Striped Attention (2311.09431), FlashAttention-2 and -3
 (2307.08691, 2407.08608), step attention and the argument names (github mgmalek/ring-attention), zigzag
@@ -49,6 +49,7 @@ import threading
 import time
 import warnings
 import weakref
+import zlib
 from collections import namedtuple
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -79,23 +80,23 @@ ROW_PAD = constexpr(128)  # keys move, and lse and delta are padded, in such blo
 # reference: attention of some queries to some keys, in plain torch
 
 
-def reference_scores(q, k, q_pos, k_pos, sm_scale):
+def reference_scores(q, k, seen, sm_scale):
     """sm_scale * q k^T (B, HKV, G, M, N), -inf where not seen; q (B, HKV, G, M, D), k (B, HKV, N, D)."""
     s = einsum(q, k, "b h g m d, b h n d -> b h g m n") * sm_scale
-    return s if q_pos is None else s.masked_fill(k_pos > q_pos[:, None], -math.inf)
+    return s if seen is None else s.masked_fill(~seen, -math.inf)
 
 
-def reference_fwd(q, k, v, o, lse, q_pos, k_pos, sm_scale):
+def reference_fwd(q, k, v, o, lse, seen, sm_scale):
     """Fold keys and values into the softmax state (o, lse) of the queries and return the new state.
 
-    q, o (B, M, H, D), lse (B, H, M), k, v (B, N, HKV, D). q_pos (M,), k_pos (N,): query i sees key j where
-    k_pos[j] <= q_pos[i]; q_pos None: every key. Computes in the dtype of o, float32 or float64.
+    q, o (B, M, H, D), lse (B, H, M), k, v (B, N, HKV, D). seen (M, N) bool: whether query i sees key j; None:
+    all do. Computes in the dtype of o, float32 or float64.
     """
     G = q.shape[2] // k.shape[2]
     q, o = (rearrange(x.to(o.dtype), "b m (h g) d -> b h g m d", g=G) for x in (q, o))
     k, v = (rearrange(x.to(o.dtype), "b n h d -> b h n d") for x in (k, v))
     lse = rearrange(lse, "b (h g) m -> b h g m", g=G)
-    s = reference_scores(q, k, q_pos, k_pos, sm_scale)
+    s = reference_scores(q, k, seen, sm_scale)
     new_lse = torch.logaddexp(lse, s.logsumexp(-1))  # (B, HKV, G, M)
     safe = new_lse.masked_fill(new_lse == -math.inf, 0.0)  # a row that sees no key: o = 0, not nan
     o = o * (lse - safe).exp()[..., None]
@@ -103,13 +104,13 @@ def reference_fwd(q, k, v, o, lse, q_pos, k_pos, sm_scale):
     return rearrange(o, "b h g m d -> b m (h g) d"), rearrange(new_lse, "b h g m -> b (h g) m")
 
 
-def reference_bwd(q, k, v, do, lse, delta, q_pos, k_pos, sm_scale):
+def reference_bwd(q, k, v, do, lse, delta, seen, sm_scale):
     """What these keys and values add to dq, and these queries to dk and dv; arguments as in reference_fwd."""
     G = q.shape[2] // k.shape[2]
     q, do = (rearrange(x.to(lse.dtype), "b m (h g) d -> b h g m d", g=G) for x in (q, do))
     k, v = (rearrange(x.to(lse.dtype), "b n h d -> b h n d") for x in (k, v))
     lse, delta = (rearrange(x, "b (h g) m -> b h g m 1", g=G) for x in (lse, delta))
-    s = reference_scores(q, k, q_pos, k_pos, sm_scale)
+    s = reference_scores(q, k, seen, sm_scale)
     p = (s - lse.masked_fill(lse == -math.inf, math.inf)).exp()
     ds = p * (einsum(do, v, "b h g m d, b h n d -> b h g m n") - delta) * sm_scale
     dq = einsum(ds, k, "b h g m n, b h n d -> b h g m d")
@@ -155,37 +156,57 @@ def batch_slices(B, n_groups):
     return [slice(g * B // n_groups, (g + 1) * B // n_groups) for g in range(n_groups)]
 
 
-def rank_layouts(schedule, rank, n_ranks, T):
-    """One Layout per batch group."""
-    layouts = SCHEDULES[schedule].layouts(rank, n_ranks, T)
-    return layouts[:1] if n_ranks == 1 else layouts  # all are 0..T-1 on a ring of one, which takes any B
+def rank_layouts(schedule, rank, n_ranks, T, start=0):
+    """One Layout per batch group. start: the position of the first of T tokens on a ring of one."""
+    if n_ranks == 1:
+        return (Layout(start, 1, 0),)  # as under all schedules, but for any B
+    return SCHEDULES[schedule].layouts(rank, n_ranks, T)
 
 
 def layout_positions(layout, T, device=None):  # (T,) int64
     return layout.position(torch.arange(T, device=device), T)
 
 
-def positions(schedule, rank, n_ranks, T, B=1, device=None):
+def positions(schedule, rank, n_ranks, T, B=1, device=None, *, cu_seqlens=None):
     """Global positions of a rank's T tokens: (1, T) int64, or (B, T) under a schedule that splits the batch,
-    such as step, which needs B. Raises ValueError where the schedule, rank, T or B do not fit."""
+    such as step, which needs B. With cu_seqlens, see ring_attn, they restart at 0 in each document, as rotary
+    embeddings want them. Raises ValueError where the schedule, rank, T or B do not fit."""
     check_schedule(schedule, n_ranks, T, B)
     if not 0 <= rank < n_ranks:
         raise ValueError(f"{rank=} must be in 0..{n_ranks - 1}")
     layouts = rank_layouts(schedule, rank, n_ranks, T)
-    rows = [layout_positions(layout, T, device) for layout in layouts]
-    return rows[0][None] if len(rows) == 1 else torch.stack(rows).repeat_interleave(B // len(rows), 0)
+    rows = torch.stack([layout_positions(layout, T, device) for layout in layouts])
+    if len(rows) > 1:
+        rows = rows.repeat_interleave(B // len(rows), 0)
+    if cu_seqlens is not None:
+        check_documents(cu_seqlens, B, None, n_ranks * T)
+        starts = document_starts(cu_seqlens, n_ranks * T).to(rows.device)
+        rows = rows.expand(max(len(rows), len(starts)), T).contiguous()
+        begun = torch.searchsorted(starts.expand(len(rows), -1).contiguous(), rows, right=True)
+        rows = rows - starts.expand(len(rows), -1).gather(1, begun - 1)
+    return rows
 
 
-def shard(x, schedule, rank, n_ranks):
+def shard(x, schedule, rank, n_ranks, *, pad=False, pad_value=0):
     """The tokens of `rank`: (B, S, ...) -> (B, S // n_ranks, ...), a copy. Differentiable.
 
+    pad: first fill up the end of the sequences with pad_value to a length that the schedule can divide; then
+    give ring_attn the true length as seq_len. Targets take pad_value=-100, which cross_entropy ignores.
     Raises ValueError where n_ranks does not divide S, and as `positions` does.
     """
     B, S = x.shape[:2]
+    if pad and n_ranks > 1 and schedule in SCHEDULES:
+        x = torch.cat([x, x.new_full((B, -S % padded_to(schedule, n_ranks), *x.shape[2:]), pad_value)], 1)
+        S = x.shape[1]
     if n_ranks < 1 or S % n_ranks:
         raise ValueError(f"seq_len={S} must be a multiple of {n_ranks=}; {PAD_HINT}")
     rows = torch.arange(B, device=x.device)[:, None]
     return x[rows, positions(schedule, rank, n_ranks, S // n_ranks, B, x.device)]
+
+
+def padded_to(schedule, n_ranks):
+    """A sequence that ranks share has a multiple of so many tokens."""
+    return 1 if n_ranks == 1 else n_ranks * SCHEDULES[schedule].T_multiple
 
 
 def merge(shards, schedule):
@@ -199,8 +220,73 @@ def merge(shards, schedule):
 
 
 # -----------------------------------------------------------------------------
-# plan: what each rank does at each hop. Positions increase with the local index, so the keys that a query
-# sees under a causal mask are the first ones of a shard, and a count describes them
+# masks: which keys a query sees. Only Mask.keys knows. All else follows from it
+
+FULL, CAUSAL, INTERVAL = (constexpr(i) for i in range(3))  # how kernels find the keys of a query
+
+
+class Mask(NamedTuple):
+    """Positions are 0..S-1; those from `length` on are padding, which sees nothing and is not seen."""
+
+    kind: int  # FULL; CAUSAL; INTERVAL: anything, from tables of bounds
+    S: int
+    length: int
+    left: int  # a query sees so many keys before its own position, and so many behind it
+    right: int
+    documents: Any = None  # where documents begin: tuples, by sequence or one for all; "on device": in a tensor
+
+    def keys(self, p, starts=None):
+        """The first and the last position that queries at positions p (n,) see, each (n,). To change the mask,
+        change this (and `kind` to INTERVAL). first <= p <= last, and neither may decrease with p.
+
+        starts (B or 1, documents): where documents begin, increasing. The results are then (B or 1, n).
+        """
+        first, last = p - p.clamp(max=self.left), p + (self.length - 1 - p).clamp(max=self.right)
+        if starts is not None:
+            begun = torch.searchsorted(starts, p.expand(len(starts), len(p)).contiguous(), right=True)
+            ends = torch.nn.functional.pad(starts[:, 1:], (0, 1), value=self.S)
+            begun = (begun - 1).clamp(min=0)
+            first = torch.maximum(first, starts.gather(1, begun))
+            last = torch.minimum(last, ends.gather(1, begun) - 1)
+        return torch.where(p < self.length, first, self.length), last
+
+    def starts(self):
+        """`documents` as a tensor, where it holds them."""
+        return torch.tensor(self.documents) if isinstance(self.documents, tuple) else None
+
+
+def make_mask(S, causal=True, window=None, seq_len=None, documents=None, same_length=True):
+    """The Mask of these arguments of ring_attn."""
+    pair = (-1, -1) if window is None else window_pair(window)
+    left, right = (x if 0 <= x < S - 1 else INT_MAX for x in pair)
+    right, length = 0 if causal else right, S if seq_len is None else seq_len
+    kind = INTERVAL
+    if left == INT_MAX and length == S and documents is None and (same_length or not causal):
+        kind = {0: CAUSAL, INT_MAX: FULL}.get(right, INTERVAL)
+    return Mask(kind.value, S, length, left, right, documents)
+
+
+def document_starts(cu_seqlens, S):
+    """cu_seqlens (n + 1,) or (B, n + 1) -> where documents begin, (1 or B, n + 1) int64, in order."""
+    return cu_seqlens.reshape(-1, cu_seqlens.shape[-1]).long().clamp(0, S).cummax(-1).values
+
+
+def count_le(layouts, x, T):
+    """How many of the T local tokens of a layout are at or before x. layouts (..., 3), x (...)."""
+    start, stride, jump = layouts.unbind(-1)
+    first_half = (x - start) // stride + 1
+    second_half = (x - start - jump) // stride + 1 - T // 2
+    return first_half.clamp(0, T // 2) + second_half.clamp(0, T - T // 2)
+
+
+def padding_starts(mask, layouts, T):
+    """By batch group: the local token at which padding begins. Padding is the end of every rank's tokens."""
+    return count_le(torch.tensor(layouts), torch.tensor(mask.length - 1), T).tolist()
+
+
+# -----------------------------------------------------------------------------
+# plan: what each rank does at each hop. Positions increase with the local index, so the keys that queries see
+# are an interval of a shard
 
 
 class HopRow(NamedTuple):
@@ -214,76 +300,104 @@ class HopRow(NamedTuple):
     k_jump: int
     next_start: int  # the first key position of all later hops: queries before it are complete after this one
     carry: int  # rows of (o, lse), or of dq, that hold the result of earlier hops: 0 or T
-    carry_grad: int  # rows of dk, dv, from the first on, that hold what other ranks added
-
-    def positions(self, T, device=None):
-        """Those of the queries and those of the keys, (T,) each."""
-        return [layout_positions(Layout(*layout), T, device) for layout in (self[:3], self[3:6])]
+    held_begin: int  # rows of dk, dv that hold what other ranks added
+    held_end: int
+    fill_begin: int  # rows that must hold something after this hop, if only zeros
+    fill_end: int
+    home: int  # whether these are the own keys, whose gradients go from there to dk, dv
 
 
 class Hop(NamedTuple):
-    """What one rank does at one hop. Tuples have one entry per batch group."""
+    """What one rank does at one hop. Tuples have one entry per batch group: rows [begin, end) of a shard."""
 
     source: int  # the rank whose keys and values are at hand
     rows: tuple  # HopRows
-    seen: tuple  # rows of k, v that queries of this rank see, in whole tiles; all 0: nothing to compute
-    # between neighbours; the sender's and the receiver's numbers are equal:
+    seen: tuple  # rows of k, v that queries of this rank see, in whole tiles; all empty: nothing to compute
+    # between neighbours; the sender's and the receiver's rows are the same:
     send: tuple  # rows of k, v that the next rank, or one after it, needs
     recv: tuple  # rows of k, v that arrive for the next hop
-    send_grad: tuple  # rows of dk, dv that leave and are not 0 (backward)
+    send_grad: tuple  # rows of dk, dv that leave (backward)
     recv_grad: tuple
+    visible: bool = True  # whether there is anything to compute; hop 0 writes all results, if only zeros
     table: Any = None  # `rows` on the device, int32: see Ring.on_device
-
-    @property
-    def visible(self):
-        return any(self.seen)
+    bounds: Any = None  # Bounds, for the backend "torch" and where the mask's kind is INTERVAL
 
 
-def n_visible(q_layout, k_layout, T):
-    """How many of T keys the last of T queries sees under a causal mask, rounded up to whole tiles. Kernels
-    read whole tiles, and multiply values that no query sees by 0: those rows must hold numbers, not nan."""
-    ahead = q_layout.position(T - 1, T) - k_layout.start
-    first_half = ahead // k_layout.stride + 1
-    second_half = (ahead - k_layout.jump) // k_layout.stride + 1 - T // 2
-    n = min(max(first_half, 0), T // 2) + min(max(second_half, 0), T - T // 2)
-    return min(-(-n // ROW_PAD.value) * ROW_PAD.value, T)
+def is_some(interval):
+    return interval[1] > interval[0]
+
+
+def hull(intervals):
+    """The shortest interval that holds all of these; (0, 0) if they are empty."""
+    some = [interval for interval in intervals if is_some(interval)]
+    return (min(begin for begin, _ in some), max(end for _, end in some)) if some else (0, 0)
+
+
+@functools.lru_cache(maxsize=1024)
+def rows_seen(schedule, n_ranks, T, TK, mask):
+    """[rank][source][batch group]: the rows [begin, end) of the keys of `source` that the T queries of `rank`
+    see, in whole tiles. Kernels read whole tiles, and multiply values that no query sees by 0: those rows
+    must hold numbers, not nan."""
+    q_layouts, k_layouts = all_layouts(schedule, n_ranks, T, TK)
+    # between its halves a layout jumps; inside, the first query sees the first key, the last one the last
+    ends = [0, max(T // 2 - 1, 0), T // 2, T - 1]
+    p = torch.tensor([[[at.position(i, T) for i in ends] for at in layouts] for layouts in q_layouts])
+    k, starts, by_group = torch.tensor(k_layouts), mask.starts(), []  # p (ranks, groups, 4), k (ranks, groups, 3)
+    for g, group in enumerate(batch_slices(0 if starts is None else len(starts), p.shape[1])):
+        own = starts if starts is None or len(starts) == 1 else starts[group]
+        first, last = (x.view(-1, n_ranks, 1, 4) for x in mask.keys(p[:, g].flatten(), own))
+        begin = count_le(k[:, g, None], first[..., ::2] - 1, TK) // ROW_PAD.value * ROW_PAD.value
+        end = count_le(k[:, g, None], last[..., 1::2], TK)  # (sequences, ranks, sources, halves)
+        some = count_le(k[:, g, None], first[..., ::2] - 1, TK) < end
+        begin = begin.where(some, TK).amin((0, 3))
+        end = ((end + ROW_PAD.value - 1) // ROW_PAD.value * ROW_PAD.value).clamp(max=TK).where(some, 0).amax((0, 3))
+        by_group.append(torch.stack([begin.where(end > 0, 0), end], -1))
+    return [[[tuple(x) for x in groups] for groups in row] for row in torch.stack(by_group, 2).tolist()]
+
+
+def all_layouts(schedule, n_ranks, T, TK):
+    """Layouts of the T queries and of the TK keys, by rank and batch group. On a ring of one the last query
+    is at the position of the last key."""
+    q_start, k_start = max(TK - T, 0), max(T - TK, 0)
+    q_layouts = [rank_layouts(schedule, r, n_ranks, T, q_start) for r in range(n_ranks)]
+    return q_layouts, [rank_layouts(schedule, r, n_ranks, TK, k_start) for r in range(n_ranks)]
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(schedule, rank, n_ranks, T, causal, direction):
+def plan(schedule, rank, n_ranks, T, mask, direction, TK=None):
     """The hops of one rank: a tuple of n_ranks Hops. Hop 0 works on its own keys, those it holds at first.
 
     direction 1 (forward): keys move to the next rank, hop j has those of rank - j. direction -1 (backward):
     keys and their gradients move to the previous rank, hop j has those of rank + j. Hop 0 then comes last, as
-    the gradients of the own keys come home after hop n_ranks - 1.
+    the gradients of the own keys come home after hop n_ranks - 1. T queries and TK keys a rank (None: T).
     """
-    R = n_ranks
-    layouts = [rank_layouts(schedule, r, R, T) for r in range(R)]
+    R, TK = n_ranks, TK or T
+    q_layouts, k_layouts = all_layouts(schedule, R, T, TK)
     sources = [(rank - direction * j) % R for j in range(R)]
+    by_rank = rows_seen(schedule, R, T, TK, mask)
 
-    def most_seen(source, stops):  # by batch group, by the ranks that hold the keys of `source` at these hops
+    def seen_by(source, stops):  # by batch group, by the ranks that hold the keys of `source` at these hops
         ranks = [(source + direction * j) % R for j in stops]
-        most = [0] * len(layouts[0])
-        for r, (g, k_layout) in itertools.product(ranks, enumerate(layouts[source])):
-            most[g] = max(most[g], n_visible(layouts[r][g], k_layout, T) if causal else T)
-        return tuple(most)
+        return tuple(hull([by_rank[r][source][g] for r in ranks]) for g in range(len(q_layouts[0])))
 
     order = hop_order(R, direction)
-    seen = [most_seen(source, [j]) for j, source in enumerate(sources)]
+    seen = [seen_by(source, [j]) for j, source in enumerate(sources)]
     hops = []
     for j, source in enumerate(sources):
         done, rest = order[: order.index(j)], order[order.index(j) + 1 :]
         later, earlier, arriving = range(j + 1, R), range(1, j + 1), (source - direction) % R
         # added by the ranks before this one; to the own keys, whose turn comes last, by all other ranks
-        carry_grad = most_seen(source, range(1, j or R))
+        held = seen_by(source, range(1, j or R))
+        fill = seen_by(source, earlier) if j else [(0, TK)] * len(held)
         rows = []
-        for g, layout in enumerate(layouts[rank]):
-            first_keys = [layouts[sources[i]][g].position(0, T) if causal else -1 for i in rest]
-            next_start, carry = min(first_keys, default=INT_MAX), T if any(seen[i][g] for i in done) else 0
-            rows.append(HopRow(*layout, *layouts[source][g], next_start, carry, carry_grad[g]))
+        for g, layout in enumerate(q_layouts[rank]):
+            first_keys = [k_layouts[sources[i]][g].start for i in rest]
+            next_start = min(first_keys, default=INT_MAX) if mask.kind == CAUSAL.value or not rest else -1
+            carry = T if any(i == 0 or is_some(seen[i][g]) for i in done) else 0
+            rows.append(HopRow(*layout, *k_layouts[source][g], next_start, carry, *held[g], *fill[g], j == 0))
         # send, recv, send_grad, recv_grad
-        moves = [most_seen(s, stops) for stops in (later, earlier) for s in (source, arriving)]
-        hops.append(Hop(source, tuple(rows), seen[j], *moves))
+        moves = [seen_by(s, stops) for stops in (later, earlier) for s in (source, arriving)]
+        hops.append(Hop(source, tuple(rows), seen[j], *moves, j == 0 or any(map(is_some, seen[j]))))
     return tuple(hops)
 
 
@@ -292,22 +406,123 @@ def hop_order(n_ranks, direction):
     return [*range(n_ranks)] if direction > 0 else [*range(1, n_ranks), 0]
 
 
-def keys_moved(schedule, n_ranks, T, B=1, causal=True, transport="symmetric"):
+def keys_moved(schedule, n_ranks, T, B=1, causal=True, transport="symmetric", *, window=None, cu_seqlens=None,
+               seq_len=None):  # fmt: skip
     """Rows (tokens of one sequence) of keys and values that each rank receives in a forward: a list by rank.
 
     transport "symmetric": what its queries see, in whole tiles of 128; "p2p": also what a rank after it sees.
     Full attention, and striped under any mask, move (n_ranks - 1) * T * B. Under a causal mask "symmetric"
-    moves half of that under contiguous and step on average, three quarters under zigzag. Raises ValueError as
-    `positions` does.
+    moves half of that under contiguous and step on average, three quarters under zigzag; under a window
+    contiguous and zigzag move about the window. cu_seqlens count on a CPU, as in ring_attn. Raises ValueError
+    as `positions` and ring_attn do.
     """
     check_schedule(schedule, n_ranks, T, B)
     check_transport(transport)
+    S = n_ranks * T
+    check_mask(causal, window, cu_seqlens, seq_len, B, S, S)
+    mask = make_mask(S, causal, window, seq_len, documents_of(cu_seqlens, S))
     moved = []
     for rank in range(n_ranks):
-        hops = plan(schedule, rank, n_ranks, T, causal, 1)
+        hops = plan(schedule, rank, n_ranks, T, mask, 1)
         rows = [hop.seen for hop in hops[1:]] if transport == "symmetric" else [hop.recv for hop in hops]
-        moved.append(sum(n * B // len(counts) for counts in rows for n in counts))
+        moved.append(sum((end - begin) * B // len(groups) for groups in rows for begin, end in groups))
     return moved
+
+
+def documents_of(cu_seqlens, S):
+    """Mask.documents of cu_seqlens."""
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+        return cu_seqlens if cu_seqlens is None else "on device"
+    return tuple(map(tuple, document_starts(cu_seqlens, S).tolist()))
+
+
+# -----------------------------------------------------------------------------
+# bounds: the mask as tables, for each query and key of a rank, at each hop
+
+
+class Bounds(NamedTuple):
+    """int32 tensors of one hop. `sets` of bounds: one a batch group, or one a sequence where documents are
+    its own."""
+
+    rows: Any  # (sets, 3, T): query i sees the keys [begin, end); does it see any at a later hop?
+    columns: Any = None  # (sets, 2, TK): key j is seen by the queries [begin, end). Backward
+    tiles: Any = None  # (sets, tiles, TILE_COLUMNS): of the resident rows of a Hopper kernel
+
+
+def make_bounds(hops, mask, B, T, TK, starts, direction, tile, device):
+    """Bounds of all hops. starts: of documents, for Mask.keys. tile: rows of a tile that is resident and of one
+    that is streamed in Hopper's kernel, or None."""
+    rows = torch.tensor([[row[:6] for row in hop.rows] for hop in hops], device=device)  # (hops, groups, 6)
+    begins, ends = [], []
+    for g, group in enumerate(batch_slices(B, rows.shape[1])):
+        own = starts if starts is None or len(starts) == 1 else starts[group]
+        q_layout, k_layouts = Layout(*hops[0].rows[g][:3]), rows[:, g, None, None, 3:]
+        first, last = mask.keys(layout_positions(q_layout, T, device), own)  # (T,) or (sets, T)
+        begins.append(count_le(k_layouts, first - 1, TK))
+        ends.append(count_le(k_layouts, last, TK))
+    begin, end = torch.cat(begins, 1), torch.cat(ends, 1)  # (hops, sets, T): neither decreases along T
+    some = end > begin
+    later, ahead = torch.zeros_like(some), torch.zeros_like(some[0])
+    for j in reversed(hop_order(len(hops), direction)):
+        later[j] = ahead
+        ahead = ahead | some[j]
+    by_row = torch.stack([begin.where(some, TK), end.where(some, 0), later.long()], 2).int()
+    by_column = tiles = None
+    if direction < 0:
+        key = torch.arange(TK, device=device).expand(*begin.shape[:2], TK).contiguous()
+        first, stop = torch.searchsorted(end, key, right=True), torch.searchsorted(begin, key, right=True)
+        some = stop > first
+        by_column = torch.stack([first.where(some, T), stop.where(some, 0)], 2).int()
+    if tile:
+        resident = by_column if direction < 0 else by_row
+        tiles = tile_bounds(resident, T if direction < 0 else TK, *tile, direction)
+    return [Bounds(*(x if x is None else x[j] for x in (by_row, by_column, tiles))) for j in range(len(hops))]
+
+
+def needs_bounds(mask, backend):
+    return mask.kind == INTERVAL.value or backend == "torch"
+
+
+def with_bounds(hops, *args):
+    return tuple(hop._replace(bounds=bounds) for hop, bounds in zip(hops, make_bounds(hops, *args)))
+
+
+def bounds_tile(backend, q, direction):
+    """Rows of a resident and of a streamed tile of a Hopper kernel; None for other backends."""
+    if backend != "gluon":
+        return None
+    consumers, streamed, _ = HOPPER_TILES["fwd" if direction > 0 else "bwd"][padded_head_dim(q.shape[-1])]
+    return (64 * consumers if direction > 0 else BWD_ROWS.value), streamed
+
+
+# columns of Bounds.tiles. Streamed tiles that some row sees, [begin, end), and that all rows see, [full_begin,
+# full_end); forward: whether a row sees a key at a later hop; backward: those before wait_end wait for `turn`
+TILE_COLUMNS = constexpr(8)
+BEGIN, FULL_BEGIN, FULL_END, END, LATER, TURN, WAIT_END = (constexpr(i) for i in (0, 1, 2, 3, 4, 4, 5))
+
+
+def tile_bounds(bounds, n, BLOCK, STREAMED, direction):
+    """Bounds.tiles of all hops. bounds (hops, sets, 2 or more, rows): by row; n: how many streamed rows."""
+    n_rows = bounds.shape[-1]
+    begin, end = bounds[:, :, 0], bounds[:, :, 1]
+    begin = torch.nn.functional.pad(begin, (0, -n_rows % BLOCK), value=n).unflatten(-1, (-1, BLOCK))
+    end = torch.nn.functional.pad(end, (0, -n_rows % BLOCK), value=0).unflatten(-1, (-1, BLOCK))
+    last = (end.amax(-1) + STREAMED - 1) // STREAMED  # (hops, sets, tiles)
+    first = torch.minimum(begin.amin(-1) // STREAMED, last)
+    full_begin = torch.minimum((begin.amax(-1) + STREAMED - 1) // STREAMED, last).maximum(first)
+    full_end = (end.amin(-1) // STREAMED).maximum(full_begin).minimum(last)
+    columns = [first, full_begin, full_end, last]
+    if direction > 0:
+        later = torch.nn.functional.pad(bounds[:, :, 2], (0, -n_rows % BLOCK)).unflatten(-1, (-1, BLOCK))
+        columns.append(later.amax(-1))
+    else:  # dq gets its parts in the order of the key tiles. Tiles without queries are left out
+        number = torch.arange(first.shape[-1], device=first.device).expand_as(first)
+        turn = (number + 1).where(last > first, 0).cummax(-1).values  # 1 + the last tile so far with queries
+        turn = torch.nn.functional.pad(turn[..., :-1], (1, 0))
+        before = torch.nn.functional.pad(last, (1, 0)).gather(-1, turn)
+        columns += [turn, before]
+    columns += [torch.zeros_like(first)] * (TILE_COLUMNS.value - len(columns))
+    return torch.stack(columns, -1).int()
 
 
 # -----------------------------------------------------------------------------
@@ -325,33 +540,43 @@ class Backend(NamedTuple):
     postprocess: Callable  # writes dq where `backward` does not
 
 
-def forward_hops(ring, q, k, v, schedule, causal, sm_scale, backend, transport):
+def forward_hops(ring, q, k, v, sinks, cu_seqlens, schedule, mask, sm_scale, backend, transport):
     """o (B, T, H, D) like q, and lse (B, H, T)."""
     B, T, H, D = q.shape
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
+    (q_layouts, k_layouts) = own_layouts(ring, schedule, q, k)
+    q = without_padding(mask, q_layouts, q)
+    k, v = (without_padding(mask, k_layouts, x) for x in (k, v))
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(B, H, T, dtype=acc_dtype, device=q.device)
     acc = accumulator(o, acc_dtype, ring.n_ranks, backend)
-    link = ring.link(transport, schedule, k, v, causal, 1)
-    for j, hop in enumerate(ring.on_device(link.hops, q.device)):
+    link = ring.link(transport, schedule, k, v, T, mask, 1)
+    for j, hop in enumerate(ring.on_device(link.hops, q, k, cu_seqlens, mask, 1, backend)):
         k_hop, v_hop = link.keys(j)
         if hop.visible:
-            BACKENDS[backend].forward(q, k_hop, v_hop, o, acc, lse, hop, causal, sm_scale)
+            first = sinks if j == 0 else None  # they are in the state from the first hop on
+            BACKENDS[backend].forward(q, k_hop, v_hop, o, acc, lse, first, hop, mask.kind, sm_scale)
         yield
     link.finish()
+    for rows, n in zip(batch_slices(B, len(q_layouts)), padding_starts(mask, q_layouts, T)):
+        lse[rows, :, n:] = -math.inf  # also with sinks
     yield o, lse
 
 
-def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, backend, transport,
-                  deterministic):  # fmt: skip
-    """dq, dk, dv. Every hop adds to dk, dv of its keys and sends them on; the next hop waits for those of its
-    own. The own keys come last. Theirs may still be on the way when their kernel starts: see pass_on."""
-    kernels, R = BACKENDS[backend], ring.n_ranks
+def backward_hops(ring, q, k, v, o, lse, do, dlse, sinks, cu_seqlens, schedule, mask, sm_scale, backend,
+                  transport, deterministic):  # fmt: skip
+    """dq, dk, dv, dsinks. Every hop adds to dk, dv of its keys and sends them on; the next hop waits for those
+    of its own. The own keys come last. Theirs may still be on the way when their kernel starts: see pass_on."""
+    kernels, R, T = BACKENDS[backend], ring.n_ranks, q.shape[1]
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
+    q_layouts, k_layouts = own_layouts(ring, schedule, q, k)
+    q, do = (without_padding(mask, q_layouts, x) for x in (q, do))
+    k, v = (without_padding(mask, k_layouts, x) for x in (k, v))
+    dlse = dlse if dlse is None else swap(without_padding(mask, q_layouts, swap(dlse)))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     state, coming = kernels.preprocess(o, do, lse, dlse, dq, R)
-    link = ring.link(transport, schedule, k, v, causal, -1, acc_dtype)
-    hops = ring.on_device(link.hops, q.device)
+    link = ring.link(transport, schedule, k, v, T, mask, -1, acc_dtype)
+    hops = ring.on_device(link.hops, q, k, cu_seqlens, mask, -1, backend)
     link.keys(0)  # the next rank's are on their way
     yield
     for j in hop_order(R, -1):
@@ -359,14 +584,38 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, schedule, causal, sm_scale, b
         grads = link.grads(j or R) if R > 1 else [accumulator(x, acc_dtype, 1, backend) for x in (dk, dv)]
         if hops[j].visible:
             out = grads if j else (dk, dv)
-            args = hops[j], j, causal, sm_scale, deterministic
+            args = hops[j], j, mask.kind, sm_scale, deterministic
             kernels.backward(q, k_hop, v_hop, do, state, dq, *out, *grads, *args)
         if j:
             link.pass_on(j, coming if j == R - 1 else None)
         yield
     kernels.postprocess(state, dq, sm_scale)
     link.finish()
-    yield dq, dk, dv
+    yield dq, dk, dv, sink_gradient(sinks, lse, state[0][1])
+
+
+def sink_gradient(sinks, lse, delta):
+    """dsinks (H,), the part of these queries; sinks None: (0,). A sink is a key whose value is 0."""
+    if sinks is None:
+        return lse.new_empty(0)
+    p = (sinks.to(lse.dtype)[:, None] - lse.masked_fill(lse == -math.inf, math.inf)).exp()  # (B, H, T)
+    delta = delta.view(*lse.shape[:2], -1)[:, :, : lse.shape[2]]
+    return -(p * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def own_layouts(ring, schedule, q, k):
+    """Of the queries and of the keys of this rank."""
+    return [x[ring.rank] for x in all_layouts(schedule, ring.n_ranks, q.shape[1], k.shape[1])]
+
+
+def without_padding(mask, layouts, x):
+    """x (B, T, ...) with zeros where padding is, which may hold anything; x itself where there is none."""
+    if mask.length == mask.S:
+        return x
+    x = x.clone()
+    for rows, n in zip(batch_slices(len(x), len(layouts)), padding_starts(mask, layouts, x.shape[1])):
+        x[rows, n:] = 0
+    return x
 
 
 def accumulator(x, acc_dtype, n_hops, backend):
@@ -387,24 +636,25 @@ def unused_argument(dtype, device):
 # one hop in plain torch: the backend "torch". The kernels of parts II and III take the same arguments
 
 
-def torch_blocks(hop, B, T, causal, device, block=512):
-    """Blocks of queries and the keys that they see: (batch slice, query slice, key slice, q_pos, k_pos)."""
-    for row, b in zip(hop.rows, batch_slices(B, len(hop.rows))):
-        q_pos, k_pos = row.positions(T, device)
+def torch_blocks(hop, B, T, block=512):
+    """Blocks of queries and the keys that they see: (batch slice, query slice, key slice, seen)."""
+    for rows, b in zip(hop.bounds.rows, batch_slices(B, len(hop.bounds.rows))):
         for start in range(0, T, block):
             m = slice(start, min(start + block, T))
-            n = int((k_pos <= q_pos[m][-1]).sum()) if causal else T
-            if n:
-                yield b, m, slice(n), q_pos[m] if causal else None, k_pos[:n]
+            begin, end, _ = rows[:, m, None]  # (M, 1)
+            n = slice(int(begin.min()), int(end.max()))
+            if n.start < n.stop:
+                j = torch.arange(n.start, n.stop, device=rows.device)
+                yield b, m, n, (begin <= j) & (j < end)
 
 
-def torch_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
+def torch_fwd(q, k, v, o, acc, lse, sinks, hop, mask, sm_scale):
     if not hop.rows[0].carry:
         acc.zero_()
-        lse.fill_(-math.inf)
-    for b, m, n, q_pos, k_pos in torch_blocks(hop, *q.shape[:2], causal, q.device):
+        lse[:] = -math.inf if sinks is None else sinks[:, None]
+    for b, m, n, seen in torch_blocks(hop, *q.shape[:2]):
         state = acc[b, m], lse[b, :, m]
-        acc[b, m], lse[b, :, m] = reference_fwd(q[b, m], k[b, n], v[b, n], *state, q_pos, k_pos, sm_scale)
+        acc[b, m], lse[b, :, m] = reference_fwd(q[b, m], k[b, n], v[b, n], *state, seen, sm_scale)
     o.copy_(acc)
 
 
@@ -412,17 +662,18 @@ def torch_preprocess(o, do, lse, dlse, dq, n_hops):
     """lse and delta = rowsum(do * o) - dlse; so a gradient of lse, too, enters ds = p * (dp - delta)."""
     delta = einsum(o.to(lse.dtype), do.to(lse.dtype), "b t h d, b t h d -> b h t")
     delta = delta if dlse is None else delta - dlse
-    return (lse, delta, accumulator(dq, lse.dtype, n_hops, "torch")), None
+    return ((lse, delta), accumulator(dq, lse.dtype, n_hops, "torch")), None
 
 
-def torch_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, sm_scale, deterministic):
-    *lse_delta, dq_acc = state
+def torch_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, mask, sm_scale, deterministic):
+    lse_delta, dq_acc = state
     for row, b in zip(hop.rows, batch_slices(len(q), len(hop.rows))):
-        for x, n in ((dq_acc, row.carry), (dk_acc, row.carry_grad), (dv_acc, row.carry_grad)):
-            x[b, n:].zero_()  # nobody has added anything there
-    for b, m, n, *seen in torch_blocks(hop, *q.shape[:2], causal, q.device):
+        for x, begin, end in ((dq_acc, 0, row.carry), *((x, row.held_begin, row.held_end) for x in (dk_acc, dv_acc))):
+            x[b, :begin].zero_()  # nobody has added anything there
+            x[b, end:].zero_()
+    for b, m, n, seen in torch_blocks(hop, *q.shape[:2]):
         rows = [x[b, :, m] for x in lse_delta]
-        grads = reference_bwd(q[b, m], k[b, n], v[b, n], do[b, m], *rows, *seen, sm_scale)
+        grads = reference_bwd(q[b, m], k[b, n], v[b, n], do[b, m], *rows, seen, sm_scale)
         for x, at, grad in zip((dq_acc, dk_acc, dv_acc), (m, n, n), grads):
             x[b, at] += grad
     for x, acc in ((dq, dq_acc), (dk, dk_acc), (dv, dv_acc)):
@@ -447,10 +698,10 @@ class P2P:
     """Neighbours pass keys on by send and receive (NCCL or gloo, any number of hosts). A rank holds at most
     two shards of other ranks, and two of gradients."""
 
-    def __init__(self, ring, schedule, k, v, causal, direction, acc_dtype=None):
-        """acc_dtype: the dtype of gradients on the way, if there will be any."""
+    def __init__(self, ring, schedule, k, v, T, mask, direction, acc_dtype=None):
+        """T: of the queries. acc_dtype: the dtype of gradients on the way, if there will be any."""
         self.ring, self.kv, self.direction = ring, (k, v), direction
-        self.hops = plan(schedule, ring.rank, ring.n_ranks, k.shape[1], causal, direction)
+        self.hops = plan(schedule, ring.rank, ring.n_ranks, T, mask, direction, k.shape[1])
         n_kv = min(2, ring.n_ranks - 1)
         self.kv_staging = [[torch.empty_like(x) for x in (k, v)] for _ in range(n_kv)]
         n_grad = 2 if n_kv and acc_dtype else 0
@@ -462,7 +713,7 @@ class P2P:
             self.wait_keys()
             self.kv = self.kv_staging[(j - 1) % 2]
         if j < len(self.hops) - 1:  # posted before the kernel of this hop, under which they move
-            send, recv = first_rows(self.kv, hop.send), first_rows(self.kv_staging[j % 2], hop.recv)
+            send, recv = rows_of(self.kv, hop.send), rows_of(self.kv_staging[j % 2], hop.recv)
             self.wait_keys = self.ring.exchange(send, recv, self.direction, ("keys", j + 1))
         return self.kv
 
@@ -472,23 +723,26 @@ class P2P:
         return self.grad_staging[j % 2]
 
     def pass_on(self, j, coming):
-        send = first_rows(self.grad_staging[j % 2], self.hops[j].send_grad)
-        recv = first_rows(self.grad_staging[(j + 1) % 2], self.hops[j].recv_grad)
+        send = rows_of(self.grad_staging[j % 2], self.hops[j].send_grad)
+        recv = rows_of(self.grad_staging[(j + 1) % 2], self.hops[j].recv_grad)
         self.wait_grads = self.ring.exchange(send, recv, self.direction, ("gradients", j + 1))
 
     def finish(self):
         pass
 
 
-def first_rows(tensors, rows):
-    """Contiguous views of the first rows[g] tokens of each sequence of batch group g; tensors (B, T, ...)."""
+def rows_of(tensors, rows):
+    """Contiguous views of the tokens [begin, end) = rows[g] of each sequence of batch group g; tensors
+    (B, T, ...)."""
     B, T = tensors[0].shape[:2]
-    if all(n == T for n in rows):
+    if all(group == (0, T) for group in rows):
         return list(tensors)
     views = []
-    for x, (group, n) in itertools.product(tensors, zip(batch_slices(B, len(rows)), rows)):
-        if n:
-            views += [x[group]] if n == T else [x[b, :n] for b in range(group.start, group.stop)]
+    for x, (group, (begin, end)) in itertools.product(tensors, zip(batch_slices(B, len(rows)), rows)):
+        if end - begin == T:
+            views.append(x[group])
+        elif end > begin:
+            views += [x[b, begin:end] for b in range(group.start, group.stop)]
     return views
 
 
@@ -509,10 +763,22 @@ class VirtualRing:
         self.rank, self.prev_rank, self.next_rank = 0, n_ranks - 1, 1 % n_ranks
         self.agreed, self.tables = {}, {}
 
-    def on_device(self, hops, device):
+    def on_device(self, hops, q, k, cu_seqlens, mask, direction, backend):
         """hops with their tables on the device, which the ring keeps, as CUDA graphs go on reading them."""
-        key = hops, device
-        return self.tables.get(key) or self.tables.setdefault(key, on_device(hops, device))
+        (B, T), TK = q.shape[:2], k.shape[1]
+        tile = bounds_tile(backend, q, direction)
+        key = hops, mask, B, TK, direction, backend, tile, q.device
+        if key not in self.tables:
+            self.tables[key] = on_device(hops, q.device)
+            if needs_bounds(mask, backend) and mask.documents != "on device":
+                starts = mask.starts()
+                starts = starts if starts is None else starts.to(q.device)
+                self.tables[key] = with_bounds(self.tables[key], mask, B, T, TK, starts, direction, tile, q.device)
+        hops = self.tables[key]
+        if mask.documents == "on device":
+            starts = document_starts(cu_seqlens, mask.S)
+            hops = with_bounds(hops, mask, B, T, TK, starts, direction, tile, q.device)
+        return hops
 
     def agree(self, signature, problem):
         if problem:
@@ -524,10 +790,16 @@ class VirtualRing:
     def run(self, hops, tensors, schedule, *args):
         mail, loops = {}, []
         for rank in range(self.n_ranks):
-            cut = [x if x is None else swap(shard(swap(x), schedule, rank, self.n_ranks)) for x in tensors]
+            # all but sinks and cu_seqlens, which come last
+            cut = [x if x is None else swap(shard(swap(x), schedule, rank, self.n_ranks)) for x in tensors[:-2]]
+            cut += tensors[-2:]
             loops.append(hops(VirtualRank(self, rank, mail), *cut, schedule, *args))
         *_, results = zip(*loops)  # takes all ranks one hop further at a time
-        return tuple(swap(merge([swap(x) for x in shards], schedule)) for shards in zip(*results))
+        merged = []
+        for shards in zip(*results):
+            parts = shards[0].ndim == 1  # dsinks: each rank has the part of its queries
+            merged.append(sum(shards) if parts else swap(merge([swap(x) for x in shards], schedule)))
+        return tuple(merged)
 
 
 class VirtualRank:
@@ -717,12 +989,15 @@ def process_ring(group):
 
 
 def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None, return_lse=False, *,
-              backend=None, transport=None, deterministic=True):  # fmt: skip
+              backend=None, transport=None, deterministic=True, window=None, cu_seqlens=None, sinks=None,
+              seq_len=None):  # fmt: skip
     """softmax(sm_scale * q k^T) v over a sequence sharded over the ranks of `group`. Differentiable once.
 
     q: (B, T, H, D), k, v: (B, T, HKV, D): this rank's tokens under `schedule`, see `shard`; T, B the same on
        every rank. bfloat16, float16 or float32 (float64 in the torch path). H a multiple of HKV; D up to 256.
-       Any strides. Under torch.autocast they are cast as scaled_dot_product_attention casts them.
+       Any strides. Under torch.autocast they are cast as scaled_dot_product_attention casts them. k, v may
+       have another T: on a ring if causal=False, each its shards; on one GPU the last query is at the last
+       key (bottom right), and rows that see no key give o = 0, lse = -inf.
     schedule: a key of SCHEDULES. Under causal=False all of them give the same result.
     group: a process group; None: the default one, or a ring of one if there is none; a VirtualRing; a Ring.
     sm_scale: above 0; None means D ** -0.5.
@@ -737,6 +1012,17 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     deterministic: the same inputs give the same gradients, to the bit. False: Hopper's kernel adds up dq in
        any order, which is mostly faster under a causal mask. Under torch.use_deterministic_algorithms(True) a
        forward whose gradients are wanted then raises.
+    window: W >= 1 under causal=True: query i sees the keys i - W < j <= i. Or (left, right): i - left <= j <=
+       i + right, each 0 or more, None or -1 for all; causal makes right 0. Positions are global.
+    cu_seqlens: int32 (n + 1,), or (B, n + 1) for each sequence its own: documents packed into the sequences,
+       the d-th at global positions cu_seqlens[d]..cu_seqlens[d + 1] - 1. Queries see their own document. The
+       same on every rank; begins with 0, ends with the true or the padded length; equal neighbours are an
+       empty document. On a CPU: checked, and hops and rows that nobody sees neither move nor count. On a GPU:
+       not checked, but clipped; there is no host sync, and CUDA graphs may be replayed with other values.
+    sinks: (H,), a logit for each head in the softmax's denominator, and in lse; learnable. The gradient is the
+       part of this rank's queries, as of any weight; a VirtualRing returns the sum.
+    seq_len: the true global length, where the end of the sequence is padding: see `shard`. Padding may hold
+       anything; there o = 0, lse = -inf, and gradients are 0.
     Returns o, (B, T, H, D), in the dtype of q.
 
     Calls of one ring share staging memory and flags. Eager calls may be on any stream, as each waits for the
@@ -748,14 +1034,15 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     derivative is asked for.
     """
     options = causal, sm_scale, return_lse, backend, transport, deterministic
-    return attend(q, k, v, schedule, resolve_ring(group), *options)
+    return attend(q, k, v, schedule, resolve_ring(group), *options, window, cu_seqlens, sinks, seq_len)
 
 
-def flash_attn_func(q, k, v, bias=None, causal=True, sm_scale=None, *, deterministic=True):
-    """ring_attn on a ring of one, whatever the process group: (B, T, H, D). bias must be None. deterministic:
-    as for ring_attn."""
-    options = dict(deterministic=deterministic, problem=bias_problem(bias))
-    return attend(q, k, v, "contiguous", ALONE, causal, sm_scale, **options)
+def flash_attn_func(q, k, v, bias=None, causal=True, sm_scale=None, *, return_lse=False, backend=None,
+                    deterministic=True, window=None, cu_seqlens=None, sinks=None, seq_len=None):  # fmt: skip
+    """ring_attn on a ring of one, whatever the process group: (B, T, H, D). bias must be None. All else: as for
+    ring_attn."""
+    options = causal, sm_scale, return_lse, backend, None, deterministic, window, cu_seqlens, sinks, seq_len
+    return attend(q, k, v, "contiguous", ALONE, *options, bias_problem(bias))
 
 
 def public_name(schedule):
@@ -771,23 +1058,24 @@ def named_attn_func(schedule):
     """The public function of one schedule, NAME_attn_func."""
 
     def func(q, k, v, n_ranks, rank, prev_rank, next_rank, bias=None, causal=True, sm_scale=None, *,
-             group=None, transport=None, deterministic=True):  # fmt: skip
+             group=None, transport=None, deterministic=True, window=None, cu_seqlens=None, sinks=None,
+             seq_len=None):  # fmt: skip
         ring = ALONE if n_ranks == 1 and group is None else resolve_ring(group)
         given, problem = (n_ranks, rank, prev_rank, next_rank), bias_problem(bias)
         actual = ring.n_ranks, ring.rank, ring.prev_rank, ring.next_rank
         if given != actual:
             names = "n_ranks, rank, prev_rank, next_rank"
             problem = f"{names} are {given}; in this process group they are {actual}"
-        options = dict(transport=transport, deterministic=deterministic, problem=problem)
-        return attend(q, k, v, schedule, ring, causal, sm_scale, **options)
+        options = transport, deterministic, window, cu_seqlens, sinks, seq_len, problem
+        return attend(q, k, v, schedule, ring, causal, sm_scale, False, None, *options)
 
     func.__name__ = func.__qualname__ = f"{public_name(schedule)}_attn_func"
     func.__doc__ = f"""ring_attn(q, k, v, schedule="{schedule}") with the ring's ranks as arguments.
 
     q: (B, T, H, D), k, v: (B, T, HKV, D), this rank's tokens, see `shard`. Ranks are those within `group`
     (default: all processes); n_ranks = 1 without a group is a local call, whatever the process group.
-    bias must be None. transport, deterministic: as for ring_attn. Returns o (B, T, H, D). Raises ValueError
-    as ring_attn does, and for other ranks than the group's.
+    bias must be None. All other arguments: as for ring_attn. Returns o (B, T, H, D). Raises ValueError as
+    ring_attn does, and for other ranks than the group's.
     """
     return func
 
@@ -797,26 +1085,28 @@ globals().update({f.__name__: f for f in ATTN_FUNCS.values()})  # ring_attn_func
 
 
 @torch.compiler.disable  # a graph break, where a model calls it under torch.compile
-def unshard(x, schedule, group=None):
+def unshard(x, schedule, group=None, *, seq_len=None):
     """The inverse of `shard`: every rank's (B, T, ...) -> the whole (B, S, ...), on every rank. Memory O(S).
+    seq_len: the true length, to cut off what `shard` has padded.
 
     Differentiable once, for a loss that every rank computes alike from the whole: the gradient is this rank's
     part. Raises ValueError on every rank if the schedule cannot divide x, or the ranks' shapes differ.
     """
     ring = resolve_ring(group)
-    signature = dict(x=summary(x), schedule=repr(schedule))
-    agree_once(ring, tuple(signature.values()), signature, None, lambda: check_unshard(x, schedule, ring))
-    return x if ring.n_ranks == 1 else Unshard.apply(x.contiguous(), schedule, ring)
+    signature = dict(x=summary(x), schedule=repr(schedule), seq_len=repr(seq_len))
+    check = functools.partial(check_unshard, x, schedule, ring, seq_len)
+    agree_once(ring, tuple(signature.values()), signature, None, check)
+    return (x if ring.n_ranks == 1 else Unshard.apply(x.contiguous(), schedule, ring))[:, :seq_len]
 
 
 def work(schedule, n_ranks, T=256):
     """By rank and hop of a causal forward: (whose keys, the share of the scores that is computed)."""
 
     def share(row):
-        q_pos, k_pos = row.positions(T)
+        q_pos, k_pos = (layout_positions(Layout(*layout), T) for layout in (row[:3], row[3:6]))
         return (k_pos <= q_pos[:, None]).double().mean().item()
 
-    plans = [plan(schedule, rank, n_ranks, T, True, 1) for rank in range(n_ranks)]
+    plans = [plan(schedule, rank, n_ranks, T, make_mask(n_ranks * T), 1) for rank in range(n_ranks)]
     return [[(hop.source, sum(map(share, hop.rows)) / len(hop.rows)) for hop in hops] for hops in plans]
 
 
@@ -838,8 +1128,10 @@ def draw(n_ranks=4, T=256):
 # =============================================================================
 # Part II: portable Triton kernels, for every GPU, and for CPU tensors in Triton's interpreter
 
-COLUMNS = "q_start", "k_start", "next_start", "carry", "carry_grad"
-Q_LAYOUT, K_LAYOUT, NEXT_START, CARRY, CARRY_GRAD = (constexpr(HopRow._fields.index(x)) for x in COLUMNS)
+Q_LAYOUT, K_LAYOUT, NEXT_START, CARRY, HELD_BEGIN, HELD_END, FILL_BEGIN, FILL_END, HOME = (
+    constexpr(HopRow._fields.index(x))
+    for x in "q_start k_start next_start carry held_begin held_end fill_begin fill_end home".split()
+)
 HOP_COLUMNS = constexpr(len(HopRow._fields))  # HOP points to a table of HopRows, one per batch group
 
 
@@ -861,15 +1153,41 @@ def n_le(layout, x, T):
 
 
 @triton.jit
-def keys_seen(hop, i, T, CAUSAL: constexpr):
-    """How many of the T keys query i sees, at the hop of a HopRow: the first ones."""
-    return n_le(hop + K_LAYOUT, position(hop + Q_LAYOUT, i, T), T) if CAUSAL else T + 0 * i
+def keys_seen(hop, i, T, TK, MASK: constexpr):
+    """How many of the TK keys query i sees, at the hop of a HopRow: the first ones. Not for INTERVAL."""
+    return n_le(hop + K_LAYOUT, position(hop + Q_LAYOUT, i, T), T) if MASK == CAUSAL else TK + 0 * i
 
 
 @triton.jit
-def first_query(hop, j, T, CAUSAL: constexpr):
-    """The first of T queries to see key j; all later ones do, too."""
-    return n_le(hop + Q_LAYOUT, position(hop + K_LAYOUT, j, T) - 1, T) if CAUSAL else 0 * j
+def first_query(hop, j, T, MASK: constexpr):
+    """The first of T queries to see key j; all later ones do, too. Not for INTERVAL."""
+    return n_le(hop + Q_LAYOUT, position(hop + K_LAYOUT, j, T) - 1, T) if MASK == CAUSAL else 0 * j
+
+
+@triton.jit
+def load_bounds(bounds, i, n, n_other):
+    """[begin, end) of rows i of n, from Bounds.rows or .columns; empty from n on."""
+    begin = tl.load(bounds + i, mask=i < n, other=n_other)
+    return begin, tl.load(bounds + n + i, mask=i < n, other=0)
+
+
+@triton.jit
+def tile_bounds_of(begin, end, BLOCK: constexpr):
+    """In whole tiles of BLOCK: [begin, end) that some row sees, [full_begin, full_end) that all rows see."""
+    last = tl.cdiv(tl.max(end, 0), BLOCK) * BLOCK
+    first = tl.minimum(tl.min(begin, 0) // BLOCK * BLOCK, last)
+    full_begin = tl.maximum(tl.minimum(tl.cdiv(tl.max(begin, 0), BLOCK) * BLOCK, last), first)
+    full_end = tl.minimum(tl.maximum(tl.min(end, 0) // BLOCK * BLOCK, full_begin), last)
+    return first, full_begin, full_end, last
+
+
+@triton.jit
+def held_and_written(hop, j):
+    """Of the tile that begins with key j: do dk, dv hold what other ranks added; must they be written, even if
+    no query sees the tile?"""
+    held = (j >= tl.load(hop + HELD_BEGIN)) & (j < tl.load(hop + HELD_END))
+    fill = (j >= tl.load(hop + FILL_BEGIN)) & (j < tl.load(hop + FILL_END))
+    return held, fill & ((tl.load(hop + HOME) > 0) | (held == 0))
 
 
 @triton.jit
@@ -904,15 +1222,18 @@ def state_tile(b, h, row, T, H, BLOCK: constexpr, BLOCK_D: constexpr, HEAD_DIM: 
 
 # b, h               batch, head
 # start_m, offs_m    the first query; all queries
-# full_end, end      all queries see the keys before full_end, none those from end on
-# row_end            query i sees the keys before row_end[i]
+# begin, end         no query sees the keys before begin, nor those from end on
+# full_begin, _end   all queries see the keys [full_begin, full_end)
+# row_begin, row_end query i sees the keys [row_begin[i], row_end[i])
 # carry              rows of the state that hold the result of earlier hops
 # final              whether no later hop has keys for these queries
-QueryTile = namedtuple("QueryTile", "b h start_m offs_m full_end end row_end carry final")
+QueryTile = namedtuple(
+    "QueryTile", "b h start_m offs_m begin full_begin full_end end row_begin row_end carry final"
+)
 
 
 @triton.jit
-def query_tile(HOP, H, T, GROUP_B, CAUSAL: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr):
+def query_tile(HOP, ROWS, H, T, TK, GROUP_B, SET_B, MASK: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr):
     """This program's tile of queries."""
     n_tiles = tl.cdiv(T, BLOCK_M)
     start_m = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BLOCK_M  # the longest first, under a causal mask
@@ -920,21 +1241,52 @@ def query_tile(HOP, H, T, GROUP_B, CAUSAL: constexpr, BLOCK_M: constexpr, BLOCK_
     b, h = bh // H, bh % H
     offs_m = start_m + tl.arange(0, BLOCK_M)
     hop = HOP + (b // GROUP_B) * HOP_COLUMNS
-    last_m = tl.minimum(start_m + BLOCK_M, T) - 1
-    full_end = keys_seen(hop, start_m, T, CAUSAL) // BLOCK_N * BLOCK_N
-    end, row_end = keys_seen(hop, last_m, T, CAUSAL), keys_seen(hop, offs_m, T, CAUSAL)
-    final = position(hop + Q_LAYOUT, last_m, T) < tl.load(hop + NEXT_START)
     carry = tl.load(hop + CARRY)
-    return QueryTile(b, h, start_m, offs_m, full_end, end, row_end, carry, final)
+    if MASK == INTERVAL:
+        rows = ROWS + (b // SET_B).to(tl.int64) * (3 * T)
+        row_begin, row_end = load_bounds(rows, offs_m, T, TK)
+        begin, full_begin, full_end, end = tile_bounds_of(row_begin, row_end, BLOCK_N)
+        final = tl.max(tl.load(rows + 2 * T + offs_m, mask=offs_m < T, other=0), 0) == 0
+    else:
+        last_m = tl.minimum(start_m + BLOCK_M, T) - 1
+        begin, full_begin, row_begin = 0, 0, 0
+        full_end = keys_seen(hop, start_m, T, TK, MASK) // BLOCK_N * BLOCK_N
+        end, row_end = keys_seen(hop, last_m, T, TK, MASK), keys_seen(hop, offs_m, T, TK, MASK)
+        final = position(hop + Q_LAYOUT, last_m, T) < tl.load(hop + NEXT_START)
+    return QueryTile(
+        b, h, start_m, offs_m, begin, full_begin, full_end, end, row_begin, row_end, carry, final
+    )
 
 
-@triton.jit(do_not_specialize=["H", "G", "T", "GROUP_B"])
-def fwd_kernel(Q, K, V, O, ACC, LSE, HOP, sm_scale, H, G, T, GROUP_B, stride_q, stride_k, stride_v,
-               CAUSAL: constexpr, TMA: constexpr, HEAD_DIM: constexpr, BLOCK_D: constexpr,
+@triton.jit
+def key_part(tile, PART: constexpr):
+    """The keys of a part of a QueryTile: bare; the last ones, masked; the first ones, masked."""
+    if PART == 0:
+        begin, end = tile.full_begin, tile.full_end
+    elif PART == 1:
+        begin, end = tile.full_end, tile.end
+    else:
+        begin, end = tile.begin, tile.full_begin
+    return begin, end
+
+
+@triton.jit
+def sees(tile, offs_n, MASK: constexpr):
+    """Whether the queries of a QueryTile see these keys, [BLOCK_M, BLOCK_N]."""
+    seen = offs_n[None, :] < tile.row_end[:, None]
+    if MASK == INTERVAL:
+        seen = seen & (offs_n[None, :] >= tile.row_begin[:, None])
+    return seen
+
+
+@triton.jit(do_not_specialize=["H", "G", "T", "TK", "GROUP_B", "SET_B"])
+def fwd_kernel(Q, K, V, O, ACC, LSE, SINKS, HOP, ROWS, sm_scale, H, G, T, TK, GROUP_B, SET_B,
+               stride_q, stride_k, stride_v,
+               MASK: constexpr, TMA: constexpr, HEAD_DIM: constexpr, BLOCK_D: constexpr,
                BLOCK_M: constexpr, BLOCK_N: constexpr):  # fmt: skip
     """One hop of the forward for one tile of queries. State in ACC (B, T, H, D) and LSE (B, H, T), float32;
-    a tile's last hop writes O, in its own dtype, instead of ACC."""
-    tile = query_tile(HOP, H, T, GROUP_B, CAUSAL, BLOCK_M, BLOCK_N)
+    a tile's last hop writes O, in its own dtype, instead of ACC. SINKS (H,): logits, at hop 0."""
+    tile = query_tile(HOP, ROWS, H, T, TK, GROUP_B, SET_B, MASK, BLOCK_M, BLOCK_N)
     b, h, start_m, offs_m, carry = tile.b, tile.h, tile.start_m, tile.offs_m, tile.carry
     if (tile.end == 0) & (carry > 0):
         return  # nothing to add: the state stays, or O is complete already
@@ -943,26 +1295,29 @@ def fwd_kernel(Q, K, V, O, ACC, LSE, HOP, sm_scale, H, G, T, GROUP_B, stride_q, 
     offs, mask = state_tile(b, h, start_m, T, H, BLOCK_M, BLOCK_D, HEAD_DIM)
     lse = LSE + (b * H + h).to(tl.int64) * T + offs_m
     acc = tl.load(ACC + offs, mask=mask & (offs_m < carry)[:, None], other=0.0)
-    m_i = tl.load(lse, mask=offs_m < carry, other=-float("inf")) * LOG2E
+    if SINKS is None:
+        m_i = tl.load(lse, mask=offs_m < carry, other=-float("inf")) * LOG2E
+    else:
+        m_i = tl.zeros([BLOCK_M], tl.float32) + tl.load(SINKS + h).to(tl.float32) * LOG2E
     l_i = tl.full([BLOCK_M], 1.0, tl.float32)  # without a carry the first key rescales this to 0
     hk = h // G
     qk_scale = sm_scale * LOG2E
-    for MASK in tl.static_range(0, 2 if CAUSAL or not TMA else 1):  # bare tiles first. TMA: none overhangs
-        begin, end = (tile.full_end, tile.end) if MASK else (0, tile.full_end)
+    # bare tiles first. With TMA no tile overhangs
+    for PART in tl.static_range(0, 3 if MASK == INTERVAL else 2 if MASK == CAUSAL or not TMA else 1):
+        begin, end = key_part(tile, PART)
         for start_n in tl.range(begin, end, BLOCK_N):
-            k = load_tile(K, stride_k, b, hk, start_n, T, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
+            k = load_tile(K, stride_k, b, hk, start_n, TK, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
             s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-            if MASK:
-                offs_n = start_n + tl.arange(0, BLOCK_N)
-                s = tl.where(offs_n[None, :] < tile.row_end[:, None], s, -float("inf"))
+            if PART:
+                s = tl.where(sees(tile, start_n + tl.arange(0, BLOCK_N), MASK), s, -float("inf"))
             m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
             shift = m_new
-            if MASK:  # a row that has seen no key yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf) = nan
+            if PART:  # a row that has seen no key yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf) = nan
                 shift = tl.where(m_new == -float("inf"), 0.0, m_new)
             p = tl.math.exp2(s * qk_scale - shift[:, None])
             alpha = tl.math.exp2(m_i - shift)
             l_i = l_i * alpha + tl.sum(p, 1)
-            v = load_tile(V, stride_v, b, hk, start_n, T, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
+            v = load_tile(V, stride_v, b, hk, start_n, TK, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # [BLOCK_M, D]
             m_i = m_new
     l_i = tl.where(l_i == 0.0, 1.0, l_i)  # a row that never saw a key: o = 0, lse = -inf
@@ -1004,13 +1359,13 @@ def bwd_preprocess_kernel(O, DO, LSE, DLSE, LSE_DELTA, DQ_ACC, DQ_SEMAPHORE, n_h
     tl.store(LSE_DELTA + B.to(tl.int64) * H * T_pad + row, delta)
 
 
-@triton.jit(do_not_specialize=["H", "G", "T", "GROUP_B"])
-def dq_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DQ, ACC, HOP, sm_scale, H, G, T, GROUP_B,
+@triton.jit(do_not_specialize=["H", "G", "T", "TK", "GROUP_B", "SET_B"])
+def dq_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DQ, ACC, HOP, ROWS, sm_scale, H, G, T, TK, GROUP_B, SET_B,
               stride_q, stride_k, stride_v, stride_do,
-              CAUSAL: constexpr, TMA: constexpr, HEAD_DIM: constexpr, BLOCK_D: constexpr,
+              MASK: constexpr, TMA: constexpr, HEAD_DIM: constexpr, BLOCK_D: constexpr,
               BLOCK_M: constexpr, BLOCK_N: constexpr):  # fmt: skip
     """One hop of dq for one tile of queries; bounds, state (ACC) and the last write (DQ) as in fwd_kernel."""
-    tile = query_tile(HOP, H, T, GROUP_B, CAUSAL, BLOCK_M, BLOCK_N)
+    tile = query_tile(HOP, ROWS, H, T, TK, GROUP_B, SET_B, MASK, BLOCK_M, BLOCK_N)
     b, h, start_m, offs_m, carry = tile.b, tile.h, tile.start_m, tile.offs_m, tile.carry
     if (tile.end == 0) & (carry > 0):
         return
@@ -1022,15 +1377,15 @@ def dq_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DQ, ACC, HOP, sm_scale, H, G, T, GRO
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     hk = h // G
     qk_scale = sm_scale * LOG2E
-    for MASK in tl.static_range(0, 2 if CAUSAL or not TMA else 1):
-        begin, end = (tile.full_end, tile.end) if MASK else (0, tile.full_end)
+    for PART in tl.static_range(0, 3 if MASK == INTERVAL else 2 if MASK == CAUSAL or not TMA else 1):
+        begin, end = key_part(tile, PART)
         for start_n in tl.range(begin, end, BLOCK_N):
-            k = load_tile(K, stride_k, b, hk, start_n, T, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
-            v = load_tile(V, stride_v, b, hk, start_n, T, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
+            k = load_tile(K, stride_k, b, hk, start_n, TK, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
+            v = load_tile(V, stride_v, b, hk, start_n, TK, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
             s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
             p = tl.math.exp2(s * qk_scale - lse[:, None])
-            if MASK:
-                p = tl.where((start_n + tl.arange(0, BLOCK_N))[None, :] < tile.row_end[:, None], p, 0.0)
+            if PART:
+                p = tl.where(sees(tile, start_n + tl.arange(0, BLOCK_N), MASK), p, 0.0)
             ds = p * (tl.dot(do, v.T, input_precision="ieee") - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, D]
     offs, mask = state_tile(b, h, start_m, T, H, BLOCK_M, BLOCK_D, HEAD_DIM)
@@ -1041,40 +1396,52 @@ def dq_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DQ, ACC, HOP, sm_scale, H, G, T, GRO
         tl.store(ACC + offs, dq, mask=mask)
 
 
-@triton.jit(do_not_specialize=["H", "G", "T", "GROUP_B"])
-def dkv_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_scale, H, G, T, GROUP_B,
-               stride_q, stride_k, stride_v, stride_do,
-               CAUSAL: constexpr, TMA: constexpr, HEAD_DIM: constexpr, BLOCK_D: constexpr,
+@triton.jit(do_not_specialize=["H", "G", "T", "TK", "GROUP_B", "SET_B"])
+def dkv_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, COLUMNS, sm_scale, H, G, T, TK,
+               GROUP_B, SET_B, stride_q, stride_k, stride_v, stride_do,
+               MASK: constexpr, TMA: constexpr, HEAD_DIM: constexpr, BLOCK_D: constexpr,
                BLOCK_M: constexpr, BLOCK_N: constexpr):  # fmt: skip
-    """One hop of dk, dv for one tile of keys. DK_ACC, DV_ACC (B, T, HKV, D) float32 hold what earlier ranks
+    """One hop of dk, dv for one tile of keys. DK_ACC, DV_ACC (B, TK, HKV, D) float32 hold what earlier ranks
     added. DK, DV are the same buffers on the way; at home they are the gradients, in their own dtype."""
-    n_tiles = tl.cdiv(T, BLOCK_N)
+    n_tiles = tl.cdiv(TK, BLOCK_N)
     start_n = tl.program_id(0) % n_tiles * BLOCK_N  # under a causal mask the first keys have the most queries
     bh = tl.program_id(0) // n_tiles
     HKV = H // G
     b, h = bh // HKV, bh % HKV
     offs_n = start_n + tl.arange(0, BLOCK_N)
     hop = HOP + (b // GROUP_B) * HOP_COLUMNS
-    carry = tl.load(hop + CARRY_GRAD)
-    begin = first_query(hop, start_n, T, CAUSAL)  # earlier queries see nothing of the tile
-    full_begin = first_query(hop, tl.minimum(start_n + BLOCK_N, T) - 1, T, CAUSAL)  # later ones see all of it
-    row_first = first_query(hop, offs_n, T, CAUSAL)
-    if (begin >= T) & (carry > 0):
+    # queries [begin, end) see something of the tile, [full_begin, full_end) all of it
+    if MASK == INTERVAL:
+        columns = COLUMNS + (b // SET_B).to(tl.int64) * (2 * TK)
+        row_begin, row_end = load_bounds(columns, offs_n, TK, T)
+        begin, full_begin, full_end, end = tile_bounds_of(row_begin, row_end, BLOCK_M)
+    else:
+        row_begin, full_end, end = first_query(hop, offs_n, T, MASK), T, T
+        begin = tl.minimum(first_query(hop, start_n, T, MASK), T)
+        full_begin = first_query(hop, tl.minimum(start_n + BLOCK_N, TK) - 1, T, MASK)
+        full_begin = tl.minimum(tl.cdiv(full_begin, BLOCK_M) * BLOCK_M, T)
+        begin = tl.where(begin < T, begin // BLOCK_M * BLOCK_M, T)
+    held, written = held_and_written(hop, start_n)
+    if (begin >= end) & (written == 0):
         return
-    full_begin = tl.cdiv(full_begin, BLOCK_M) * BLOCK_M
-    begin = tl.where(begin < T, begin // BLOCK_M * BLOCK_M, T)
 
-    k = load_tile(K, stride_k, b, h, start_n, T, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
-    v = load_tile(V, stride_v, b, h, start_n, T, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
+    k = load_tile(K, stride_k, b, h, start_n, TK, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
+    v = load_tile(V, stride_v, b, h, start_n, TK, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     qk_scale = sm_scale * LOG2E
     for g in tl.range(0, G):  # the query heads that share this key head
         hq = h * G + g
         row = (b * H + hq).to(tl.int64) * (tl.cdiv(T, ROW_PAD) * ROW_PAD)
-        for BARE in tl.static_range(0 if CAUSAL else 1, 2):  # first the masked tiles
-            stop = T if BARE else tl.minimum(full_begin, T)
-            for start_m in tl.range(full_begin if BARE else begin, stop, BLOCK_M):
+        # first the masked tiles of the first queries, then the bare ones, then the masked ones of the last
+        for PART in tl.static_range(1 if MASK == FULL else 0, 3 if MASK == INTERVAL else 2):
+            if PART == 0:
+                part, stop = begin, full_begin
+            elif PART == 1:
+                part, stop = full_begin, full_end
+            else:
+                part, stop = full_end, end
+            for start_m in tl.range(part, stop, BLOCK_M):
                 q = load_tile(Q, stride_q, b, hq, start_m, T, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_M, D]
                 do = load_tile(DO, stride_do, b, hq, start_m, T, BLOCK_M, BLOCK_D, HEAD_DIM, TMA)
                 offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -1082,15 +1449,17 @@ def dkv_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, sm_sca
                 # scores come out transposed, so that both products below take them as they are
                 s = tl.dot(k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
                 p = tl.math.exp2(s * qk_scale - lse[None, :])
-                if not BARE:
-                    p = tl.where(offs_m[None, :] >= row_first[:, None], p, 0.0)
+                if PART != 1:
+                    seen = offs_m[None, :] >= row_begin[:, None]
+                    if MASK == INTERVAL:
+                        seen = seen & (offs_m[None, :] < row_end[:, None])
+                    p = tl.where(seen, p, 0.0)
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, D]
                 ds = p * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, D]
-    offs, mask = state_tile(b, h, start_n, T, HKV, BLOCK_N, BLOCK_D, HEAD_DIM)
-    held = mask & (offs_n < carry)[:, None]
-    dk = dk * sm_scale + tl.load(DK_ACC + offs, mask=held, other=0.0)
-    dv = dv + tl.load(DV_ACC + offs, mask=held, other=0.0)
+    offs, mask = state_tile(b, h, start_n, TK, HKV, BLOCK_N, BLOCK_D, HEAD_DIM)
+    dk = dk * sm_scale + tl.load(DK_ACC + offs, mask=mask & held, other=0.0)
+    dv = dv + tl.load(DV_ACC + offs, mask=mask & held, other=0.0)
     tl.store(DK + offs, dk.to(DK.dtype.element_ty), mask=mask)
     tl.store(DV + offs, dv.to(DV.dtype.element_ty), mask=mask)
 
@@ -1180,27 +1549,29 @@ def as_matrix(x, rows):
     return TensorDescriptor(x, shape, [stride_t, 1], [rows, D])
 
 
-def run_portable(kernel, name, inputs, outputs, hop, causal, sm_scale):
+def run_portable(kernel, name, inputs, outputs, hop, bounds, mask, sm_scale):
     """Launch a kernel. inputs: q, k, v and perhaps do, as TMA descriptors where the GPU has TMA and no tile
-    overhangs a sequence or a head, else as pointers."""
+    overhangs a sequence or a head, else as pointers. bounds: of the mask INTERVAL, by resident row."""
     q, k = inputs[:2]
-    (B, T, H, D), HKV = q.shape, k.shape[2]
+    (B, T, H, D), (_, TK, HKV, _) = q.shape, k.shape
     config = tile_config(name, D, q.dtype, q.device)
     BLOCK_M, BLOCK_N = config["BLOCK_M"], config["BLOCK_N"]
     strides = [x.stride()[:3] for x in inputs]
     tma = INTERPRET or capability(q.device)[0] >= 9
-    tma = tma and D == config["BLOCK_D"] and T % max(BLOCK_M, BLOCK_N) == 0
+    tma = tma and D == config["BLOCK_D"] and T % max(BLOCK_M, BLOCK_N) == TK % max(BLOCK_M, BLOCK_N) == 0
     if tma:
         matrices = [as_matrix(x, n) for x, n in zip(inputs, (BLOCK_M, BLOCK_N, BLOCK_N, BLOCK_M))]
         tma = None not in matrices
         inputs = matrices if tma else inputs
-    n_programs = triton.cdiv(T, BLOCK_N) * B * HKV if name == "dkv" else triton.cdiv(T, BLOCK_M) * B * H
-    args = *inputs, *outputs, hop.table, sm_scale, H, H // HKV, T, B // len(hop.rows), *strides
-    kernel[(n_programs,)](*args, CAUSAL=causal, TMA=tma, **config)
+    n_programs = triton.cdiv(TK, BLOCK_N) * B * HKV if name == "dkv" else triton.cdiv(T, BLOCK_M) * B * H
+    bounds, set_b = (None, 1) if mask != INTERVAL.value else (bounds, B // len(bounds))
+    args = hop.table, bounds, sm_scale, H, H // HKV, T, TK, B // len(hop.rows), set_b, *strides
+    kernel[(n_programs,)](*inputs, *outputs, *args, MASK=mask, TMA=tma, **config)
 
 
-def triton_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
-    run_portable(fwd_kernel, "fwd", (q, k, v), (o, acc, lse), hop, causal, sm_scale)
+def triton_fwd(q, k, v, o, acc, lse, sinks, hop, mask, sm_scale):
+    rows = hop.bounds and hop.bounds.rows
+    run_portable(fwd_kernel, "fwd", (q, k, v), (o, acc, lse, sinks), hop, rows, mask, sm_scale)
 
 
 def run_preprocess(o, do, lse, dlse, dq_acc=None, semaphores=None, n_hops=0):
@@ -1222,14 +1593,15 @@ def padded_rows(T):
 
 
 def triton_preprocess(o, do, lse, dlse, dq, n_hops):
-    return (*run_preprocess(o, do, lse, dlse), accumulator(dq, torch.float32, n_hops, "triton")), None
+    return (run_preprocess(o, do, lse, dlse), accumulator(dq, torch.float32, n_hops, "triton")), None
 
 
-def triton_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, sm_scale, deterministic):
-    *lse_delta, dq_acc = state
-    outputs = *lse_delta, dk, dv, dk_acc, dv_acc
-    run_portable(dkv_kernel, "dkv", (q, k, v, do), outputs, hop, causal, sm_scale)
-    run_portable(dq_kernel, "dq", (q, k, v, do), (*lse_delta, dq, dq_acc), hop, causal, sm_scale)
+def triton_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, mask, sm_scale, deterministic):
+    lse_delta, dq_acc = state
+    rows, columns, _ = hop.bounds or (None, None, None)
+    inputs, outputs = (q, k, v, do), (*lse_delta, dk, dv, dk_acc, dv_acc)
+    run_portable(dkv_kernel, "dkv", inputs, outputs, hop, columns, mask, sm_scale)
+    run_portable(dq_kernel, "dq", inputs, (*lse_delta, dq, dq_acc), hop, rows, mask, sm_scale)
 
 
 # =============================================================================
@@ -1249,12 +1621,15 @@ tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 warpgroup_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
-# what all warps know of the problem: HopRows; sizes; L2_HEADS, heads at a time; WAVES for tile_scheduler
-Dims = namedtuple("Dims", "HOP B H G T GROUP_B L2_HEADS WAVES")
-# b, h, start, hop           batch, head, first resident row, HopRow
-# first, n_masked, n_tiles   the first streamed tile; how many are masked, which come first; how many in all
-# active                     whether there is anything to do
-WorkTile = namedtuple("WorkTile", "b h start hop first n_masked n_tiles active")
+# what all warps know of the problem: HopRows; Bounds of the resident rows, SET_B sequences a set, and .tiles, for
+# INTERVAL; sizes; L2_HEADS, heads at a time; WAVES for tile_scheduler
+Dims = namedtuple("Dims", "HOP BOUNDS TILES B H G T TK GROUP_B SET_B L2_HEADS WAVES")
+# b, h, start, hop   batch, head, first resident row, HopRow
+# bounds             Bounds.tiles of this tile, for INTERVAL
+# first, n_tiles     the first streamed tile, the others before it follow; how many
+# n_head, n_tail     how many of the first and of the last streamed tiles are masked
+# active             whether there is anything to do
+WorkTile = namedtuple("WorkTile", "b h start hop bounds first n_tiles n_head n_tail active")
 # shared memory: q of each consumer, k and v of each stage; barriers that say what it holds
 FwdBuffers = namedtuple("FwdBuffers", "q k v q_full q_empty k_full v_full")
 # lse_delta: two rows a stage, with q; ds, dq: see bwd_tiles; number: of the work tile, from the producer
@@ -1344,41 +1719,59 @@ def tile_scheduler(n, n_tiles, L2_HEADS, WAVES):
 
 
 @gluon.jit
-def fwd_work_tile(n, dims, BLOCK_M: constexpr, BLOCK_N: constexpr, CAUSAL: constexpr):
+def streamed_tiles(b, tile, n_resident, dims):
+    """Of a resident tile, for INTERVAL: as in WorkTile."""
+    bounds = dims.TILES + ((b // dims.SET_B) * n_resident + tile) * TILE_COLUMNS
+    begin, end = gl.load(bounds + BEGIN), gl.load(bounds + END)
+    n_head, n_tail = end - gl.load(bounds + FULL_END), gl.load(bounds + FULL_BEGIN) - begin
+    return bounds, gl.maximum(end, 1) - 1, end - begin, n_head, n_tail
+
+
+@gluon.jit
+def fwd_work_tile(n, dims, BLOCK_M: constexpr, BLOCK_N: constexpr, MASK: constexpr):
     """This program's n-th WorkTile: queries, and the keys that they see."""
     n_resident = gl.cdiv(dims.T, BLOCK_M)
     tile, bh, exists = tile_scheduler(n, n_resident, dims.L2_HEADS, dims.WAVES)
     start = (n_resident - 1 - tile) * BLOCK_M  # the last queries see the most keys
     b, h = bh // dims.H, bh % dims.H
     hop = dims.HOP + (b // dims.GROUP_B) * HOP_COLUMNS
-    last = gl.minimum(start + BLOCK_M, dims.T) - 1
-    n_tiles = gl.cdiv(keys_seen(hop, last, dims.T, CAUSAL), BLOCK_N)
-    n_masked = n_tiles - keys_seen(hop, start, dims.T, CAUSAL) // BLOCK_N
     least = 1 - gl.minimum(gl.load(hop + CARRY), 1)  # without a carry there is something to write
-    n_tiles = gl.where(exists, gl.maximum(n_tiles, least), 0)
-    return WorkTile(b, h, start, hop, n_tiles - 1, n_masked, n_tiles, n_tiles > 0)
+    if MASK == INTERVAL:
+        bounds, first, n_tiles, n_head, n_tail = streamed_tiles(b, n_resident - 1 - tile, n_resident, dims)
+        n_tiles = gl.where(exists, gl.maximum(n_tiles, least), 0)
+    else:
+        last = gl.minimum(start + BLOCK_M, dims.T) - 1
+        n_tiles = gl.cdiv(keys_seen(hop, last, dims.T, dims.TK, MASK), BLOCK_N)
+        n_head = n_tiles - keys_seen(hop, start, dims.T, dims.TK, MASK) // BLOCK_N
+        n_tiles = gl.where(exists, gl.maximum(n_tiles, least), 0)
+        bounds, first, n_tail = hop, n_tiles - 1, 0
+    return WorkTile(b, h, start, hop, bounds, first, n_tiles, n_head, n_tail, n_tiles > 0)
 
 
 @gluon.jit
-def bwd_work_tile(n, dims, BLOCK_N: constexpr, BLOCK_M: constexpr, CAUSAL: constexpr):
+def bwd_work_tile(n, dims, BLOCK_N: constexpr, BLOCK_M: constexpr, MASK: constexpr):
     """The n-th WorkTile of all programs: keys, and the queries that see them. The first keys of L2_HEADS
     heads come first: under a causal mask the most queries see them, and dq is added up in that order. G tiles
     of one head follow each other: they stream the same queries at the same time, which L2 then holds."""
-    n_resident = gl.cdiv(dims.T, BLOCK_N)
+    n_resident = gl.cdiv(dims.TK, BLOCK_N)
     heads = dims.H // dims.G
     section, i = n // (n_resident * dims.L2_HEADS), n % (n_resident * dims.L2_HEADS)
     row, i = i // (dims.G * dims.L2_HEADS) * dims.G, i % (dims.G * dims.L2_HEADS)
     n_row = gl.minimum(dims.G, n_resident - row)
-    start, bh = (row + i % n_row) * BLOCK_N, section * dims.L2_HEADS + i // n_row
-    b, h = bh // heads, bh % heads
+    tile, bh = row + i % n_row, section * dims.L2_HEADS + i // n_row
+    start, b, h = tile * BLOCK_N, bh // heads, bh % heads
     hop = dims.HOP + (b // dims.GROUP_B) * HOP_COLUMNS
-    begin = first_query(hop, start, dims.T, CAUSAL)
-    first, end = begin // BLOCK_M, gl.cdiv(dims.T, BLOCK_M)
-    n_tiles = gl.where(begin < dims.T, end - first, 0)
-    full_begin = first_query(hop, gl.minimum(start + BLOCK_N, dims.T) - 1, dims.T, CAUSAL)
-    n_masked = gl.minimum(gl.cdiv(full_begin, BLOCK_M) - first, n_tiles)
-    active = (n_tiles > 0) | (gl.load(hop + CARRY_GRAD) == 0)
-    return WorkTile(b, h, start, hop, end - 1, n_masked, n_tiles, active)
+    if MASK == INTERVAL:
+        bounds, first, n_tiles, n_head, n_tail = streamed_tiles(b, tile, n_resident, dims)
+    else:
+        begin = first_query(hop, start, dims.T, MASK)
+        first, end = begin // BLOCK_M, gl.cdiv(dims.T, BLOCK_M)
+        n_tiles = gl.where(begin < dims.T, end - first, 0)
+        full_begin = first_query(hop, gl.minimum(start + BLOCK_N, dims.TK) - 1, dims.T, MASK)
+        n_tail = gl.minimum(gl.cdiv(full_begin, BLOCK_M) - first, n_tiles)
+        bounds, first, n_head = hop, end - 1, 0
+    _, written = held_and_written(hop, start)
+    return WorkTile(b, h, start, hop, bounds, first, n_tiles, n_head, n_tail, (n_tiles > 0) | written)
 
 
 @gluon.jit
@@ -1402,7 +1795,7 @@ def state_offsets(b, h, row, T, H, ROWS: constexpr, BLOCK_D: constexpr, HEAD_DIM
 
 
 @gluon.jit
-def fwd_producer(descs, smem, dims, CAUSAL: constexpr):
+def fwd_producer(descs, smem, dims, MASK: constexpr):
     q_desc, k_desc, v_desc = descs
     CONSUMERS: constexpr = smem.q.shape[0]
     STAGES: constexpr = smem.k.shape[0]
@@ -1410,13 +1803,13 @@ def fwd_producer(descs, smem, dims, CAUSAL: constexpr):
     BLOCK_N: constexpr = smem.k.shape[2]
     n_done, tile = 0, 0  # work tiles, and tiles of keys, so far: they give the buffer and the phase
     for n in range(dims.B * dims.H // dims.L2_HEADS * dims.WAVES):
-        work = fwd_work_tile(n, dims, CONSUMERS * ROWS, BLOCK_N, CAUSAL)
+        work = fwd_work_tile(n, dims, CONSUMERS * ROWS, BLOCK_N, MASK)
         if work.active:
             n_tiles = work.n_tiles
             hk = work.h // dims.G
             for j in range(n_tiles):
                 s = tile % STAGES
-                start_n = (n_tiles - 1 - j) * BLOCK_N  # from the diagonal down: the masked tiles come first
+                start_n = (work.first - j) * BLOCK_N  # from the diagonal down: the masked tiles come first
                 if tile >= STAGES:
                     producer_acquire(s, CONSUMERS)
                 mbarrier.expect(smem.k_full.index(s), k_desc.block_type.nbytes)
@@ -1436,19 +1829,32 @@ def fwd_producer(descs, smem, dims, CAUSAL: constexpr):
 
 
 @gluon.jit
-def online_softmax_max(s, m_i, qk_scale, offs_n, row_end, masked):
+def online_softmax_max(s, m_i, qk_scale, offs_n, row_begin, row_end, masked, MASK: constexpr):
     """A tile of scores, masked; the rows' new maximum; shift, for p = exp2(s - shift); alpha, the factor for
     the rows' sum and output so far."""
     if masked:
-        s = gl.where(offs_n[None, :] < row_end[:, None], s, -float("inf"))
+        seen = offs_n[None, :] < row_end[:, None]
+        if MASK == INTERVAL:
+            seen = seen & (offs_n[None, :] >= row_begin[:, None])
+        s = gl.where(seen, s, -float("inf"))
     m_new = gl.maximum(m_i, gl.max(s, 1) * qk_scale)
     shift = gl.where(m_new == -float("inf"), 0.0, m_new)  # a row without a key yet: exp2(-inf - 0), not nan
     return s, m_new, shift, gl.exp2(m_i - shift)
 
 
 @gluon.jit
-def fwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, CAUSAL: constexpr):
-    o_desc, o_smem, ACC, LSE, sm_scale = out
+def join_lse(old, new):
+    """lse (in base 2) of two states together, and the factors for their outputs."""
+    top = gl.maximum(old, new)
+    shift = gl.where(top == -float("inf"), 0.0, top)
+    top = shift + gl.log2(gl.exp2(old - shift) + gl.exp2(new - shift))
+    shift = gl.where(top == -float("inf"), 0.0, top)
+    return top, gl.exp2(old - shift), gl.exp2(new - shift)
+
+
+@gluon.jit
+def fwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, MASK: constexpr, HAS_SINKS: constexpr):
+    o_desc, o_smem, ACC, LSE, SINKS, sm_scale = out
     CONSUMERS: constexpr = smem.q.shape[0]
     STAGES: constexpr = smem.k.shape[0]
     ROWS: constexpr = smem.q.shape[2]
@@ -1467,23 +1873,28 @@ def fwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, CAUSAL: con
     qk_scale = sm_scale * LOG2E
     n_done, tile = 0, 0
     for n in range(dims.B * dims.H // dims.L2_HEADS * dims.WAVES):
-        work = fwd_work_tile(n, dims, CONSUMERS * ROWS, BLOCK_N, CAUSAL)
+        work = fwd_work_tile(n, dims, CONSUMERS * ROWS, BLOCK_N, MASK)
         if work.active:
             n_tiles = work.n_tiles
             start_m, hop = work.start + c * ROWS, work.hop
             offs_m = start_m + gl.arange(0, ROWS, layout=row_s)
             m_i = gl.full([ROWS], -float("inf"), gl.float32, row_s)
             acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
-            start_n = (n_tiles - 1) * BLOCK_N
+            start_n = work.first * BLOCK_N
             s = tile % STAGES
             mbarrier.wait(smem.q_full.index(c), n_done & 1)
             mbarrier.wait(smem.k_full.index(s), tile // STAGES & 1)
             s_async = warpgroup_mma(q, matrix(smem.k, s).permute((1, 0)), zero, use_acc=False, is_async=True)
-            row_end = keys_seen(hop, offs_m, T, CAUSAL)
+            if MASK == INTERVAL:
+                rows = dims.BOUNDS + (work.b // dims.SET_B).to(gl.int64) * (3 * T)
+                row_begin, row_end = load_bounds(rows, offs_m, T, dims.TK)
+            else:
+                row_begin, row_end = offs_m, keys_seen(hop, offs_m, T, dims.TK, MASK)
             scores = warpgroup_mma_wait(0, (s_async,))  # [BLOCK_M, BLOCK_N]
             consumer_release(s, CONSUMERS)
             offs_j = start_n + offs_n
-            scores, m_i, shift, alpha = online_softmax_max(scores, m_i, qk_scale, offs_j, row_end, True)
+            bounds = row_begin, row_end
+            scores, m_i, shift, alpha = online_softmax_max(scores, m_i, qk_scale, offs_j, *bounds, True, MASK)
             p = gl.exp2(scores * qk_scale - shift[:, None])
             l_i = gl.sum(p, 1)
             p = gl.convert_layout(p.to(dtype), p_layout)
@@ -1495,8 +1906,11 @@ def fwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, CAUSAL: con
                 mbarrier.wait(smem.v_full.index(last), (tile + j - 1) // STAGES & 1)
                 acc_async = warpgroup_mma(p, matrix(smem.v, last), acc, is_async=True)
                 scores = warpgroup_mma_wait(1, (s_async,))
-                offs_j, masked = start_n - j * BLOCK_N + offs_n, j < work.n_masked
-                scores, m_i, shift, alpha = online_softmax_max(scores, m_i, qk_scale, offs_j, row_end, masked)
+                offs_j, masked = start_n - j * BLOCK_N + offs_n, j < work.n_head
+                if MASK == INTERVAL:
+                    masked = masked | (j >= n_tiles - work.n_tail)
+                args = qk_scale, offs_j, row_begin, row_end, masked, MASK
+                scores, m_i, shift, alpha = online_softmax_max(scores, m_i, *args)
                 consumer_release_after(alpha, s, CONSUMERS)
                 acc = warpgroup_mma_wait(0, (acc_async,))  # p is in registers: they may not be written before
                 consumer_release(STAGES + last, CONSUMERS)
@@ -1519,21 +1933,25 @@ def fwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, CAUSAL: con
             l_i = gl.where(l_i == 0.0, 1.0, l_i)  # a row that saw no key: acc = 0, lse = -inf
             lse = m_i + gl.log2(l_i)
             weight = 1.0 / l_i
-            if gl.load(hop + CARRY) > 0:  # the state of earlier hops; at the start it would cause delay
+            if HAS_SINKS:  # at hop 0: a state with o = 0
+                sink = gl.full([ROWS], 0.0, gl.float32, row_s) + gl.load(SINKS + h).to(gl.float32) * LOG2E
+                lse, _, new_weight = join_lse(sink, lse)
+                acc = acc * gl.convert_layout(weight * new_weight, row_o)[:, None]
+            elif gl.load(hop + CARRY) > 0:  # the state of earlier hops; at the start it would cause delay
                 old = gl.load(lse_rows, mask=offs_m < T, other=-float("inf")) * LOG2E
-                top = gl.maximum(old, lse)
-                shift = gl.where(top == -float("inf"), 0.0, top)
-                top = shift + gl.log2(gl.exp2(old - shift) + gl.exp2(lse - shift))
-                shift = gl.where(top == -float("inf"), 0.0, top)
-                acc = acc * gl.convert_layout(weight * gl.exp2(lse - shift), row_o)[:, None]
-                old_weight = gl.convert_layout(gl.exp2(old - shift), row_o)[:, None]
+                lse, old_weight, new_weight = join_lse(old, lse)
+                acc = acc * gl.convert_layout(weight * new_weight, row_o)[:, None]
+                old_weight = gl.convert_layout(old_weight, row_o)[:, None]
                 acc += gl.load(ACC + first + offs, mask=mask, other=0.0) * old_weight
-                lse = top
             else:
                 acc = acc * gl.convert_layout(weight, row_o)[:, None]
             gl.store(lse_rows, lse / LOG2E, mask=offs_m < T)
-            last_m = gl.minimum(work.start + CONSUMERS * ROWS, T) - 1
-            if position(hop + Q_LAYOUT, last_m, T) < gl.load(hop + NEXT_START):
+            if MASK == INTERVAL:
+                final = gl.load(work.bounds + LATER) == 0
+            else:
+                last_m = gl.minimum(work.start + CONSUMERS * ROWS, T) - 1
+                final = position(hop + Q_LAYOUT, last_m, T) < gl.load(hop + NEXT_START)
+            if final:
                 tma.store_wait(0)
                 warpgroup_barrier()
                 store_tile(o_desc, o_smem.index(c), acc, b, start_m, h)
@@ -1554,27 +1972,27 @@ def tiles_like(desc, N: constexpr):
     return gl.allocate_shared_memory(desc.dtype, [N] + desc.block_type.shape, desc.layout)
 
 
-@gluon.jit(do_not_specialize=["B", "H", "G", "T", "GROUP_B", "L2_HEADS", "WAVES"])
-def hopper_fwd_kernel(q_desc, k_desc, v_desc, o_desc, ACC, LSE, HOP, sm_scale, B, H, G, T, GROUP_B, L2_HEADS,
-                      WAVES, HEAD_DIM: constexpr, CAUSAL: constexpr, CONSUMERS: constexpr,
-                      STAGES: constexpr):  # fmt: skip
+@gluon.jit(do_not_specialize=["B", "H", "G", "T", "TK", "GROUP_B", "SET_B", "L2_HEADS", "WAVES"])
+def hopper_fwd_kernel(q_desc, k_desc, v_desc, o_desc, ACC, LSE, SINKS, HOP, ROWS, TILES, sm_scale,
+                      B, H, G, T, TK, GROUP_B, SET_B, L2_HEADS, WAVES, HEAD_DIM: constexpr, MASK: constexpr,
+                      CONSUMERS: constexpr, STAGES: constexpr, HAS_SINKS: constexpr):  # fmt: skip
     q, k, v = tiles_like(q_desc, CONSUMERS), tiles_like(k_desc, STAGES), tiles_like(v_desc, STAGES)
     full, empty = barriers(CONSUMERS), barriers(CONSUMERS)
     smem = FwdBuffers(q, k, v, full, empty, barriers(STAGES), barriers(STAGES))
-    dims = Dims(HOP, B, H, G, T, GROUP_B, L2_HEADS, WAVES)
-    descs, out = (q_desc, k_desc, v_desc), (o_desc, tiles_like(o_desc, CONSUMERS), ACC, LSE, sm_scale)
+    dims = Dims(HOP, ROWS, TILES, B, H, G, T, TK, GROUP_B, SET_B, L2_HEADS, WAVES)
+    descs, out = (q_desc, k_desc, v_desc), (o_desc, tiles_like(o_desc, CONSUMERS), ACC, LSE, SINKS, sm_scale)
     if CONSUMERS == 2:  # registers: 240 for a consumer's thread, 24 for the producer's
         gl.warp_specialize([
-            (fwd_consumer, (0, out, smem, dims, HEAD_DIM, CAUSAL)),
-            (fwd_consumer, (1, out, smem, dims, HEAD_DIM, CAUSAL)),
-            (fwd_producer, (descs, smem, dims, CAUSAL)),
+            (fwd_consumer, (0, out, smem, dims, HEAD_DIM, MASK, HAS_SINKS)),
+            (fwd_consumer, (1, out, smem, dims, HEAD_DIM, MASK, HAS_SINKS)),
+            (fwd_producer, (descs, smem, dims, MASK)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (fwd_consumer, (0, out, smem, dims, HEAD_DIM, CAUSAL)),
-            (fwd_consumer, (1, out, smem, dims, HEAD_DIM, CAUSAL)),
-            (fwd_consumer, (2, out, smem, dims, HEAD_DIM, CAUSAL)),
-            (fwd_producer, (descs, smem, dims, CAUSAL)),
+            (fwd_consumer, (0, out, smem, dims, HEAD_DIM, MASK, HAS_SINKS)),
+            (fwd_consumer, (1, out, smem, dims, HEAD_DIM, MASK, HAS_SINKS)),
+            (fwd_consumer, (2, out, smem, dims, HEAD_DIM, MASK, HAS_SINKS)),
+            (fwd_producer, (descs, smem, dims, MASK)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
@@ -1645,7 +2063,7 @@ def semaphore_release(SEMAPHORE, turn):
 
 
 @gluon.jit
-def bwd_producer(descs, smem, dims, COUNTER, n_work, CAUSAL: constexpr):
+def bwd_producer(descs, smem, dims, COUNTER, n_work, MASK: constexpr):
     q_desc, k_desc, v_desc, do_desc, lse_delta_desc = descs
     STAGES: constexpr = smem.q.shape[0]
     BLOCK_M: constexpr = smem.q.shape[2]
@@ -1653,7 +2071,7 @@ def bwd_producer(descs, smem, dims, COUNTER, n_work, CAUSAL: constexpr):
     n_done, tile = 0, 0
     n = next_work_tile(COUNTER)
     while n < n_work:
-        work = bwd_work_tile(n, dims, BWD_ROWS, BLOCK_M, CAUSAL)
+        work = bwd_work_tile(n, dims, BWD_ROWS, BLOCK_M, MASK)
         if work.active:
             smem.number.index(n_done % 2).store(gl.full([1], n, gl.int32, layout))
             warpgroup_barrier()
@@ -1699,17 +2117,20 @@ def next_number(smem, n_done, WARPS: constexpr):
 
 
 @gluon.jit
-def bwd_reducer(dq_desc, smem, dims, DQ_SEMAPHORE, n_work, DETERMINISTIC: constexpr, CAUSAL: constexpr):
+def bwd_reducer(dq_desc, smem, dims, DQ_SEMAPHORE, n_work, DETERMINISTIC: constexpr, MASK: constexpr):
     BLOCK_M: constexpr = smem.q.shape[2]
     UNITS: constexpr = smem.q.shape[2] * smem.q.shape[4] // (64 * 64)  # of a query tile: one of each consumer
     T_pad = gl.cdiv(dims.T, ROW_PAD) * ROW_PAD
     n_done = 0
     n = next_number(smem, n_done, 1)
     while n < n_work:
-        work = bwd_work_tile(n, dims, BWD_ROWS, BLOCK_M, CAUSAL)
+        work = bwd_work_tile(n, dims, BWD_ROWS, BLOCK_M, MASK)
         # without it, at work tiles without queries, this warp would be ahead, and count twice in kv_empty
         mbarrier.wait(smem.kv_full.index(0), n_done & 1)
-        turn, last = work.start // BWD_ROWS, DQ_SEMAPHORE
+        number, last = work.start // BWD_ROWS, DQ_SEMAPHORE
+        turn, wait_end = number, work.first + 1
+        if MASK == INTERVAL:
+            turn, wait_end = gl.load(work.bounds + TURN), gl.load(work.bounds + WAIT_END)
         for j in range(work.n_tiles):
             for g in range(dims.G):
                 tile = (work.b * dims.H + work.h * dims.G + g) * (T_pad // BLOCK_M) + work.first - j
@@ -1718,9 +2139,10 @@ def bwd_reducer(dq_desc, smem, dims, DQ_SEMAPHORE, n_work, DETERMINISTIC: conste
                 if DETERMINISTIC:
                     fetched = semaphore_fetch(DQ_SEMAPHORE + tile)
                     if (g > 0) | (j > 0):
-                        semaphore_release(last, turn)
+                        semaphore_release(last, number)
                     last = DQ_SEMAPHORE + tile
-                    semaphore_wait(last, turn, fetched)
+                    # the first key tile of those that see these queries does not wait
+                    semaphore_wait(last, gl.where(work.first - j < wait_end, turn, fetched), fetched)
                 bar_sync(DQ_FULL, 160)
                 tma_add(dq_desc, [tile * UNITS * 16, 0], smem.dq.index(0))
                 bar_sync(DQ_FULL + 1, 160)
@@ -1728,7 +2150,7 @@ def bwd_reducer(dq_desc, smem, dims, DQ_SEMAPHORE, n_work, DETERMINISTIC: conste
                 tma.store_wait(0)
         if DETERMINISTIC:
             if work.n_tiles > 0:
-                semaphore_release(last, turn)
+                semaphore_release(last, number)
         n_done += 1
         mbarrier.arrive(smem.kv_empty.index(0), count=1)
         n = next_number(smem, n_done, 1)
@@ -1742,9 +2164,10 @@ def unknown_zero():
 
 
 @gluon.jit
-def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, edge, G, qk_scale, MASKED: constexpr):
+def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, begin, end, G, qk_scale, MASK: constexpr):
     """n streamed tiles, the first being the tile-th of this program: G heads' of the same queries, then of
-    the queries before. A key is seen from row `edge` of the first tile on."""
+    the queries before. A key is seen by the rows [begin, end) from the first tile on, if MASK is INTERVAL; by
+    those from `begin` on, if CAUSAL; by all, if FULL."""
     STAGES: constexpr = smem.q.shape[0]
     BLOCK_M: constexpr = smem.q.shape[2]
     BLOCK_D: constexpr = smem.q.shape[4]
@@ -1766,10 +2189,13 @@ def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, edge, G, qk_scale, MASKED: co
         dp_async = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(1, (s_async,))  # [64 keys, BLOCK_M queries]
         p = gl.exp2(scores * qk_scale - lse)
-        if MASKED:
-            offs_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))
-            first = edge + (i - tile) // G * BLOCK_M
-            p = gl.where(offs_m[None, :] >= first[:, None], p, 0.0)
+        if MASK != FULL:
+            offs_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))[None, :]
+            before = (i - tile) // G * BLOCK_M
+            seen = offs_m >= (begin + before)[:, None]
+            if MASK == INTERVAL:
+                seen = seen & (offs_m < (end + before)[:, None])
+            p = gl.where(seen, p, 0.0)
         dp = warpgroup_mma_wait(0, (dp_async,))
         ds = (p * (dp - lse_delta.slice(1, 1).load(s_layout))).to(dtype)
         # two buffers: the other consumer may still read the last one
@@ -1797,39 +2223,48 @@ def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, edge, G, qk_scale, MASKED: co
 
 
 @gluon.jit
-def bwd_consumer(c: constexpr, out, smem, dims, n_work, HEAD_DIM: constexpr, CAUSAL: constexpr):
+def bwd_consumer(c: constexpr, out, smem, dims, n_work, HEAD_DIM: constexpr, MASK: constexpr):
     DK, DV, DK_ACC, DV_ACC, COMING, dk_desc, dv_desc, sm_scale = out
     BLOCK_M: constexpr = smem.q.shape[2]
     BLOCK_D: constexpr = smem.q.shape[4]
     dtype: constexpr = smem.q.dtype
     o_layout: constexpr = product_layout(BLOCK_D)
     row_s: constexpr = gl.SliceLayout(1, product_layout(BLOCK_M))
-    heads, T = dims.H // dims.G, dims.T
+    heads, T, TK, G, qk_scale = dims.H // dims.G, dims.T, dims.TK, dims.G, sm_scale * LOG2E
     n_done, tile = 0, 0
     n = next_number(smem, n_done, 4)
     while n < n_work:
-        work = bwd_work_tile(n, dims, BWD_ROWS, BLOCK_M, CAUSAL)
+        work = bwd_work_tile(n, dims, BWD_ROWS, BLOCK_M, MASK)
         row = work.start + c * 64
-        edge = first_query(work.hop, row + gl.arange(0, 64, layout=row_s), T, CAUSAL)
+        offs_n = row + gl.arange(0, 64, layout=row_s)
+        if MASK == INTERVAL:
+            columns = dims.BOUNDS + (work.b // dims.SET_B).to(gl.int64) * (2 * TK)
+            begin, end = load_bounds(columns, offs_n, TK, T)
+        else:
+            begin, end = first_query(work.hop, offs_n, T, MASK), offs_n
         dk = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         dv = dk
         mbarrier.wait(smem.kv_full.index(0), n_done & 1)
-        n, G, qk_scale = work.n_tiles - work.n_masked, dims.G, sm_scale * LOG2E
-        dk, dv = bwd_tiles(c, dk, dv, smem, tile, n * G, edge, G, qk_scale, False)
+        n, at = work.n_tiles - work.n_head - work.n_tail, work.first * BLOCK_M
+        if MASK == INTERVAL:  # loops of their own: a branch in one would cost registers
+            n_head, bounds = work.n_head * G, (begin - at, end - at)
+            dk, dv = bwd_tiles(c, dk, dv, smem, tile, n_head, *bounds, G, qk_scale, MASK)
+            tile += n_head
+        dk, dv = bwd_tiles(c, dk, dv, smem, tile, n * G, begin, end, G, qk_scale, FULL)
         tile += n * G
-        if CAUSAL:  # two loops: a branch in one would cost registers
-            edge -= (work.first - n) * BLOCK_M
-            dk, dv = bwd_tiles(c, dk, dv, smem, tile, work.n_masked * G, edge, G, qk_scale, True)
-            tile += work.n_masked * G
+        if MASK != FULL:
+            at -= (work.n_head + n) * BLOCK_M
+            n_tail, bounds = work.n_tail * G, (begin - at, end - at)
+            dk, dv = bwd_tiles(c, dk, dv, smem, tile, n_tail, *bounds, G, qk_scale, MASK)
+            tile += n_tail
         n_done += 1
         dk = dk * sm_scale
-        carry = gl.load(work.hop + CARRY_GRAD)  # rows that other ranks have filled
-        at, offs, mask = state_offsets(work.b, work.h, row, T, heads, 64, BLOCK_D, HEAD_DIM, o_layout)
-        if carry > row:
+        at, offs, mask = state_offsets(work.b, work.h, row, TK, heads, 64, BLOCK_D, HEAD_DIM, o_layout)
+        held, _ = held_and_written(work.hop, work.start)
+        if held:
             semaphore_wait(COMING, 0, 1)
-            held = mask & (row + gl.arange(0, 64, layout=gl.SliceLayout(1, o_layout)) < carry)[:, None]
-            dk += gl.load(DK_ACC + at + offs, mask=held, other=0.0)
-            dv += gl.load(DV_ACC + at + offs, mask=held, other=0.0)
+            dk += gl.load(DK_ACC + at + offs, mask=mask, other=0.0)
+            dv += gl.load(DV_ACC + at + offs, mask=mask, other=0.0)
         if DK.dtype.element_ty == dtype:
             # over this consumer's v, which nobody else reads
             store_tile(dv_desc, smem.v.index(c), dv, work.b, row, work.h)
@@ -1845,10 +2280,10 @@ def bwd_consumer(c: constexpr, out, smem, dims, n_work, HEAD_DIM: constexpr, CAU
         n = next_number(smem, n_done, 4)
 
 
-@gluon.jit(do_not_specialize=["B", "H", "G", "T", "GROUP_B", "L2_HEADS", "WAVES"])
+@gluon.jit(do_not_specialize=["B", "H", "G", "T", "TK", "GROUP_B", "SET_B", "L2_HEADS", "WAVES"])
 def hopper_bwd_kernel(q_desc, k_desc, v_desc, do_desc, lse_delta_desc, dq_desc, dk_desc, dv_desc,
-                      DK, DV, DK_ACC, DV_ACC, DQ_SEMAPHORE, HOP, sm_scale, B, H, G, T, GROUP_B, L2_HEADS,
-                      WAVES, HEAD_DIM: constexpr, CAUSAL: constexpr, STAGES: constexpr,
+                      DK, DV, DK_ACC, DV_ACC, DQ_SEMAPHORE, HOP, COLUMNS, TILES, sm_scale,
+                      B, H, G, T, TK, GROUP_B, SET_B, L2_HEADS, WAVES, HEAD_DIM: constexpr, MASK: constexpr, STAGES: constexpr,
                       DETERMINISTIC: constexpr):  # fmt: skip
     BLOCK_M: constexpr = q_desc.block_type.shape[1]
     ds_layout: constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BWD_ROWS], q_desc.dtype)
@@ -1863,16 +2298,16 @@ def hopper_bwd_kernel(q_desc, k_desc, v_desc, do_desc, lse_delta_desc, dq_desc, 
     k, v, dq = tiles_like(k_desc, 1), tiles_like(v_desc, 2), tiles_like(dq_desc, 2)
     smem = BwdBuffers(q, k, v, do, lse_delta, ds, dq, number, barriers(2), barriers(1), kv_empty, ds_full,
                       barriers(STAGES), barriers(STAGES))  # fmt: skip
-    dims = Dims(HOP, B, H, G, T, GROUP_B, L2_HEADS, WAVES)
+    dims = Dims(HOP, COLUMNS, TILES, B, H, G, T, TK, GROUP_B, SET_B, L2_HEADS, WAVES)
     descs = (q_desc, k_desc, v_desc, do_desc, lse_delta_desc)
-    n_work = gl.cdiv(T, BWD_ROWS) * B * (H // G)
+    n_work = gl.cdiv(TK, BWD_ROWS) * B * (H // G)
     COUNTER = DQ_SEMAPHORE + B * H * (gl.cdiv(T, ROW_PAD) * (ROW_PAD // 64))  # behind those of dq
     out = (DK, DV, DK_ACC, DV_ACC, COUNTER + 1, dk_desc, dv_desc, sm_scale)
     gl.warp_specialize([
-        (bwd_consumer, (0, out, smem, dims, n_work, HEAD_DIM, CAUSAL)),
-        (bwd_consumer, (1, out, smem, dims, n_work, HEAD_DIM, CAUSAL)),
-        (bwd_producer, (descs, smem, dims, COUNTER, n_work, CAUSAL)),
-        (bwd_reducer, (dq_desc, smem, dims, DQ_SEMAPHORE, n_work, DETERMINISTIC, CAUSAL)),
+        (bwd_consumer, (0, out, smem, dims, n_work, HEAD_DIM, MASK)),
+        (bwd_consumer, (1, out, smem, dims, n_work, HEAD_DIM, MASK)),
+        (bwd_producer, (descs, smem, dims, COUNTER, n_work, MASK)),
+        (bwd_reducer, (dq_desc, smem, dims, DQ_SEMAPHORE, n_work, DETERMINISTIC, MASK)),
     ], [4, 1, 1], [240, 24, 24])  # fmt: skip
 
 
@@ -1892,6 +2327,10 @@ def bwd_postprocess_kernel(DQ_ACC, DQ, sm_scale, H, T, HEAD_DIM: constexpr, BLOC
 # stages, by padded head dim, as measured on one H100. Other head dims run in portable Triton
 HOPPER_TILES = {"fwd": {64: (3, 128, 2), 128: (2, 128, 2)}, "bwd": {64: (2, 128, 2), 128: (2, 64, 2)}}
 L2_BYTES = 32 << 20  # of the 50 MB of an H100; 32 and 64 were the best of 8 to 512
+
+
+def padded_head_dim(D):
+    return max(64, triton.next_power_of_2(D))
 
 
 def hopper_takes(D, dtype):
@@ -1928,54 +2367,68 @@ def tma_descriptor(x, block):
 
 
 @functools.lru_cache(maxsize=1024)
-def hopper_config(kernel, shape, HKV, device, n_groups, causal):
+def hopper_config(kernel, shape, k_shape, device, n_groups, n_sets, mask):
     """Of a launch: shapes of resident and streamed tiles, integers of Dims, grid, constants, options."""
-    B, T, H, D = shape
-    BLOCK_D = max(64, triton.next_power_of_2(D))
+    (B, T, H, D), (_, TK, HKV, _) = shape, k_shape
+    BLOCK_D = padded_head_dim(D)
     consumers, streamed, stages = HOPPER_TILES[kernel][BLOCK_D]
     n_sm = torch.cuda.get_device_properties(device).multi_processor_count
+    n_resident, n_streamed = (TK, T) if kernel == "bwd" else (T, TK)
     shared = 1 if kernel == "bwd" else H // HKV  # heads that stream the same tiles
-    n_tiles, n_heads = triton.cdiv(T, 64 * consumers), B * HKV * shared
+    n_tiles, n_heads = triton.cdiv(n_resident, 64 * consumers), B * HKV * shared
     # heads at a time: as many as fit L2, two waves at least, and all sections alike
-    heads = max(L2_BYTES // (4 * T * BLOCK_D), triton.cdiv(2 * n_sm, n_tiles * shared))
-    if kernel == "bwd" and causal:
+    heads = max(L2_BYTES // (4 * n_streamed * BLOCK_D), triton.cdiv(2 * n_sm, n_tiles * shared))
+    if kernel == "bwd" and mask != FULL.value:
         heads = max(heads, n_sm // 16)  # else too many programs in a row wait for each other's dq
     heads = shared * next(n for n in range(1, B * HKV + 1) if B * HKV % n == 0 and n >= min(heads, B * HKV))
     grid = min(n_tiles * n_heads, n_sm)
-    dims = B, H, H // HKV, T, B // n_groups, heads, triton.cdiv(n_tiles * heads, grid)
+    waves = triton.cdiv(n_tiles * heads, grid)
+    dims = B, H, H // HKV, T, TK, B // n_groups, B // n_sets, heads, waves
     of_fwd = dict(CONSUMERS=consumers) if kernel == "fwd" else {}
-    constants = dict(HEAD_DIM=D, CAUSAL=causal, **of_fwd, STAGES=stages)
+    constants = dict(HEAD_DIM=D, MASK=mask, **of_fwd, STAGES=stages)
     options = dict(num_warps=4, maxnreg={2: 168, 3: 128}[consumers])
     return (1, 64, 1, BLOCK_D), (1, streamed, 1, BLOCK_D), dims, grid, constants, options
 
 
-def hopper_fwd(q, k, v, o, acc, lse, hop, causal, sm_scale):
-    config = hopper_config("fwd", q.shape, k.shape[2], q.device, len(hop.rows), causal)
+def hopper_bounds(hop, resident, mask):
+    """Tables for a Hopper kernel; any pointer where it reads none."""
+    return (hop.bounds[resident], hop.bounds.tiles) if mask == INTERVAL.value else (hop.table[None], hop.table)
+
+
+def hopper_fwd(q, k, v, o, acc, lse, sinks, hop, mask, sm_scale):
+    bounds = hopper_bounds(hop, 0, mask)
+    config = hopper_config("fwd", q.shape, k.shape, q.device, len(hop.rows), len(bounds[0]), mask)
     resident, streamed, dims, grid, constants, options = config
     tiles = tma_descriptor(q, resident), tma_descriptor(k, streamed), tma_descriptor(v, streamed)
-    args = (*tiles, tma_descriptor(o, resident), acc, lse, hop.table, sm_scale, *dims)
-    launch(hopper_fwd_kernel, q.device, (q.dtype, streamed), grid, args, constants, **options)
+    has_sinks = sinks is not None
+    sinks = sinks if has_sinks else lse  # any pointer
+    args = (*tiles, tma_descriptor(o, resident), acc, lse, sinks, hop.table, *bounds, sm_scale, *dims)
+    depends = q.dtype, streamed, sinks.dtype, *(x.data_ptr() % 16 == 0 for x in (sinks, bounds[0]))
+    constants = dict(constants, HAS_SINKS=has_sinks)
+    launch(hopper_fwd_kernel, q.device, depends, grid, args, constants, **options)
 
 
 def hopper_preprocess(o, do, lse, dlse, dq, n_hops):
     B, T, H, D = o.shape
-    n, BLOCK_D = B * H * padded_rows(T), max(64, triton.next_power_of_2(D))
+    n, BLOCK_D = B * H * padded_rows(T), padded_head_dim(D)
     dq_acc = torch.empty(n * BLOCK_D // 256, 256, dtype=torch.float32, device=o.device)  # in tiles of 64 x 64
     semaphores = torch.empty(n_hops, n // 32, dtype=torch.int32, device=o.device)
     coming = semaphores.data_ptr() + 4 * (n // 64 + 1)  # beside hop 0's counter of work tiles
     return (run_preprocess(o, do, lse, dlse, dq_acc, semaphores, n_hops), dq_acc, semaphores), coming
 
 
-def hopper_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, sm_scale, deterministic):
+def hopper_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, mask, sm_scale, deterministic):
     lse_delta, dq_acc, semaphores = state
-    config = hopper_config("bwd", q.shape, k.shape[2], q.device, len(hop.rows), causal)
+    bounds = hopper_bounds(hop, 1, mask)
+    config = hopper_config("bwd", q.shape, k.shape, q.device, len(hop.rows), len(bounds[0]), mask)
     resident, streamed, dims, grid, constants, options = config
     half, resident = resident, (1, BWD_ROWS.value, 1, resident[3])
     inputs = [tma_descriptor(x, b) for x, b in ((q, streamed), (k, resident), (v, half), (do, streamed))]
     rows, dq_tiles = tma_descriptor(lse_delta, (2, 1, streamed[1])), tma_descriptor(dq_acc, (16, 256))
     outs = [tma_descriptor(x, half) if x.dtype == q.dtype else rows for x in (dk, dv)]
-    args = (*inputs, rows, dq_tiles, *outs, dk, dv, dk_acc, dv_acc, semaphores[j], hop.table, sm_scale, *dims)
-    depends = q.dtype, dk.dtype, dk_acc.dtype, streamed
+    outs += dk, dv, dk_acc, dv_acc, semaphores[j], hop.table, *bounds
+    args = (*inputs, rows, dq_tiles, *outs, sm_scale, *dims)
+    depends = q.dtype, dk.dtype, dk_acc.dtype, streamed, bounds[0].data_ptr() % 16 == 0
     constants = dict(constants, DETERMINISTIC=deterministic)
     launch(hopper_bwd_kernel, q.device, depends, grid, args, constants, **options)
 
@@ -1983,7 +2436,7 @@ def hopper_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, causal, s
 def hopper_postprocess(state, dq, sm_scale):
     B, T, H, D = dq.shape
     _, dq_acc, _ = state
-    BLOCK_D = max(64, triton.next_power_of_2(D))
+    BLOCK_D = padded_head_dim(D)
     n = dq_acc.numel() // (64 * BLOCK_D)
     constants = dict(HEAD_DIM=D, BLOCK_D=BLOCK_D)
     args = dq_acc, dq, sm_scale, H, T
@@ -2025,15 +2478,15 @@ class Symmetric:
         READ + staging   they have been pulled, from this rank's
     """
 
-    def __init__(self, ring, schedule, k, v, causal, direction, acc_dtype=None):
+    def __init__(self, ring, schedule, k, v, T, mask, direction, acc_dtype=None):
         self.memory, self.stream, self.rank = ring.memory, ring.memory.copy_stream, ring.rank
-        (B, T, HKV, D), self.kv, known = k.shape, (k, v), self.memory.known
+        (B, TK, HKV, D), self.kv, known = k.shape, (k, v), self.memory.known
         self.row_bytes = HKV * D * k.element_size()
-        key = schedule, B, T, causal, direction
+        key = schedule, B, T, TK, mask, direction
         if key not in known:
             if len(known) > 1024:
                 known.clear()  # CUDA graphs have copies
-            known[key] = stream_ops(self.stream, schedule, ring.rank, ring.n_ranks, B, T, causal, direction)
+            known[key] = stream_ops(self.stream, schedule, ring.rank, ring.n_ranks, *key[1:])
         self.hops, self.key_ops, self.grad_ops, self.last_ops, self.joins = known[key]
         self.kv_staging = self.memory.views(self.memory.kv_staging, k, k.dtype)
         self.grad_staging = acc_dtype and self.memory.views(self.memory.grad_staging, k, acc_dtype)
@@ -2099,11 +2552,11 @@ class StreamOps(NamedTuple):
     arrives: bool  # whether the keys of the next hop are there then
 
 
-def stream_ops(copy_stream, schedule, rank, n_ranks, B, T, causal, direction):
+def stream_ops(copy_stream, schedule, rank, n_ranks, B, T, TK, mask, direction):
     """(hops, their StreamOps for keys, for gradients, the signals at the end, `joins`). Made once per shape:
     a call should take the host no longer than a small problem takes the GPU."""
     R = n_ranks
-    plans = [plan(schedule, r, R, T, causal, direction) for r in range(R)]
+    plans = [plan(schedule, r, R, T, mask, direction, TK) for r in range(R)]
     to, source = (rank + direction) % R, (rank - direction) % R  # of gradients
     FREE, READY, SENT, READ = 0, R, 2 * R, 2 * R + 2
     key_ops, grad_ops, joins, prepare = [], [], False, copy_stream.prepare
@@ -2119,7 +2572,7 @@ def stream_ops(copy_stream, schedule, rank, n_ranks, B, T, causal, direction):
         before, after, rows, reader, coming = [], [], (), (rank + direction * (j + 1)) % R, False
         if j + 1 < R:
             owner, coming = plans[rank][j + 1].source, plans[rank][j + 1].visible
-            rows = row_ranges(plans[reader][j + 1].seen, B, T, 1)
+            rows = row_ranges(plans[reader][j + 1].seen, B, TK, 1)
             before += [("signal", owner, FREE + rank)] * coming
             if rows:
                 before.append(("wait", FREE + reader, ("room for keys", j + 1, reader)))
@@ -2132,14 +2585,14 @@ def stream_ops(copy_stream, schedule, rank, n_ranks, B, T, causal, direction):
         key_ops.append(StreamOps(here, waits, prepare(before), rows, reader, there, prepare(after), coming))
 
         before, after, rows, here, there = [], [], (), j % 2, (j + 1) % 2
-        if any(hop.send_grad):
+        if any(map(is_some, hop.send_grad)):
             before.append(("signal", to, SENT + here))
         if there in unread:
             before.append(("wait", READ + there, ("a reader of gradients", j + 1, to)))
-        unread = {here} if any(hop.send_grad) else set()
-        if any(hop.recv_grad):
+        unread = {here} if any(map(is_some, hop.send_grad)) else set()
+        if any(map(is_some, hop.recv_grad)):
             before.append(("wait", SENT + here, ("gradients", j + 1, source)))
-            rows = row_ranges(hop.recv_grad, B, T, 2)
+            rows = row_ranges(hop.recv_grad, B, TK, 2)
             after.append(("signal", source, READ + here))
         grad_ops.append(StreamOps(None, True, prepare(before), rows, source, there, prepare(after), True))
     last = [("wait", READ + i, ("a reader of gradients", R - 1, to)) for i in unread] if direction < 0 else []
@@ -2148,15 +2601,15 @@ def stream_ops(copy_stream, schedule, rank, n_ranks, B, T, causal, direction):
 
 @functools.lru_cache(maxsize=1024)
 def row_ranges(rows, B, T, n_tensors):
-    """(first row, number of rows) of the ranges of memory that hold the first rows[g] tokens of each sequence
-    of batch group g, of n_tensors (B, T, ...) tensors in a row."""
+    """(first row, number of rows) of the ranges of memory that hold the tokens [begin, end) = rows[g] of each
+    sequence of batch group g, of n_tensors (B, T, ...) tensors in a row."""
     found = []
-    for i, (group, n) in itertools.product(range(n_tensors), zip(batch_slices(B, len(rows)), rows)):
+    for i, (group, (begin, end)) in itertools.product(range(n_tensors), zip(batch_slices(B, len(rows)), rows)):
         for first in range((i * B + group.start) * T, (i * B + group.stop) * T, T):
-            if n and found and sum(found[-1]) == first:
-                found[-1] = found[-1][0], found[-1][1] + n
-            elif n:
-                found.append((first, n))
+            if end > begin and found and sum(found[-1]) == first + begin:
+                found[-1] = found[-1][0], found[-1][1] + end - begin
+            elif end > begin:
+                found.append((first + begin, end - begin))
     return tuple(found)
 
 
@@ -2473,29 +2926,34 @@ def dense(q, k, v, ring):
     return q, k, v
 
 
-def run_hops(hops, tensors, ring, schedule, causal, sm_scale, backend, *options):
-    q, ring_object = tensors[0], ring_numbered(ring)
+def run_hops(hops, tensors, sinks, cu_seqlens, ring, schedule, causal, window, seq_len, sm_scale, backend,
+             *options):  # fmt: skip
+    q, k, ring_object = *tensors[:2], ring_numbered(ring)
     backend = best_backend(q) if backend is None else backend
-    T = q.shape[1] // (ring_object.n_ranks if ring < 0 else 1)
-    overhangs = T % BWD_ROWS.value and (not causal or ring_object.n_ranks > 1)
-    if backend == "gluon" and hops is backward_hops and overhangs:
-        # hopper_bwd_kernel does not mask keys past the end in a tile that all queries see. They are 0, but
-        # ds, with p = exp(-lse), may be infinite in 16 bits, and dq nan
-        backend = "triton"
+    n_virtual = ring_object.n_ranks if ring < 0 else 1
+    T, TK = q.shape[1] // n_virtual, k.shape[1] // n_virtual
+    S = max(T, TK) * ring_object.n_ranks
+    mask = make_mask(S, causal, window, seq_len, documents_of(cu_seqlens, S), T == TK)
+    if backend == "gluon" and hops is backward_hops and TK % BWD_ROWS.value:
+        # elsewhere hopper_bwd_kernel does not mask keys past the end in a tile that all queries see. They are
+        # 0, but ds, with p = exp(-lse), may be infinite in 16 bits, and dq nan
+        mask = mask._replace(kind=INTERVAL.value)
     kind, plain = q.device.type, contextlib.nullcontext()  # the state stays in float32, also under autocast
     no_casts = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else plain
     with torch.cuda.device_of(q), no_casts:
-        return ring_object.run(hops, tensors, schedule, causal, sm_scale, backend, *options)
+        return ring_object.run(hops, (*tensors, sinks, cu_seqlens), schedule, mask, sm_scale, backend, *options)
 
 
-def forward_real(q, k, v, ring, schedule, causal, sm_scale, backend, transport, *for_backward):
-    return run_hops(forward_hops, dense(q, k, v, ring), ring, schedule, causal, sm_scale, backend, transport)
+def forward_real(q, k, v, sinks, cu_seqlens, ring, schedule, causal, window, seq_len, sm_scale, backend,
+                 transport, *for_backward):  # fmt: skip
+    options = ring, schedule, causal, window, seq_len, sm_scale, backend, transport
+    return run_hops(forward_hops, dense(q, k, v, ring), sinks, cu_seqlens, *options)
 
 
-def forward_checked(q, k, v, ring, *args):
+def forward_checked(q, k, v, sinks, cu_seqlens, ring, *args):
     """Checks when a compiled graph runs, as it was made before its tensors were there."""
-    check_once(q, k, v, ring_numbered(ring), *args)
-    return forward_real(q, k, v, ring, *args)
+    check_once(q, k, v, sinks, cu_seqlens, ring_numbered(ring), *args)
+    return forward_real(q, k, v, sinks, cu_seqlens, ring, *args)
 
 
 def forward_fake(q, k, v, *args):
@@ -2503,14 +2961,15 @@ def forward_fake(q, k, v, *args):
     return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def backward_real(do, dlse, q, k, v, o, lse, ring, *args):
+def backward_real(do, dlse, q, k, v, o, lse, sinks, cu_seqlens, ring, *args):
     do = torch.zeros_like(o) if do is None else do.to(o.dtype).contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    return run_hops(backward_hops, (*dense(q, k, v, ring), o, lse, do, dlse), ring, *args)
+    return run_hops(backward_hops, (*dense(q, k, v, ring), o, lse, do, dlse), sinks, cu_seqlens, ring, *args)
 
 
-def backward_fake(do, dlse, q, k, v, *args):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+def backward_fake(do, dlse, q, k, v, o, lse, sinks, *args):
+    dsinks = lse.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return *(x.new_empty(x.shape) for x in (q, k, v)), dsinks
 
 
 class FirstDerivative(torch.autograd.Function):
@@ -2538,32 +2997,37 @@ def once(f, *inputs):
 
 class RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, run, args):
+    def forward(ctx, q, k, v, sinks, cu_seqlens, run, args):
         q, k, v = dense(q, k, v, args[0])  # here already, as these are kept for the backward
         if can_skip_dispatcher(q, k, v):
-            o, lse = run(q, k, v, *args)
+            o, lse = run(q, k, v, sinks, cu_seqlens, *args)
         else:
             with torch._C._AutoDispatchBelowAutograd():  # the same operator, below autograd
-                o, lse = torch.ops.ring_attn.forward.default(q, k, v, *args)
-        ctx.save_for_backward(q, k, v, o, lse)
-        ctx.args, ctx.ring = args[:7], ring_numbered(args[0])  # the ring lives until the backward
+                o, lse = torch.ops.ring_attn.forward.default(q, k, v, sinks, cu_seqlens, *args)
+        ctx.save_for_backward(q, k, v, o, lse, sinks, cu_seqlens)
+        ctx.args, ctx.ring = args[:9], ring_numbered(args[0])  # the ring lives until the backward
         ctx.set_materialize_grads(False)
         return o, lse
 
     @staticmethod
     def backward(ctx, do, dlse):
         saved = ctx.saved_tensors
-        backward = backward_real if can_skip_dispatcher(*saved) else torch.ops.ring_attn.backward.default
-        return *once(lambda: backward(do, dlse, *saved, *ctx.args), do, dlse, *saved[:3]), None, None
+        skip = can_skip_dispatcher(*saved[:5])
+        backward = backward_real if skip else torch.ops.ring_attn.backward.default
+        *grads, dsinks = once(lambda: backward(do, dlse, *saved, *ctx.args), do, dlse, *saved[:3], saved[5])
+        return *grads, dsinks if saved[5] is not None else None, None, None, None
 
 
 LIBRARY = torch.library.Library("ring_attn", "DEF")
-TENSORS, GRADS = "Tensor q, Tensor k, Tensor v", "Tensor? do, Tensor? dlse"
-OPTIONS = "int ring, str schedule, bool causal, float sm_scale, str? backend, str? transport"
-OPTIONS += ", bool deterministic"
-LIBRARY.define(f"forward({TENSORS}, {OPTIONS}, bool backward, str? problem) -> (Tensor, Tensor)")
-LIBRARY.define(f"backward({GRADS}, {TENSORS}, Tensor o, Tensor lse, {OPTIONS}) -> (Tensor, Tensor, Tensor)")
-LIBRARY.impl("forward", lambda *args: RingAttention.apply(*args[:3], forward_checked, args[3:]), "Autograd")
+TENSORS, MORE = "Tensor q, Tensor k, Tensor v", "Tensor? sinks, Tensor? cu_seqlens"
+OPTIONS = "int ring, str schedule, bool causal, SymInt[]? window, SymInt? seq_len, float sm_scale, str? backend"
+OPTIONS += ", str? transport, bool deterministic"
+RESULTS = "(Tensor, Tensor, Tensor, Tensor)"
+LIBRARY.define(f"forward({TENSORS}, {MORE}, {OPTIONS}, bool backward, str? problem) -> (Tensor, Tensor)")
+LIBRARY.define(
+    f"backward(Tensor? do, Tensor? dlse, {TENSORS}, Tensor o, Tensor lse, {MORE}, {OPTIONS}) -> {RESULTS}"
+)
+LIBRARY.impl("forward", lambda *args: RingAttention.apply(*args[:5], forward_checked, args[5:]), "Autograd")
 LIBRARY.impl("forward", forward_checked, "CompositeExplicitAutograd")  # on any device; checks refuse some
 LIBRARY.impl("backward", backward_real, "CompositeExplicitAutograd")
 torch.library.register_fake("ring_attn::forward", forward_fake, lib=LIBRARY)
@@ -2584,27 +3048,39 @@ class Unshard(torch.autograd.Function):
 
 
 def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse=False, backend=None, transport=None,
-           deterministic=True, problem=None):  # fmt: skip
+           deterministic=True, window=None, cu_seqlens=None, sinks=None, seq_len=None,
+           problem=None):  # fmt: skip
     """What all public functions call. problem: what the caller found wrong, to be raised on every rank."""
     has_shape = isinstance(q, torch.Tensor) and not q.is_nested and q.ndim > 0
     if sm_scale is None:
         sm_scale = max(q.shape[-1], 1) ** -0.5 if has_shape else 1.0
     if has_shape and q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type):
         q, k, v = autocast(q, k, v)
-    backward = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v))
+    backward = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v, sinks))
+    tensors = q, k, v, sinks, cu_seqlens
     if not torch.compiler.is_compiling():
-        options = schedule, causal, sm_scale, backend, transport, deterministic, backward, problem
-        check_once(q, k, v, ring_numbered(ring.number), *options)
-    options = bool(causal), float(sm_scale), backend, transport, bool(deterministic), backward, problem
-    args = ring.number, schedule, *options
+        options = causal, window, seq_len, sm_scale, backend, transport, deterministic, backward, problem
+        check_once(*tensors, ring_numbered(ring.number), schedule, *options)
+    pair = window if window is None else window_pair(window)
+    options = bool(causal), pair, seq_len, float(sm_scale), backend, transport, bool(deterministic)
+    args = ring.number, schedule, *options, backward, problem
+    unseen = k.shape[1] - q.shape[1] - (pair[0] if pair and pair[0] >= 0 else k.shape[1])
+    if ring.n_ranks == 1 and unseen > 0:  # the keys before the first query's window
+        tensors = q, k[:, unseen:], v[:, unseen:], *tensors[3:]
     if can_skip_dispatcher(q, k, v):
         if backward:
-            o, lse = RingAttention.apply(q, k, v, forward_real, args)
+            o, lse = RingAttention.apply(*tensors, forward_real, args)
         else:
-            o, lse = forward_real(q, k, v, *args)
+            o, lse = forward_real(*tensors, *args)
     else:
-        o, lse = torch.ops.ring_attn.forward.default(q, k, v, *args)
+        o, lse = torch.ops.ring_attn.forward.default(*tensors, *args)
     return (o, lse) if return_lse else o
+
+
+def window_pair(window):
+    """(left, right), -1 for all: what operators take."""
+    left, right = (window - 1, 0) if isinstance(window, int) else window
+    return [-1 if left is None else left, -1 if right is None else right]
 
 
 def autocast(*tensors):
@@ -2684,14 +3160,75 @@ def check_common(q, k, v, sm_scale, causal, backend, backends):
         check_portable(q)
 
 
-def check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend, transport, deterministic):
+def check_seq_len(seq_len, S):
+    if seq_len is not None and not (is_int(seq_len) and 1 <= seq_len <= S):
+        raise ValueError(f"{seq_len=} must be an int from 1 to {S}, the padded length, or None")
+
+
+def is_int(x):
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def check_mask(causal, window, cu_seqlens, seq_len, B, S, SK):
+    """S, SK: how many positions there are of queries and of keys."""
+    if window is not None:
+        pair = window if isinstance(window, (tuple, list)) else None
+        if pair is None and not (is_int(window) and window >= 1):
+            raise ValueError(f"{window=} must be an int of 1 or more, or a pair (left, right), or None")
+        if pair is None and not causal:
+            raise ValueError(f"{window=} needs causal=True; with causal=False pass a pair (left, right)")
+        if pair is not None and not (len(pair) == 2 and all(x is None or is_int(x) and x >= -1 for x in pair)):
+            raise ValueError(f"{window=} must be two ints of 0 or more, or -1 or None for all keys on that side")
+    check_seq_len(seq_len, S)
+    if cu_seqlens is not None:
+        check_documents(cu_seqlens, B, seq_len, S)
+    if S != SK and (cu_seqlens is not None or seq_len is not None):
+        given = "cu_seqlens" if seq_len is None else f"{seq_len=}"
+        raise ValueError(f"{given} with {S} queries and {SK} keys: they need equal lengths; pad the shorter")
+
+
+def check_documents(cu_seqlens, B, seq_len, S):
+    name = "cu_seqlens"
+    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"{name} is {summary(cu_seqlens)}; it must be an int32 tensor (n + 1,) or (B, n + 1)")
+    shape = tuple(cu_seqlens.shape)
+    if len(shape) not in (1, 2) or shape[-1] < 2 or len(shape) == 2 and shape[0] != B:
+        raise ValueError(f"{name} has shape {shape}; it must be (n + 1,) or (B, n + 1) with {B=} and n >= 1")
+    if cu_seqlens.device.type != "cpu":
+        return  # its values are not read: that would wait for the GPU
+    ends = {S if seq_len is None else seq_len, S}
+    for row in cu_seqlens.reshape(-1, shape[-1]).tolist():
+        if row[0] != 0 or row[-1] not in ends or row != sorted(row):
+            wanted = f"begin with 0, not decrease, and end with {' or '.join(map(str, sorted(ends)))}"
+            text = f"{row[:4]}..{row[-2:]}" if len(row) > 8 else row
+            raise ValueError(f"{name} holds {text}; it must {wanted}")
+
+
+def check_sinks(sinks, q):
+    if not isinstance(sinks, torch.Tensor) or not sinks.is_floating_point():
+        raise ValueError(f"sinks is {summary(sinks)}; it must be a floating point tensor ({q.shape[2]},), or None")
+    if sinks.shape != q.shape[2:3] or sinks.device != q.device:
+        given = f"{tuple(sinks.shape)} on {sinks.device}"
+        raise ValueError(f"sinks is {given}; it must have a logit for each of {q.shape[2]} heads on {q.device}")
+
+
+def check_inputs(q, k, v, sinks, cu_seqlens, schedule, ring, causal, window, seq_len, sm_scale, backend,
+                 transport, deterministic):  # fmt: skip
     """Everything that the hop loops cannot do."""
     check_common(q, k, v, sm_scale, causal, backend, BACKENDS)
     if not isinstance(deterministic, int):  # bool is one
         raise ValueError(f"{deterministic=} must be True or False")
-    (B, T, _, D), n_ranks = q.shape, ring.n_ranks
-    if k.shape[:2] != (B, T):
-        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}; need equal B, T and D")
+    (B, T, _, D), TK, n_ranks = q.shape, k.shape[1], ring.n_ranks
+    if k.shape[0] != B:
+        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}; need equal B and D")
+    n_others = 1 if isinstance(ring, VirtualRing) else n_ranks
+    check_mask(causal, window, cu_seqlens, seq_len, B, n_others * T, n_others * TK)
+    if sinks is not None:
+        check_sinks(sinks, q)
+    if T != TK and n_ranks > 1 and (causal or window is not None):
+        asked = f"{causal=}" if window is None else f"{window=}"
+        lengths = f"{T} queries and {TK} keys a rank"
+        raise ValueError(f"{lengths} with {asked}: on a ring lengths may differ with causal=False and no window")
     if backend == "gluon":
         if not q.is_cuda or capability(q.device)[0] != 9:
             raise ValueError(f'{backend=} needs a Hopper GPU, not {q.device}; use backend="triton"')
@@ -2703,15 +3240,16 @@ def check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend, transport, 
     if isinstance(ring, VirtualRing):
         if transport is not None:
             raise ValueError(f"{transport=} is for process groups, and this is a VirtualRing; leave it out")
-        if T % n_ranks:
-            raise ValueError(f"seq_len={T} must be a multiple of {n_ranks=}; {PAD_HINT}")
-        T //= n_ranks
+        if T % n_ranks or TK % n_ranks:
+            raise ValueError(f"seq_len={T if T % n_ranks else TK} must be a multiple of {n_ranks=}; {PAD_HINT}")
+        T, TK = T // n_ranks, TK // n_ranks
     elif n_ranks > 1:
         check_movable(q, ring.group)
-    check_schedule(schedule, n_ranks, T, B)
+    for length in {T, TK}:
+        check_schedule(schedule, n_ranks, length, B)
 
 
-def check_unshard(x, schedule, ring):
+def check_unshard(x, schedule, ring, seq_len):
     if isinstance(ring, VirtualRing):
         raise ValueError("a VirtualRing holds whole sequences: there is nothing to unshard")
     if not isinstance(x, torch.Tensor) or x.is_nested or x.layout != torch.strided or x.ndim < 2:
@@ -2719,6 +3257,7 @@ def check_unshard(x, schedule, ring):
     if ring.n_ranks > 1:
         check_movable(x, ring.group)
     check_schedule(schedule, ring.n_ranks, x.shape[1], x.shape[0])
+    check_seq_len(seq_len, ring.n_ranks * x.shape[1])
 
 
 def check_movable(x, group):
@@ -2772,8 +3311,8 @@ def agree_once(ring, key, signature, problem, check, prepare=lambda: None):
     ring.agreed[key] = True
 
 
-def check_once(q, k, v, ring, schedule, causal, sm_scale, backend, transport, deterministic, backward,
-               problem):  # fmt: skip
+def check_once(q, k, v, sinks, cu_seqlens, ring, schedule, causal, window, seq_len, sm_scale, backend,
+               transport, deterministic, backward, problem):  # fmt: skip
     """check_inputs, and that all ranks agree, the first time that shapes and options come up."""
     if backend is None:
         has_shape = isinstance(q, torch.Tensor) and not q.is_nested and q.ndim > 0
@@ -2782,21 +3321,34 @@ def check_once(q, k, v, ring, schedule, causal, sm_scale, backend, transport, de
     if backward and strict_torch and isinstance(deterministic, int) and not deterministic:
         strict = "under torch.use_deterministic_algorithms(True); leave one of the two out"
         problem = problem or f"{deterministic=} {strict}"
-    options = schedule, causal, sm_scale, backend, transport, deterministic, backward, problem
+    names = "schedule", "causal", "window", "seq_len", "sm_scale", "backend", "transport", "deterministic"
+    options = schedule, causal, window, seq_len, sm_scale, backend, transport, deterministic, backward, problem
+    capturing = isinstance(q, torch.Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing()
+    documents = None
     try:
-        tensors = ((x.shape, x.dtype, x.device, x.layout) for x in (q, k, v))
-        key = *tensors, *options, type(causal), type(sm_scale), type(deterministic)
+        if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+            documents = cu_seqlens.numpy(force=True).tobytes()  # the other ranks must have the same
+            if capturing:
+                freeze = "a CUDA graph would freeze cu_seqlens that are on the CPU"
+                raise ValueError(f"{freeze}; pass them on {q.device}, and write new values there")
+        tensors = q, k, v, *(x for x in (sinks, cu_seqlens) if x is not None)
+        tensors = (*((x.shape, x.dtype, x.device, x.layout) for x in tensors), sinks is None)
+        window_key = tuple(window) if isinstance(window, list) else window
+        key = *tensors, *options[:2], window_key, *options[3:], *map(type, options[1:8]), documents
         if key in ring.agreed:
             return
     except (AttributeError, TypeError, RuntimeError):  # an argument of a kind that will be refused
-        key = repr((summary(q), summary(k), summary(v), *options))
-    if isinstance(q, torch.Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing():
+        key = repr((*map(summary, (q, k, v, sinks, cu_seqlens)), *options))
+    if capturing:
         raise ValueError("ranks cannot agree on options inside a CUDA graph; make this call once before it")
-    names = "schedule", "causal", "sm_scale", "backend", "transport", "deterministic", "backward"
-    signature = dict(q=summary(q), k=summary(k), v=summary(v), **dict(zip(names, map(repr, options))))
+    tensors = dict(q=summary(q), k=summary(k), v=summary(v), sinks=summary(sinks), cu_seqlens=summary(cu_seqlens))
+    if documents is not None:
+        tensors["cu_seqlens"] += (f"checksum {zlib.crc32(documents):08x}",)
+    signature = dict(tensors, **dict(zip((*names, "backward"), map(repr, options))))
+    arguments = q, k, v, sinks, cu_seqlens, schedule, ring, *options[1:8]
     agree_once(
         ring, key, signature, problem,
-        lambda: check_inputs(q, k, v, schedule, ring, causal, sm_scale, backend, transport, deterministic),
+        lambda: check_inputs(*arguments),
         lambda: ring.prepare(k, backward, transport),
     )  # fmt: skip
 

@@ -309,12 +309,16 @@ def judge(got, *inputs):
     return worst([(what, error(a, t), times * error(p, t) + 1e-5) for what, a, t, p, times in of_all])
 
 
-def run(q, k, v, do, schedule="contiguous", group=None, causal=True, backend=None, **options):
-    """(o, lse, dq, dk, dv); group None: this process alone."""
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    options |= dict(return_lse=True, backend=backend)
-    o, lse = ring_attn.ring_attn(q, k, v, schedule, group or alone(), causal, **options)
-    return o.detach(), lse.detach(), *torch.autograd.grad(o, (q, k, v), do)
+def run(q, k, v, do=None, schedule="contiguous", group=None, causal=True, backend=None, dlse=None, sinks=None,
+        **options):  # fmt: skip
+    """(o, lse, dq, dk, dv), and dsinks if there are sinks; group None: this process alone. do, dlse: None where
+    the loss does not depend on o or lse."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, sinks) if x is not None]
+    options |= dict(return_lse=True, backend=backend) | ({} if sinks is None else dict(sinks=leaves[3]))
+    results = ring_attn.ring_attn(*leaves[:3], schedule, group or alone(), causal, **options)
+    loss = [(x, dx) for x, dx in zip(results, (do, dlse)) if dx is not None]
+    grads = torch.autograd.grad([x for x, _ in loss], leaves, [dx for _, dx in loss])
+    return *(x.detach() for x in results), *grads
 
 
 def check_virtual(schedule, n_ranks, causal, backend, dtype, B, T, H, HKV, D):
@@ -1099,6 +1103,204 @@ for schedule in SCHEDULES:
     for n_ranks in (2, 3, 5):
         name = f"symmetric memory, operations in any order: {schedule} x{n_ranks}"
         local(check_protocols, name, schedule, n_ranks)
+
+# -----------------------------------------------------------------------------
+# masks: cases drawn at random, against a dense float64 truth that is made from positions and nothing else
+
+
+def seen_by_position(T, TK, causal=True, window=None, cu_seqlens=None, seq_len=None):
+    """(B or 1, 1, T, TK) bool: which keys each query sees. The last query is where the last key is."""
+    i, j = torch.arange(T)[:, None] + TK - T, torch.arange(TK)
+    left, right = (window - 1, 0) if isinstance(window, int) else window or (None, None)
+    seen = torch.ones(1, 1, T, TK, dtype=torch.bool)
+    if causal:
+        seen &= j <= i
+    if left not in (None, -1):
+        seen &= j >= i - left
+    if right not in (None, -1):
+        seen &= j <= i + right
+    if seq_len is not None:
+        seen &= (i < seq_len) & (j < seq_len)
+    if cu_seqlens is not None:
+        document = (cu_seqlens.cpu().view(-1, cu_seqlens.shape[-1], 1) <= j).sum(1)  # (B or 1, TK)
+        seen = seen & (document[:, :, None] == document[:, None])[:, None]
+    return seen.to(DEVICE)
+
+
+def with_sink_key(q, k, v, sinks, seen, n_real):
+    """(q, k, v, score, empty), heads first, for dense attention in the dtype of q. A sink is one more key, of
+    zeros, whose score is the sink. Where a query sees nothing (empty, (B, H, T)) there is such a key, of score
+    0: its o is 0. Queries from n_real on are padding: sinks are not for them."""
+    B, T, H, _ = q.shape
+    q, k, v = (x.repeat_interleave(H // x.shape[2], 2).transpose(1, 2) for x in (q, k, v))
+    k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+    empty = (torch.arange(T, device=q.device) >= n_real) | (~seen.any(-1) if sinks is None else False)
+    last = q.new_tensor([-inf] * H) if sinks is None else sinks.to(q.dtype)
+    last = last[:, None].expand(B, H, T).masked_fill(empty.expand(B, H, T), 0.0)
+    score = q.new_zeros(1).masked_fill(~seen, -inf).expand(B, H, T, -1)
+    return q, k, v, torch.cat([score, last[..., None]], -1), empty.expand(B, H, T)
+
+
+def dense_attention(q, k, v, do, dlse, sinks, seen, n_real, sm_scale):
+    """(o, lse, dq, dk, dv, dsinks) by the formula in the dtype of q; dsinks by query, (B, H, T)."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    q, k, v, score, empty = with_sink_key(*leaves, sinks, seen, n_real)
+    score.requires_grad_()
+    s = q @ k.mT * sm_scale + score  # (B, H, T, TK + 1)
+    lse = s.logsumexp(-1)
+    o = ((s - lse[..., None]).exp() @ v).transpose(1, 2)
+    dlse = dlse.masked_fill(empty, 0.0)
+    *grads, dscore = torch.autograd.grad((o, lse), (*leaves, score), (do.to(o.dtype), dlse.to(o.dtype)))
+    return o.detach(), lse.detach().masked_fill(empty, -inf), *grads, dscore[..., -1].masked_fill(empty, 0.0)
+
+
+def masked_sdpa(q, k, v, do, dlse, sinks, seen, n_real, sm_scale):
+    """The same of torch's SDPA; lse, of which SDPA knows nothing, and its gradients in float32."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    *inputs, score, empty = with_sink_key(*leaves, sinks, seen, n_real)
+    o = F.scaled_dot_product_attention(*inputs, score, scale=sm_scale).transpose(1, 2)
+    grads = torch.autograd.grad(o, leaves, do)
+    wide = [x.float() for x in (q, k, v)]
+    _, lse, *of_lse, dsinks = dense_attention(*wide, torch.zeros_like(do), dlse, sinks, seen, n_real, sm_scale)
+    if sinks is not None:
+        p = (sinks.float()[:, None] - lse.masked_fill(empty, inf)).exp()
+        dsinks = dsinks - p * (do * o).float().sum(-1).mT
+    return o.detach(), lse, *((a + b).to(q.dtype) for a, b in zip(grads, of_lse)), dsinks
+
+
+def judge_masked(got, *inputs):
+    """got: o, lse, dq, dk, dv, and dsinks if there are sinks. inputs: as of dense_attention. dsinks, one number
+    a head, is held to the root of the squared errors of its parts: a sum may be right by chance."""
+    q, k, v, do, dlse, sinks, seen, n_real, sm_scale = inputs
+    wide = [x if x is None else x.double() for x in inputs[:6]]
+    truth = dense_attention(*wide, *inputs[6:])
+    peer = truth if q.dtype == f64 else masked_sdpa(*inputs)
+    assert torch.equal(got[1] == -inf, truth[1] == -inf), "lse is not -inf where it must be, or elsewhere"
+    sees, is_seen = seen.any(-1).mT.expand(*q.shape[:2], 1), seen.any(2).mT.expand(*k.shape[:2], 1)
+    for i, what, some in ((0, "o", sees), (2, "dq", sees), (3, "dk", is_seen), (4, "dv", is_seen)):
+        rest = got[i].masked_fill(some[..., None], 0.0)
+        assert (rest == 0).all(), f"{what} is not 0 where nothing is seen, but up to {rest.abs().max():.1e}"
+    rows, names, exact = [], ("o", "lse", "dq", "dk", "dv"), 1e-12 if q.dtype == f64 else 1e-5
+    for what, a, t, p, times in zip(names, got, truth, peer, (2, 2, 3, 3, 3)):
+        a, t, p = (x.masked_fill(x == -inf, 0.0) for x in (a, t, p))
+        rows.append((what, error(a, t), times * error(p, t) + exact))
+    if sinks is not None:
+        t, noise = truth[5].sum((0, 2)), (peer[5] - truth[5]).square().sum((0, 2)).sqrt().max().item()
+        rounding = torch.finfo(sinks.dtype).eps * t.abs().max().item()
+        rows.append(("dsinks", error(got[5], t), 3 * noise + rounding + exact))
+    return worst(rows)
+
+
+def poisoned(x, where):
+    """x with nan in the rows (B or 1, T) of its tokens; x (B, T, heads, D) or (B, H, T)."""
+    where = where[..., None, None] if x.ndim == 4 else where[:, None]
+    return x.masked_fill(where, nan)
+
+
+def check_masked(q, k, v, do, dlse, sinks, schedule, group, backend, loss=("o", "lse"), sm_scale=None, **options):
+    """One call, forward and backward, with nan wherever it may be. options: of ring_attn, causal included.
+    loss: which of the results have a gradient."""
+    mask = {x: options[x] for x in ("causal", "window", "cu_seqlens", "seq_len") if x in options}
+    T, TK = q.shape[1], k.shape[1]
+    seen, n_real = seen_by_position(T, TK, **mask), options.get("seq_len") or T
+    padding, unseen = torch.arange(T, device=q.device)[None] >= n_real, ~seen.any(2)[:, 0]  # (1 or B, T or TK)
+    nan_q, nan_do, nan_dlse = (poisoned(x, padding) for x in (q, do, dlse))
+    nan_k, nan_v = (poisoned(x, unseen) for x in (k, v))
+    grads = dict(do=nan_do if "o" in loss else None, dlse=nan_dlse if "lse" in loss else None)
+    options |= dict(sinks=sinks, sm_scale=sm_scale) | grads
+    got = run(nan_q, nan_k, nan_v, schedule=schedule, group=group, backend=backend, **options)
+    do, dlse = do * ("o" in loss), dlse * ("lse" in loss)
+    scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    return judge_masked(got, q, k, v, do, dlse, sinks, seen, n_real, scale)
+
+
+def draw_documents(rng, B, length, end):
+    """cu_seqlens (n + 1,) or (B, n + 1): the last document ends at `end`, all others at `length` or before."""
+    by_sequence, rows = rng.random() < 0.5, []
+    for _ in range(B if by_sequence else 1):
+        cuts = [rng.randint(0, length) for _ in range(rng.choice((0, 1, 2, rng.randint(3, 9))))]
+        cuts += [min(cut + 1, length) for cut in cuts if rng.random() < 0.3]  # documents of one token
+        cuts += [cut for cut in cuts if rng.random() < 0.2]  # empty ones
+        rows.append([0, *sorted(cuts), end])
+    rows = [row + [end] * (max(map(len, rows)) - len(row)) for row in rows]
+    return torch.tensor(rows if by_sequence else rows[0], dtype=torch.int32)
+
+
+def draw_window(rng, S, causal):
+    """An int, or a pair whose ends may be None or -1."""
+    widths = [rng.choice((rng.randint(0, 4), rng.randint(0, S + 4), 2 ** rng.randint(20, 40))) for _ in "ab"]
+    if causal and rng.random() < 0.5:
+        return widths[0] + 1
+    return tuple(rng.choice((None, -1, width, width)) for width in widths)
+
+
+def draw_case(seed):
+    """What check_drawn needs: S queries and SK keys on n_ranks, in whose shards the schedule can cut them."""
+    rng = random.Random(seed)
+    shares = (1, 2, 3) if HOPPER else (1, 4, 0) if GPU else (5, 1, 0)
+    backend = rng.choices(("torch", "triton", "gluon"), shares)[0]
+    interpreted, schedule = backend == "triton" and not GPU, rng.choice([*SCHEDULES])  # that is slow
+    n_ranks = rng.randint(1, 4 if interpreted else 8)
+    most = (80 if interpreted else 600 if backend == "torch" else 2400) // n_ranks
+    lengths = [rng.choice((1, 2, 20, most, *rng.choices(range(1, most + 1), k=3))) for _ in "qk"]
+    (B, T), (_, TK) = (fit(schedule, rng.randint(1, 2 if interpreted else 3), T) for T in lengths)
+    S, SK = n_ranks * T, n_ranks * (T if rng.random() < 0.8 else TK)
+    H, HKV = rng.choice(((1, 1), (2, 1)) if interpreted else ((1, 1), (2, 1), (2, 2), (6, 2), (3, 1)))
+    dims = dict(torch=(8, 24), triton=(16, 33) if interpreted else (16, 33, 64, 128, 256), gluon=(40, 64, 128))
+    dtypes = dict(torch=(f64, f32, f16, bf16), triton=(f32, f16) if interpreted else (f32, f16, bf16))
+    options = dict(causal=(S == SK or n_ranks == 1) and rng.random() < 0.6, deterministic=rng.random() < 0.8)
+    if rng.random() < 0.5 and (S == SK or n_ranks == 1):
+        options["window"] = draw_window(rng, S, options["causal"])
+    if rng.random() < 0.4 and S == SK:
+        options["seq_len"] = rng.choice((S, rng.randint(1, S), max(1, S - rng.randint(0, T))))
+    if rng.random() < 0.4 and S == SK:
+        length = options.get("seq_len", S)
+        options["cu_seqlens"] = draw_documents(rng, B, length, rng.choice((length, S)))
+        if GPU and rng.random() < 0.5:
+            options["cu_seqlens"] = options["cu_seqlens"].to(DEVICE)
+    options |= dict(sm_scale=rng.choice((None, 0.3)), loss=rng.choice((("o", "lse"), ("o",), ("lse",))))
+    case = dict(backend=backend, schedule=schedule, n_ranks=n_ranks, B=B, S=S, SK=SK, H=H, HKV=HKV)
+    case |= dict(D=rng.choice(dims[backend]), dtype=rng.choice(dtypes.get(backend, (f16, bf16))))
+    case |= dict(sinks=rng.choice((None, None, None, f64, f32, f16, bf16)), options=options)
+    return SimpleNamespace(**case, row_block=rng.choice((4, 128)) if backend == "torch" else 128)
+
+
+@contextlib.contextmanager
+def row_blocks(n):
+    """Keys move in whole blocks of n rows. Kernels need 128 of them; short sequences show more with fewer."""
+    plans = ring_attn.plan, ring_attn.rows_seen
+    with replaced(ring_attn, "ROW_PAD", tl.constexpr(n)):
+        for f in plans:
+            f.cache_clear()
+        yield
+    for f in plans:
+        f.cache_clear()
+
+
+def check_drawn(seed):
+    case, g = draw_case(seed), torch.Generator().manual_seed(seed)
+    B, S, SK, H, HKV, D = case.B, case.S, case.SK, case.H, case.HKV, case.D
+    shapes = (B, S, H, D), (B, SK, HKV, D), (B, SK, HKV, D), (B, S, H, D), (B, H, S)
+    *inputs, dlse = (torch.randn(shape, generator=g).to(DEVICE) for shape in shapes)
+    inputs = [x.to(case.dtype) for x in inputs]
+    dlse = dlse.to(torch.promote_types(case.dtype, f32))
+    sinks = None  # exact in every dtype
+    if case.sinks:
+        sinks = torch.randint(-32, 33, (H,), generator=g).div(8).to(DEVICE, case.sinks)
+    try:
+        with row_blocks(case.row_block) if case.row_block < 128 else contextlib.nullcontext():
+            ring = VirtualRing(case.n_ranks)
+            return check_masked(*inputs, dlse, sinks, case.schedule, ring, case.backend, **case.options)
+    except Exception as error:
+        raise AssertionError(f"seed {seed}, {vars(case)}: {type(error).__name__}: {error}") from error
+
+
+def check_seeds(first, n):
+    return max((check_drawn(seed) for seed in range(first, first + n)), key=lambda row: row[1] / row[2])
+
+
+for first in range(0, 150, 10):
+    local(check_seeds, f"masks drawn at random, seeds {first} to {first + 9}", first, 10)
 
 # -----------------------------------------------------------------------------
 # decoding, against flex_attention: eager, in float64 for the truth and in the dtype at hand for the yardstick

@@ -5,6 +5,7 @@
     torchrun --nproc_per_node=8 train.py --seq_len=262144   # eight GPUs, 32k tokens each
     torchrun --nproc_per_node=8 train.py --ring_size=4 --fsdp --checkpoint --accumulate=2   # in less memory
     python train.py --data=my/texts --out=runs/mine --steps=2000
+    python train.py --data=my/texts --documents --window=1024 --sinks   # each file a document, see below
     python train.py --out=runs/mine --resume                # go on where runs/mine stopped, with its flags
     torchrun --max-restarts=3 --nproc_per_node=8 train.py   # go on by itself when a process is lost
     python train.py --generate='def '                       # continue a text with the newest checkpoint
@@ -13,6 +14,10 @@
 The processes are a mesh (data, ring). Each ring takes its part of the batch. In a ring of n every rank holds
 1/n of every sequence, as --schedule says, and reads only those bytes and the ones after them, the targets.
 Every rank holds all weights, or with --fsdp a part of them; gradients are summed over all ranks.
+
+A sequence is a stretch of the joined files, of any length. With --documents a token sees its own file only,
+positions restart at 0 in each, and no loss is counted from one to the next; a sequence cuts the files at its
+ends. So do --window and --sinks change what a token sees, in training and in generation.
 
 Batches and dropout masks follow from --seed and the number of the step. So a checkpoint holds just weights,
 optimizer, step and flags. A resumed run repeats the losses to the bit; it may use other ranks and rings.
@@ -38,6 +43,7 @@ import zlib
 from collections import deque
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,8 +61,9 @@ from model import IGNORED, AttentionType, Config, Transformer
 
 RANK = int(os.environ.get("RANK", 0))
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
-MODEL = "n_layers", "dim", "dim_per_head", "n_kv_heads", "seq_len", "dropout"
-FIXED = *MODEL, "batch_size", "seed"  # flags that a resumed run cannot change
+MODEL = "n_layers", "dim", "dim_per_head", "n_kv_heads", "seq_len", "dropout", "window", "sinks"
+FIXED = *MODEL, "documents", "batch_size", "seed"  # flags that a resumed run cannot change
+LATER = dict(free_order=False, window=None, sinks=False, documents=False)  # flags that old checkpoints lack
 # flags that only --generate reads, and all that it reads
 TEXT_ONLY = {"generate", "prompt_file", "max_tokens", "cache_tokens"}
 TEXT = TEXT_ONLY | {"temperature", "top_k", "out", "seed", "device", "dtype", "timeout"}
@@ -93,6 +100,7 @@ def parse(argv=None):
     g = p.add_argument_group("run")
     g.add_argument("-h", "--help", action="help", help="print this")
     flag(g, "data", str, "text to learn: a file or a folder (the source of Python's standard library)")
+    flag(g, "documents", bool, "the files of a folder are documents: tokens see their own only")
     flag(g, "out", str, "run folder for checkpoints and log (a new one under runs/)")
     flag(g, "resume", bool, "go on from the checkpoint in --out (the newest under runs/)")
     flag(g, "steps", int, "optimizer steps", (400, 500))
@@ -112,6 +120,8 @@ def parse(argv=None):
     flag(g, "dim_per_head", int, "width of a head", (32, 128))
     flag(g, "n_kv_heads", int, "key/value heads", 2)
     flag(g, "dropout", float, "on the outputs of attention and MLP", 0.0)
+    flag(g, "window", int, "tokens that a token sees, itself included (all)")
+    flag(g, "sinks", bool, "learn a logit for each head in the denominator of the softmax")
     kinds = [t.value for t in AttentionType]
     flag(g, "schedule", str, "the first two without rings", "zigzag", kinds)
     flag(g, "lr", float, "peak learning rate", (2e-3, 6e-4))
@@ -193,14 +203,9 @@ def check_args(args, n_ranks, start):
     if not AttentionType(args.schedule).is_ring:
         one = f"--schedule={args.schedule} works on whole sequences in one process"
         raise ValueError(f"{one}, this run has {R} in a ring; use zigzag, or --ring_size=1")
-    multiple = R * ring_attn.SCHEDULES[args.schedule].T_multiple
-    if args.seq_len % multiple:
-        whose = f"{multiple} for {args.schedule} on a ring of {R}"
-        fits = args.seq_len // multiple * multiple or multiple
-        raise ValueError(f"--seq_len={args.seq_len} must be a multiple of {whose}; use {fits}")
-    B = args.batch_size // n_parts
+    B, multiple = args.batch_size // n_parts, ring_attn.padded_to(args.schedule, R)
     try:
-        ring_attn.check_schedule(args.schedule, R, args.seq_len // R, B)
+        ring_attn.check_schedule(args.schedule, R, -(-args.seq_len // multiple) * multiple // R, B)
     except ValueError as error:
         part = f"a ring gets B={B} of --batch_size={args.batch_size} at a time"
         raise ValueError(f"{error} ({part})") from error
@@ -208,6 +213,11 @@ def check_args(args, n_ranks, start):
 
 # -----------------------------------------------------------------------------
 # data: one long array of bytes on disk
+
+
+class Text(NamedTuple):
+    data: np.ndarray  # bytes, mapped, not read
+    documents: np.ndarray | None  # where documents begin in it, increasing; the last is where all of them end
 
 
 def text_files(folder):
@@ -220,8 +230,9 @@ def text_files(folder):
 
 
 def prepare_data(path, out, write, keep):
-    """The file to map: `path`, or for a folder its files joined into out/data.bin. write: may this process
-    write it? keep: a resumed run goes on with the data.bin that it has, whatever became of the folder."""
+    """The file to map: `path`, or for a folder its files joined into out/data.bin. Beside it documents.npy says
+    where each begins. write: may this process write them? keep: a resumed run goes on with those that it has,
+    whatever became of the folder."""
     path = Path(path or sysconfig.get_path("stdlib"))
     if not path.exists():
         raise ValueError(f"--data={path} does not exist; name a file or a folder of text")
@@ -234,15 +245,15 @@ def prepare_data(path, out, write, keep):
             raise ValueError(f"--data={path} holds no files; name a file or a folder of text")
         out.mkdir(parents=True, exist_ok=True)
         with open(out / "data.bin.tmp", "wb") as f:
-            for file in files:
-                f.write(file.read_bytes())
+            sizes = [f.write(file.read_bytes()) for file in files]
+        np.save(out / "documents.npy", np.cumsum([0, *sizes]))  # both are there once data.bin is
         os.replace(out / "data.bin.tmp", joined)
     return joined
 
 
-def open_data(file, seq_len):
-    """(train, validation): the first 90% and the last 10% of the bytes, mapped, not read."""
-    size, need = file.stat().st_size, seq_len + 1
+def open_data(file, out, args):
+    """Texts to train on and to validate with: the first 90% and the last 10% of the bytes."""
+    size, need = file.stat().st_size, args.seq_len + 1
     if size == 0:
         raise ValueError(f"--data: {file} is empty; name a file or a folder of text")
     split = min(size - size // 10, size - need)
@@ -250,12 +261,17 @@ def open_data(file, seq_len):
         needs = f"training and validation need --seq_len + 1 = {need} each"
         raise ValueError(f"--data: {file} has {size} bytes; {needs}: use more text or a shorter --seq_len")
     data = np.memmap(file, dtype=np.uint8, mode="r")
-    return data[:split], data[split:]
+    if not args.documents:
+        return Text(data[:split], None), Text(data[split:], None)
+    joined = file == out / "data.bin"  # else one file, which is one document
+    documents = np.unique(np.load(out / "documents.npy") if joined else [0, size])  # without empty ones
+    return Text(data[:split], documents), Text(data[split:], documents - split)
 
 
-def fingerprint(data):
-    """Tells one text from another: size and checksum of both ends."""
-    return [len(data), zlib.crc32(data[: 1 << 20].tobytes()), zlib.crc32(data[-(1 << 20) :].tobytes())]
+def fingerprint(data, documents):
+    """Tells one text from another: size and checksum of both ends, and a checksum of its documents."""
+    ends = data[: 1 << 20], data[-(1 << 20) :]
+    return [len(data), *(zlib.crc32(x.tobytes()) for x in (*ends, documents) if x is not None)]
 
 
 def offsets(data, args, n_rings, *key):
@@ -266,12 +282,26 @@ def offsets(data, args, n_rings, *key):
     return starts.reshape(args.accumulate, n_rings, -1, 1)
 
 
-def get_batch(data, start, pos, device):
-    """Tokens and targets (B, T) at positions pos (1 or B, T) of the sequences that begin at start (B, 1)."""
-    batch = [torch.from_numpy(data[start + pos + shift].astype(np.int64)) for shift in (0, 1)]
+def get_batch(text, start, pos, seq_len, device):
+    """Tokens and targets (B, T) at positions pos (B, T) of the sequences that begin at start (B, 1), and the
+    cu_seqlens of their documents or None. Padding, at positions from seq_len on, and the last tokens of
+    documents have no target."""
+    data, documents = text
+    at = start + np.minimum(pos, seq_len - 1)  # padding repeats the last token
+    tokens, targets = (data[at + shift].astype(np.int64) for shift in (0, 1))
+    targets[pos >= seq_len] = IGNORED
+    cu_seqlens = None
+    if documents is not None:
+        targets[documents[np.searchsorted(documents, at + 1)] == at + 1] = IGNORED
+        inside = np.searchsorted(documents, start + [1, seq_len])  # (B, 2): those that begin behind `start`
+        begins = [documents[slice(*x)] - s for x, s in zip(inside, start[:, 0])]
+        most = max(map(len, begins))  # all rows of cu_seqlens have one length
+        rows = [[0, *x, *[seq_len] * (1 + most - len(x))] for x in begins]
+        cu_seqlens = torch.tensor(rows, dtype=torch.int32)  # stays on the CPU: there it says what must move
+    batch = [torch.from_numpy(x) for x in (tokens, targets)]
     if device.type == "cuda":
         batch = [x.pin_memory().to(device, non_blocking=True) for x in batch]
-    return batch
+    return *batch, cu_seqlens
 
 
 # -----------------------------------------------------------------------------
@@ -305,6 +335,7 @@ def read_checkpoint(file):
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         state["model"], state["optimizer"], state["text"], state["step"], state["n_ranks"]
+        state["args"] = LATER | state["args"]
         [state["args"][name] for name in FIXED]
         return state
     except Exception as error:
@@ -576,11 +607,11 @@ def place_model(model, args, world, device):
 def train_step(model, optimizer, batches, amp, clip, world):
     """One step. Returns tensors: this rank's part of the loss (a mean over the targets of all ranks and micro
     batches), the norm of the gradient, and what is not finite on this rank: 2 its loss, 1 its gradient, 0."""
-    n_targets = all_reduce(sum((targets != IGNORED).sum() for _, targets in batches), world).clamp(min=1)
+    n_targets = all_reduce(sum((targets != IGNORED).sum() for _, targets, _ in batches), world).clamp(min=1)
     loss = 0
-    for tokens, targets in batches:
+    for tokens, targets, cu_seqlens in batches:
         with amp:
-            part = model(tokens, targets, "sum") / n_targets
+            part = model(tokens, targets, "sum", cu_seqlens) / n_targets
         part.backward()
         loss += part.detach()
     grads = [p.grad for p in model.parameters()]
@@ -601,9 +632,9 @@ def evaluate(model, batches, amp, ranges, n_ranges, world):
     totals = torch.zeros(2, n_ranges, dtype=torch.float64, device=ranges.device)  # losses, targets
     model.eval()
     with torch.no_grad():
-        for tokens, targets in batches:
+        for tokens, targets, cu_seqlens in batches:
             with amp:
-                losses = model(tokens, targets, "none")  # (B, T)
+                losses = model(tokens, targets, "none", cu_seqlens)  # (B, T)
             for i in range(n_ranges):
                 counted = (ranges == i) & (targets != IGNORED)
                 totals[:, i] += torch.stack([(losses * counted).sum(), counted.sum()])
@@ -644,8 +675,9 @@ def train(args, group=None):
     model = on_every_rank(world, Transformer, make_config(vars(args)), *options)
     first_of_host = rank == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0
     text_file = on_every_rank(world, prepare_data, args.data, out, first_of_host, file is not None)
-    train_data, val_data = on_every_rank(world, open_data, text_file, args.seq_len)
-    text_id = fingerprint(train_data)
+    train_text, val_text = on_every_rank(world, open_data, text_file, out, args)
+    (train_data, documents), val_data = train_text, val_text.data
+    text_id = fingerprint(*train_text)
 
     def restore():
         if state["text"] != text_id:
@@ -668,6 +700,7 @@ def train(args, group=None):
     for problem in refused:
         log(f"passed over: {problem}")
     size = f"{args.schedule}, {args.seq_len} tokens x {args.batch_size}, {args.dtype}"
+    size += (f", window {args.window}" if args.window else "") + ", sinks" * args.sinks
     log(f"{n_ranks} x {name} | torch {torch.__version__} | {size}")
     if n_rings > 1 or sharded:
         shards = f" | weights and optimizer sharded over {n_ranks}" * sharded
@@ -677,21 +710,24 @@ def train(args, group=None):
         log(f"keys and gradients move by {transport}: {why}")
     n_params = sum(p.numel() for p in model.parameters())
     resumed = f" | resumed at step {start}" if start else ""
-    log(f"{n_params:,} parameters | {len(train_data):,} + {len(val_data):,} bytes of text | {out}{resumed}")
+    text = f"{len(train_data):,} + {len(val_data):,} bytes of text"
+    text += "" if documents is None else f", {len(documents) - 1:,} documents"
+    log(f"{n_params:,} parameters | {text} | {out}{resumed}")
 
     # what all steps share
     B = args.batch_size // (n_rings * args.accumulate)  # sequences of a micro batch
-    layout = args.schedule if attn_type.is_ring else "contiguous"
-    pos = ring_attn.positions(layout, ring.rank, ring.n_ranks, args.seq_len // ring.n_ranks, B)  # (1 or B, T)
+    pos = torch.arange(args.seq_len).expand(B, -1)
+    pos = model.blocks[0].attn.shard(pos, pad_value=args.seq_len)  # (B, T), of this rank's tokens
     ends = [args.seq_len >> k for k in range(7, -1, -1) if args.seq_len >> k]  # of ranges, each twice as long
     ranges = torch.bucketize(pos, torch.tensor(ends), right=True).to(device)  # which one a token is in
     amp = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     peak = next((x for gpu, x in PEAK_FLOPS.items() if gpu in name and args.dtype == "bfloat16"), None)
-    flops_per_token = model.flops_per_token(args.seq_len)
+    lengths = None if documents is None else torch.from_numpy(np.diff(documents))
+    flops_per_token = model.flops_per_token(args.seq_len, lengths)
 
-    def micro_batches(data, *key):
-        parts = offsets(data, args, n_rings, *key)[:, data_rank]
-        return [get_batch(data, part, pos.numpy(), device) for part in parts]
+    def micro_batches(text, *key):
+        parts = offsets(text.data, args, n_rings, *key)[:, data_rank]
+        return [get_batch(text, part, pos.numpy(), args.seq_len, device) for part in parts]
 
     def tell_end():
         by = f" by {signal.Signals(interrupt.asked).name}" if interrupt.asked else ""
@@ -709,7 +745,7 @@ def train(args, group=None):
     losses, val_loss, by_range, asked = [], None, None, False
     reports = deque()  # not read by the host yet: (step, [loss, is a rank asked to end?, `bad` of all ranks])
     stop = min(args.steps, args.stop_after or args.steps)
-    batches = micro_batches(train_data, 0, start) if start < stop else None
+    batches = micro_batches(train_text, 0, start) if start < stop else None
     clock, clock_step, done = time.perf_counter(), start, start
     with Interrupt(tell_end) as interrupt:
         while done < stop and not asked:
@@ -723,7 +759,7 @@ def train(args, group=None):
             report = torch.zeros(2 + n_ranks, device=device)
             report[0], report[1], report[2 + rank] = loss, bool(interrupt.asked), bad
             reports.append((step, all_reduce(report, world)))
-            batches = micro_batches(train_data, 0, done)  # read while the GPU is busy
+            batches = micro_batches(train_text, 0, done)  # read while the GPU is busy
             if profiler:
                 profiler.step()
 
@@ -757,7 +793,7 @@ def train(args, group=None):
                 torch.cuda.synchronize()  # what still runs belongs to the steps, not to the pause
             pause = time.perf_counter()
             if evaluating:
-                val_batches = (x for i in range(args.eval_batches) for x in micro_batches(val_data, 1, i))
+                val_batches = (x for i in range(args.eval_batches) for x in micro_batches(val_text, 1, i))
                 by_range, val_loss = evaluate(model, val_batches, amp, ranges, len(ends), world)
                 log(f"{title} | validation loss {val_loss:.4f} nats per byte", step=done, val_loss=val_loss)
             if saving:
@@ -784,8 +820,7 @@ def train(args, group=None):
 
 
 def make_config(args):  # a dict
-    shape = {name: args[name] for name in MODEL}
-    return Config(**shape, deterministic=not args.get("free_order"))  # checkpoints from before lack it
+    return Config(**{name: args[name] for name in MODEL}, deterministic=not args["free_order"])
 
 
 def load_sampler(file, args, ring):
