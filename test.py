@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=4 test.py   # the same, dealt out to 4 processes, and rings of 2 and 4 real ones
     python test.py --filter zigzag        # cases whose name contains zigzag
     python test.py --compile_only         # what the kernels cost on Hopper: registers, spills; needs no GPU
+    python test.py --fuzz=3000            # 3,000 more cases of masks; torchrun deals them out, too
     python test.py --kill=20              # training under 20 kill -9 of random ranks, and nothing else
 
 Truth is float64. The yardstick is torch's SDPA in the same dtype on the same inputs: the error may be at most
@@ -381,25 +382,13 @@ LOW = dict(torch=f32, triton=f32, gluon=f16)
 
 
 def check_masked_rows(backend):
-    """Keys from position 5 on, queries 0..11: rows 0..4 see nothing; their o and dq are 0, lse is -inf."""
-    kernels = ring_attn.BACKENDS[backend]
+    """12 queries, 7 keys, aligned at their ends: rows 0..4 see nothing; their o and dq are 0, lse is -inf."""
     q, k, v, do = make(1, 12, 2, 1, 16, LOW[backend])
-    row = HopRow(0, 1, 0, 5, 1, 0, INT_MAX, 0, 0)
-    hop = Hop(source=0, rows=(row,), seen=(12,), send=(), recv=(), send_grad=(), recv_grad=())
-    (hop,) = ring_attn.on_device((hop,), DEVICE)
-    o, dq, dk, dv = (torch.empty_like(x) for x in (q, q, k, v))
-    o_acc, dk_acc, dv_acc = (x if x.dtype == f32 else x.float() for x in (o, dk, dv))
-    lse = torch.empty(1, 2, 12, device=DEVICE)
-    kernels.forward(q, k, v, o, o_acc, lse, hop, True, 0.25)
-    state, _ = kernels.preprocess(o, do, lse, None, dq, 1)
-    kernels.backward(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, 0, True, 0.25, True)
-    kernels.postprocess(state, dq, 0.25)
+    k, v = k[:, :7], v[:, :7]
+    o, lse, dq, *dkv = run(q, k, v, do, backend=backend)
     empty = not o[:, :5].any() and not dq[:, :5].any() and (lse[..., :5] == -inf).all()
     assert empty, "rows without a key are not empty"
-    assert not dk[:, 7:].any() and not dv[:, 7:].any(), "keys that no query sees have a gradient"
-    # the other rows: query 5 + i sees keys 0..i
-    got = o[:, 5:], lse[..., 5:], dq[:, 5:], dk[:, :7], dv[:, :7]
-    return judge(got, q[:, 5:], k[:, :7], v[:, :7], do[:, 5:], True)
+    return judge((o[:, 5:], lse[..., 5:], dq[:, 5:], *dkv), q[:, 5:], k, v, do[:, 5:], True)
 
 
 def check_lse_gradient(backend):
@@ -1301,6 +1290,23 @@ def check_seeds(first, n):
 
 for first in range(0, 150, 10):
     local(check_seeds, f"masks drawn at random, seeds {first} to {first + 9}", first, 10)
+
+
+def fuzz(n, seed):
+    """Many cases, dealt out to the processes. A case that fails is run alone by --fuzz=1 with its seed."""
+    failed, top, began = [], ("", 0.0, 1.0), time.perf_counter()
+    for case in range(seed + RANK, seed + n, WORLD):
+        try:
+            top = max(top, check_drawn(case), key=lambda row: row[1] / row[2])
+        except AssertionError as error:
+            failed.append(case)
+            print(f"FAILED {error}", flush=True)
+        if (case - seed) % 100 < WORLD:
+            print(f"seed {case}: {time.perf_counter() - began:.0f} s, {len(failed)} failed", flush=True)
+    what, ratio = top[0], top[1] / top[2]
+    print(f"rank {RANK}, seeds {seed} to {seed + n - 1}: {len(failed)} failed {failed}; worst {what} {ratio:.2f}")
+    sys.exit(len(failed) > 0)
+
 
 # -----------------------------------------------------------------------------
 # decoding, against flex_attention: eager, in float64 for the truth and in the dtype at hand for the yardstick
@@ -3156,7 +3162,7 @@ def compile_kernels():
     gl, all_good = ring_attn.gl, True
     # 3.9 spills more; what that costs has not been measured
     strict_spills = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
-    integers = dict.fromkeys(("B", "H", "G", "T", "GROUP_B", "L2_HEADS", "WAVES"), "i32")
+    integers = dict.fromkeys("B H G T TK GROUP_B SET_B L2_HEADS WAVES".split(), "i32")
     title = "registers, bytes spilled; in loops with products: products, spills, overwritten registers"
     print(f"triton {triton.__version__}, capability 9.0: {title}")
 
@@ -3186,16 +3192,18 @@ def compile_kernels():
             layout = gl.NVMMASharedLayout.get_default_for(shape, gl.bfloat16)
         return f"tensordesc<{kind}{shape},{layout!r}>"
 
-    for (kernel, table), causal in product(ring_attn.HOPPER_TILES.items(), (True, False)):
+    masks = {"full": ring_attn.FULL, "causal": ring_attn.CAUSAL, "interval": ring_attn.INTERVAL}
+    for (kernel, table), (mask, kind) in product(ring_attn.HOPPER_TILES.items(), masks.items()):
         for D, (consumers, rows, stages) in table.items():
-            constants = dict(HEAD_DIM=D, CAUSAL=causal, STAGES=stages)
+            constants = dict(HEAD_DIM=D, MASK=kind.value, STAGES=stages)
             resident, streamed = tile(64, D), tile(rows, D)
-            types = dict.fromkeys(("ACC", "LSE", "DK_ACC", "DV_ACC"), "*fp32")
-            types |= dict.fromkeys(("HOP", "DQ_SEMAPHORE"), "*i32") | dict.fromkeys(("DK", "DV"), "*bf16")
+            types = dict.fromkeys(("ACC", "LSE", "SINKS", "DK_ACC", "DV_ACC"), "*fp32")
+            types |= dict.fromkeys(("HOP", "ROWS", "COLUMNS", "TILES", "DQ_SEMAPHORE"), "*i32")
+            types |= dict.fromkeys(("DK", "DV"), "*bf16")
             types |= dict(sm_scale="fp32", **integers)
             if kernel == "fwd":
                 function = ring_attn.hopper_fwd_kernel
-                constants["CONSUMERS"] = consumers
+                constants |= dict(CONSUMERS=consumers, HAS_SINKS=False)
                 types |= dict(q_desc=resident, k_desc=streamed, v_desc=streamed, o_desc=resident)
             else:
                 function = ring_attn.hopper_bwd_kernel
@@ -3206,7 +3214,7 @@ def compile_kernels():
                 types["dq_desc"] = tile(0, 0, "fp32", [16, 256])
             types = {x: types[x] for x in function.arg_names if x in types}
             options = dict(num_warps=4, maxnreg={2: 168, 3: 128}[consumers])
-            name = f"hopper {kernel} D{D} {'causal' if causal else 'full'}"
+            name = f"hopper {kernel} D{D} {mask}"
             report(name, True, function, types, constants, **options)
     for kernel, D in product(ring_attn.TILES, (64, 128, 256)):
         BLOCK_M, BLOCK_N, num_warps, num_stages = ring_attn.TILES[kernel][D]
@@ -3218,7 +3226,7 @@ def compile_kernels():
             known[name] = f"tensordesc<bf16[{rows}, {D}]>"
         names = [name for name in function.arg_names if name in known or name.startswith("stride")]
         types = {name: known.get(name, ("i32",) * 3) for name in names}
-        constants = dict(CAUSAL=True, TMA=True, HEAD_DIM=D, BLOCK_D=D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
+        constants = dict(MASK=ring_attn.CAUSAL.value, TMA=True, HEAD_DIM=D, BLOCK_D=D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
         options = dict(num_warps=num_warps, num_stages=num_stages)
         report(f"portable {kernel} D{D} causal", D < 256, function, types, constants, **options)
     function = decode.decode_kernel
@@ -3332,7 +3340,8 @@ def main():
     flag("--filter", default="", help="run only the cases whose name contains this")
     flag("--compile_only", action="store_true", help="compile the kernels for Hopper and say what they cost")
     flag("--kill", type=int, default=0, metavar="N", help="train with N kills of random ranks, on CPUs")
-    flag("--seed", type=int, default=0, help="with --kill: which ranks are killed, and when")
+    flag("--fuzz", type=int, default=0, metavar="N", help="N cases of masks, drawn at random")
+    flag("--seed", type=int, default=0, help="of the first case of --fuzz; with --kill: which ranks, and when")
     args = parser.parse_args()
     cases = [case for case in CASES if args.filter in case.name]
     if not cases:
@@ -3348,6 +3357,8 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = False
     if GPU:
         torch.cuda.set_device(LOCAL_RANK)
+    if args.fuzz:
+        fuzz(args.fuzz, args.seed)
     if "RANK" in os.environ:
         options = dict(device_id=DEVICE if GPU else None, timeout=timedelta(seconds=300))
         dist.init_process_group("nccl" if GPU else "gloo", **options)
