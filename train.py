@@ -716,7 +716,7 @@ def train(args, group=None):
 
     # what all steps share
     B = args.batch_size // (n_rings * args.accumulate)  # sequences of a micro batch
-    pos = torch.arange(args.seq_len).expand(B, -1)
+    pos = torch.arange(args.seq_len).repeat(B, 1)
     pos = model.blocks[0].attn.shard(pos, pad_value=args.seq_len)  # (B, T), of this rank's tokens
     ends = [args.seq_len >> k for k in range(7, -1, -1) if args.seq_len >> k]  # of ranges, each twice as long
     ranges = torch.bucketize(pos, torch.tensor(ends), right=True).to(device)  # which one a token is in
