@@ -230,7 +230,7 @@ def text_files(folder):
 
 
 def prepare_data(path, out, write, keep):
-    """The file to map: `path`, or for a folder its files joined into out/data.bin. Beside it documents.npy says
+    """The file to map: `path`, or for a folder its files joined into out/data.bin. documents.npy beside it has
     where each begins. write: may this process write them? keep: a resumed run goes on with those that it has,
     whatever became of the folder."""
     path = Path(path or sysconfig.get_path("stdlib"))
@@ -711,7 +711,7 @@ def train(args, group=None):
     n_params = sum(p.numel() for p in model.parameters())
     resumed = f" | resumed at step {start}" if start else ""
     text = f"{len(train_data):,} + {len(val_data):,} bytes of text"
-    text += "" if documents is None else f", {len(documents) - 1:,} documents"
+    text += "" if documents is None else f" in {len(documents) - 1:,} document{'s' * (len(documents) > 2)}"
     log(f"{n_params:,} parameters | {text} | {out}{resumed}")
 
     # what all steps share
