@@ -179,7 +179,7 @@ def positions(schedule, rank, n_ranks, T, B=1, device=None, *, cu_seqlens=None):
     if len(rows) > 1:
         rows = rows.repeat_interleave(B // len(rows), 0)
     if cu_seqlens is not None:
-        check_documents(cu_seqlens, B, None, n_ranks * T)
+        check_documents(cu_seqlens, B, range(n_ranks * T + 1))
         starts = document_starts(cu_seqlens, n_ranks * T).to(rows.device)
         rows = rows.expand(max(len(rows), len(starts)), T).contiguous()
         begun = torch.searchsorted(starts.expand(len(rows), -1).contiguous(), rows, right=True)
@@ -233,7 +233,9 @@ class Mask(NamedTuple):
     length: int
     left: int  # a query sees so many keys before its own position, and so many behind it
     right: int
-    documents: Any = None  # where documents begin: tuples, by sequence or one for all; "on device": in a tensor
+    documents: Any = (
+        None  # where documents begin: tuples, by sequence or one for all; "on device": in a tensor
+    )
 
     def keys(self, p, starts=None):
         """The first and the last position that queries at positions p (n,) see, each (n,). To change the mask,
@@ -279,11 +281,6 @@ def count_le(layouts, x, T):
     return first_half.clamp(0, T // 2) + second_half.clamp(0, T - T // 2)
 
 
-def padding_starts(mask, layouts, T):
-    """By batch group: the local token at which padding begins. Padding is the end of every rank's tokens."""
-    return count_le(torch.tensor(layouts), torch.tensor(mask.length - 1), T).tolist()
-
-
 # -----------------------------------------------------------------------------
 # plan: what each rank does at each hop. Positions increase with the local index, so the keys that queries see
 # are an interval of a shard
@@ -327,10 +324,11 @@ def is_some(interval):
     return interval[1] > interval[0]
 
 
-def hull(intervals):
-    """The shortest interval that holds all of these; (0, 0) if they are empty."""
-    some = [interval for interval in intervals if is_some(interval)]
-    return (min(begin for begin, _ in some), max(end for _, end in some)) if some else (0, 0)
+def hull(a, b):
+    """The shortest interval that holds both."""
+    if not (is_some(a) and is_some(b)):
+        return a if is_some(a) else b
+    return min(a[0], b[0]), max(a[1], b[1])
 
 
 @functools.lru_cache(maxsize=1024)
@@ -342,7 +340,11 @@ def rows_seen(schedule, n_ranks, T, TK, mask):
     # between its halves a layout jumps; inside, the first query sees the first key, the last one the last
     ends = [0, max(T // 2 - 1, 0), T // 2, T - 1]
     p = torch.tensor([[[at.position(i, T) for i in ends] for at in layouts] for layouts in q_layouts])
-    k, starts, by_group = torch.tensor(k_layouts), mask.starts(), []  # p (ranks, groups, 4), k (ranks, groups, 3)
+    k, starts, by_group = (
+        torch.tensor(k_layouts),
+        mask.starts(),
+        [],
+    )  # p (ranks, groups, 4), k (ranks, groups, 3)
     for g, group in enumerate(batch_slices(0 if starts is None else len(starts), p.shape[1])):
         own = starts if starts is None or len(starts) == 1 else starts[group]
         first, last = (x.view(-1, n_ranks, 1, 4) for x in mask.keys(p[:, g].flatten(), own))
@@ -350,7 +352,12 @@ def rows_seen(schedule, n_ranks, T, TK, mask):
         end = count_le(k[:, g, None], last[..., 1::2], TK)  # (sequences, ranks, sources, halves)
         some = count_le(k[:, g, None], first[..., ::2] - 1, TK) < end
         begin = begin.where(some, TK).amin((0, 3))
-        end = ((end + ROW_PAD.value - 1) // ROW_PAD.value * ROW_PAD.value).clamp(max=TK).where(some, 0).amax((0, 3))
+        end = (
+            ((end + ROW_PAD.value - 1) // ROW_PAD.value * ROW_PAD.value)
+            .clamp(max=TK)
+            .where(some, 0)
+            .amax((0, 3))
+        )
         by_group.append(torch.stack([begin.where(end > 0, 0), end], -1))
     return [[[tuple(x) for x in groups] for groups in row] for row in torch.stack(by_group, 2).tolist()]
 
@@ -361,6 +368,25 @@ def all_layouts(schedule, n_ranks, T, TK):
     q_start, k_start = max(TK - T, 0), max(T - TK, 0)
     q_layouts = [rank_layouts(schedule, r, n_ranks, T, q_start) for r in range(n_ranks)]
     return q_layouts, [rank_layouts(schedule, r, n_ranks, TK, k_start) for r in range(n_ranks)]
+
+
+@functools.lru_cache(maxsize=1024)
+def rows_seen_by_many(schedule, n_ranks, T, TK, mask, direction):
+    """[source], two lists of rows [begin, end) by batch group: [j] of the first one for the ranks that hold the
+    keys of `source` at the hops 1..j-1, of the second one for those that hold them at the hops from j on."""
+    by_rank, R = rows_seen(schedule, n_ranks, T, TK, mask), n_ranks
+
+    def joined(a, b):
+        return tuple(map(hull, a, b))
+
+    by_source = []
+    for source in range(R):
+        at_hop = [tuple(by_rank[(source + direction * j) % R][source]) for j in range(R)]
+        nobody = ((0, 0),) * len(at_hop[0])
+        before = [nobody, *itertools.accumulate(at_hop[1:], joined, initial=nobody)]
+        after = [*itertools.accumulate(at_hop[:0:-1], joined, initial=nobody)]
+        by_source.append((before, [None, *after[::-1]]))  # after[::-1][0] is of the hops from 1 on
+    return by_source
 
 
 @functools.lru_cache(maxsize=4096)
@@ -374,29 +400,23 @@ def plan(schedule, rank, n_ranks, T, mask, direction, TK=None):
     R, TK = n_ranks, TK or T
     q_layouts, k_layouts = all_layouts(schedule, R, T, TK)
     sources = [(rank - direction * j) % R for j in range(R)]
-    by_rank = rows_seen(schedule, R, T, TK, mask)
-
-    def seen_by(source, stops):  # by batch group, by the ranks that hold the keys of `source` at these hops
-        ranks = [(source + direction * j) % R for j in stops]
-        return tuple(hull([by_rank[r][source][g] for r in ranks]) for g in range(len(q_layouts[0])))
-
+    seen = [tuple(rows_seen(schedule, R, T, TK, mask)[rank][source]) for source in sources]
+    by_many = rows_seen_by_many(schedule, R, T, TK, mask, direction)
     order = hop_order(R, direction)
-    seen = [seen_by(source, [j]) for j, source in enumerate(sources)]
     hops = []
     for j, source in enumerate(sources):
         done, rest = order[: order.index(j)], order[order.index(j) + 1 :]
-        later, earlier, arriving = range(j + 1, R), range(1, j + 1), (source - direction) % R
+        before, after = by_many[source]
+        arriving = by_many[(source - direction) % R]
         # added by the ranks before this one; to the own keys, whose turn comes last, by all other ranks
-        held = seen_by(source, range(1, j or R))
-        fill = seen_by(source, earlier) if j else [(0, TK)] * len(held)
+        held, fill = before[j or R], before[j + 1] if j else [(0, TK)] * len(seen[0])
         rows = []
         for g, layout in enumerate(q_layouts[rank]):
             first_keys = [k_layouts[sources[i]][g].start for i in rest]
             next_start = min(first_keys, default=INT_MAX) if mask.kind == CAUSAL.value or not rest else -1
             carry = T if any(i == 0 or is_some(seen[i][g]) for i in done) else 0
             rows.append(HopRow(*layout, *k_layouts[source][g], next_start, carry, *held[g], *fill[g], j == 0))
-        # send, recv, send_grad, recv_grad
-        moves = [seen_by(s, stops) for stops in (later, earlier) for s in (source, arriving)]
+        moves = after[j + 1], arriving[1][j + 1], before[j + 1], arriving[0][j + 1]
         hops.append(Hop(source, tuple(rows), seen[j], *moves, j == 0 or any(map(is_some, seen[j]))))
     return tuple(hops)
 
@@ -452,31 +472,36 @@ class Bounds(NamedTuple):
 def make_bounds(hops, mask, B, T, TK, starts, direction, tile, device):
     """Bounds of all hops. starts: of documents, for Mask.keys. tile: rows of a tile that is resident and of one
     that is streamed in Hopper's kernel, or None."""
-    rows = torch.tensor([[row[:6] for row in hop.rows] for hop in hops], device=device)  # (hops, groups, 6)
-    begins, ends = [], []
-    for g, group in enumerate(batch_slices(B, rows.shape[1])):
+    p, layouts = layouts_on_device(hops, T, device)
+    ends = []
+    for g, group in enumerate(batch_slices(B, len(p))):
         own = starts if starts is None or len(starts) == 1 else starts[group]
-        q_layout, k_layouts = Layout(*hops[0].rows[g][:3]), rows[:, g, None, None, 3:]
-        first, last = mask.keys(layout_positions(q_layout, T, device), own)  # (T,) or (sets, T)
-        begins.append(count_le(k_layouts, first - 1, TK))
-        ends.append(count_le(k_layouts, last, TK))
-    begin, end = torch.cat(begins, 1), torch.cat(ends, 1)  # (hops, sets, T): neither decreases along T
+        first, last = mask.keys(p[g], own)  # (T,) or (sets, T)
+        ends.append(count_le(layouts[:, g, None, None], torch.stack([first - 1, last]).view(2, 1, -1, T), TK))
+    begin, end = both = torch.cat(ends, 2)  # (hops, sets, T): neither decreases along T
     some = end > begin
-    later, ahead = torch.zeros_like(some), torch.zeros_like(some[0])
-    for j in reversed(hop_order(len(hops), direction)):
-        later[j] = ahead
-        ahead = ahead | some[j]
-    by_row = torch.stack([begin.where(some, TK), end.where(some, 0), later.long()], 2).int()
+    later = [torch.zeros_like(some[0])] * len(hops)
+    order = hop_order(len(hops), direction)
+    for j, after in zip(order[-2::-1], order[:0:-1]):
+        later[j] = later[after] | some[after]
+    by_row = torch.stack([begin.where(some, TK), end.where(some, 0), torch.stack(later)], 2).int()
     by_column = tiles = None
     if direction < 0:
-        key = torch.arange(TK, device=device).expand(*begin.shape[:2], TK).contiguous()
-        first, stop = torch.searchsorted(end, key, right=True), torch.searchsorted(begin, key, right=True)
+        key = torch.arange(TK, device=device).expand(*both.shape[:3], TK).contiguous()
+        stop, first = torch.searchsorted(both, key, right=True)
         some = stop > first
         by_column = torch.stack([first.where(some, T), stop.where(some, 0)], 2).int()
     if tile:
         resident = by_column if direction < 0 else by_row
         tiles = tile_bounds(resident, T if direction < 0 else TK, *tile, direction)
     return [Bounds(*(x if x is None else x[j] for x in (by_row, by_column, tiles))) for j in range(len(hops))]
+
+
+@functools.lru_cache(maxsize=256)
+def layouts_on_device(hops, T, device):
+    """Positions of the queries (batch groups, T); layouts of the keys (hops, batch groups, 3)."""
+    p = torch.stack([layout_positions(Layout(*row[:3]), T, device) for row in hops[0].rows])
+    return p, torch.tensor([[row[3:6] for row in hop.rows] for hop in hops], device=device)
 
 
 def needs_bounds(mask, backend):
@@ -496,33 +521,36 @@ def bounds_tile(backend, q, direction):
 
 
 # columns of Bounds.tiles. Streamed tiles that some row sees, [begin, end), and that all rows see, [full_begin,
-# full_end); forward: whether a row sees a key at a later hop; backward: those before wait_end wait for `turn`
+# full_end). Forward: whether a row sees a key at a later hop; the number of the tile, as the longest comes first.
+# Backward, in order: streamed tiles before wait_end wait for `turn`
 TILE_COLUMNS = constexpr(8)
-BEGIN, FULL_BEGIN, FULL_END, END, LATER, TURN, WAIT_END = (constexpr(i) for i in (0, 1, 2, 3, 4, 4, 5))
+BEGIN, FULL_BEGIN, FULL_END, END, LATER, NUMBER, TURN, WAIT_END = (
+    constexpr(i) for i in (0, 1, 2, 3, 4, 5, 4, 5)
+)
 
 
 def tile_bounds(bounds, n, BLOCK, STREAMED, direction):
     """Bounds.tiles of all hops. bounds (hops, sets, 2 or more, rows): by row; n: how many streamed rows."""
-    n_rows = bounds.shape[-1]
-    begin, end = bounds[:, :, 0], bounds[:, :, 1]
-    begin = torch.nn.functional.pad(begin, (0, -n_rows % BLOCK), value=n).unflatten(-1, (-1, BLOCK))
-    end = torch.nn.functional.pad(end, (0, -n_rows % BLOCK), value=0).unflatten(-1, (-1, BLOCK))
-    last = (end.amax(-1) + STREAMED - 1) // STREAMED  # (hops, sets, tiles)
-    first = torch.minimum(begin.amin(-1) // STREAMED, last)
-    full_begin = torch.minimum((begin.amax(-1) + STREAMED - 1) // STREAMED, last).maximum(first)
-    full_end = (end.amin(-1) // STREAMED).maximum(full_begin).minimum(last)
-    columns = [first, full_begin, full_end, last]
+    missing = -bounds.shape[-1] % BLOCK
+    by_tile = [torch.nn.functional.pad(bounds[:, :, i], (0, missing), value=n * (i == 0)) for i in (0, 1)]
+    begin, end = (x.unflatten(-1, (-1, BLOCK)) for x in by_tile)
+    (first, full_begin), (full_end, last) = begin.aminmax(dim=-1), end.aminmax(dim=-1)
+    last = (last + STREAMED - 1) // STREAMED  # (hops, sets, tiles)
+    first = torch.minimum(first // STREAMED, last)
+    full_begin = torch.minimum((full_begin + STREAMED - 1) // STREAMED, last).maximum(first)
+    full_end = (full_end // STREAMED).maximum(full_begin).minimum(last)
     if direction > 0:
-        later = torch.nn.functional.pad(bounds[:, :, 2], (0, -n_rows % BLOCK)).unflatten(-1, (-1, BLOCK))
-        columns.append(later.amax(-1))
+        later = torch.nn.functional.pad(bounds[:, :, 2], (0, missing)).unflatten(-1, (-1, BLOCK)).amax(-1)
+        order = (last - first).sort(stable=True, descending=True).indices
+        columns = [first, full_begin, full_end, last, later]
+        columns = [*(x.gather(-1, order) for x in columns), order]
     else:  # dq gets its parts in the order of the key tiles. Tiles without queries are left out
-        number = torch.arange(first.shape[-1], device=first.device).expand_as(first)
-        turn = (number + 1).where(last > first, 0).cummax(-1).values  # 1 + the last tile so far with queries
+        number = torch.arange(1, first.shape[-1] + 1, device=first.device).expand_as(first)
+        turn = number.where(last > first, 0).cummax(-1).values  # 1 + the last tile so far with queries
         turn = torch.nn.functional.pad(turn[..., :-1], (1, 0))
         before = torch.nn.functional.pad(last, (1, 0)).gather(-1, turn)
-        columns += [turn, before]
-    columns += [torch.zeros_like(first)] * (TILE_COLUMNS.value - len(columns))
-    return torch.stack(columns, -1).int()
+        columns = [first, full_begin, full_end, last, turn, before]
+    return torch.stack([x.int() for x in (*columns, first, first)], -1)  # the last two fill up 32 bytes
 
 
 # -----------------------------------------------------------------------------
@@ -544,9 +572,8 @@ def forward_hops(ring, q, k, v, sinks, cu_seqlens, schedule, mask, sm_scale, bac
     """o (B, T, H, D) like q, and lse (B, H, T)."""
     B, T, H, D = q.shape
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
-    (q_layouts, k_layouts) = own_layouts(ring, schedule, q, k)
-    q = without_padding(mask, q_layouts, q)
-    k, v = (without_padding(mask, k_layouts, x) for x in (k, v))
+    padding = padded_rows_of(ring, schedule, mask, B, T)
+    q, k, v = (without_padding(padding, x) for x in (q, k, v))
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(B, H, T, dtype=acc_dtype, device=q.device)
     acc = accumulator(o, acc_dtype, ring.n_ranks, backend)
@@ -555,10 +582,10 @@ def forward_hops(ring, q, k, v, sinks, cu_seqlens, schedule, mask, sm_scale, bac
         k_hop, v_hop = link.keys(j)
         if hop.visible:
             first = sinks if j == 0 else None  # they are in the state from the first hop on
-            BACKENDS[backend].forward(q, k_hop, v_hop, o, acc, lse, first, hop, mask.kind, sm_scale)
+            BACKENDS[backend].forward(q, k_hop, v_hop, o, acc, lse, first, hop, mask, sm_scale)
         yield
     link.finish()
-    for rows, n in zip(batch_slices(B, len(q_layouts)), padding_starts(mask, q_layouts, T)):
+    for rows, n in padding:
         lse[rows, :, n:] = -math.inf  # also with sinks
     yield o, lse
 
@@ -569,10 +596,9 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, sinks, cu_seqlens, schedule, 
     of its own. The own keys come last. Theirs may still be on the way when their kernel starts: see pass_on."""
     kernels, R, T = BACKENDS[backend], ring.n_ranks, q.shape[1]
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
-    q_layouts, k_layouts = own_layouts(ring, schedule, q, k)
-    q, do = (without_padding(mask, q_layouts, x) for x in (q, do))
-    k, v = (without_padding(mask, k_layouts, x) for x in (k, v))
-    dlse = dlse if dlse is None else swap(without_padding(mask, q_layouts, swap(dlse)))
+    padding = padded_rows_of(ring, schedule, mask, len(q), T)
+    q, k, v, do = (without_padding(padding, x) for x in (q, k, v, do))
+    dlse = dlse if dlse is None else without_padding(padding, dlse.transpose(1, 2)).transpose(1, 2)
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     state, coming = kernels.preprocess(o, do, lse, dlse, dq, R)
     link = ring.link(transport, schedule, k, v, T, mask, -1, acc_dtype)
@@ -584,7 +610,7 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, sinks, cu_seqlens, schedule, 
         grads = link.grads(j or R) if R > 1 else [accumulator(x, acc_dtype, 1, backend) for x in (dk, dv)]
         if hops[j].visible:
             out = grads if j else (dk, dv)
-            args = hops[j], j, mask.kind, sm_scale, deterministic
+            args = hops[j], j, mask, sm_scale, deterministic
             kernels.backward(q, k_hop, v_hop, do, state, dq, *out, *grads, *args)
         if j:
             link.pass_on(j, coming if j == R - 1 else None)
@@ -595,25 +621,27 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, sinks, cu_seqlens, schedule, 
 
 
 def sink_gradient(sinks, lse, delta):
-    """dsinks (H,), the part of these queries; sinks None: (0,). A sink is a key whose value is 0."""
+    """dsinks (H,), the part of these queries, like lse; sinks None: (0,). A sink is a key whose value is 0."""
     if sinks is None:
         return lse.new_empty(0)
     p = (sinks.to(lse.dtype)[:, None] - lse.masked_fill(lse == -math.inf, math.inf)).exp()  # (B, H, T)
     delta = delta.view(*lse.shape[:2], -1)[:, :, : lse.shape[2]]
-    return -(p * delta).sum((0, 2)).to(sinks.dtype)
+    return -(p * delta).sum((0, 2))
 
 
-def own_layouts(ring, schedule, q, k):
-    """Of the queries and of the keys of this rank."""
-    return [x[ring.rank] for x in all_layouts(schedule, ring.n_ranks, q.shape[1], k.shape[1])]
-
-
-def without_padding(mask, layouts, x):
-    """x (B, T, ...) with zeros where padding is, which may hold anything; x itself where there is none."""
+def padded_rows_of(ring, schedule, mask, B, T):
+    """(rows of the batch, local token at which their padding begins): the end of every rank's tokens."""
     if mask.length == mask.S:
-        return x
-    x = x.clone()
-    for rows, n in zip(batch_slices(len(x), len(layouts)), padding_starts(mask, layouts, x.shape[1])):
+        return []
+    layouts = rank_layouts(schedule, ring.rank, ring.n_ranks, T)
+    starts = count_le(torch.tensor(layouts), torch.tensor(mask.length - 1), T).tolist()
+    return list(zip(batch_slices(B, len(layouts)), starts))
+
+
+def without_padding(padding, x):
+    """x (B, T, ...) with zeros where padding is, which may hold anything; x itself where there is none."""
+    x = x.clone() if padding else x
+    for rows, n in padding:
         x[rows, n:] = 0
     return x
 
@@ -668,7 +696,10 @@ def torch_preprocess(o, do, lse, dlse, dq, n_hops):
 def torch_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, mask, sm_scale, deterministic):
     lse_delta, dq_acc = state
     for row, b in zip(hop.rows, batch_slices(len(q), len(hop.rows))):
-        for x, begin, end in ((dq_acc, 0, row.carry), *((x, row.held_begin, row.held_end) for x in (dk_acc, dv_acc))):
+        for x, begin, end in (
+            (dq_acc, 0, row.carry),
+            *((x, row.held_begin, row.held_end) for x in (dk_acc, dv_acc)),
+        ):
             x[b, :begin].zero_()  # nobody has added anything there
             x[b, end:].zero_()
     for b, m, n, seen in torch_blocks(hop, *q.shape[:2]):
@@ -761,20 +792,23 @@ class VirtualRing:
             raise ValueError(f"{n_ranks=} must be 1 or more")
         self.n_ranks, self.number = n_ranks, -n_ranks
         self.rank, self.prev_rank, self.next_rank = 0, n_ranks - 1, 1 % n_ranks
-        self.agreed, self.tables = {}, {}
+        self.agreed, self.tables, self.recent = {}, {}, {}
 
     def on_device(self, hops, q, k, cu_seqlens, mask, direction, backend):
         """hops with their tables on the device, which the ring keeps, as CUDA graphs go on reading them."""
         (B, T), TK = q.shape[:2], k.shape[1]
         tile = bounds_tile(backend, q, direction)
         key = hops, mask, B, TK, direction, backend, tile, q.device
-        if key not in self.tables:
-            self.tables[key] = on_device(hops, q.device)
+        tables = self.recent if isinstance(mask.documents, tuple) else self.tables
+        if key not in tables:
+            tables[key] = on_device(hops, q.device)
             if needs_bounds(mask, backend) and mask.documents != "on device":
                 starts = mask.starts()
                 starts = starts if starts is None else starts.to(q.device)
-                self.tables[key] = with_bounds(self.tables[key], mask, B, T, TK, starts, direction, tile, q.device)
-        hops = self.tables[key]
+                tables[key] = with_bounds(tables[key], mask, B, T, TK, starts, direction, tile, q.device)
+            if len(self.recent) > 8:  # new documents come with every step, and no CUDA graph reads them
+                del self.recent[next(iter(self.recent))]
+        hops = tables[key]
         if mask.documents == "on device":
             starts = document_starts(cu_seqlens, mask.S)
             hops = with_bounds(hops, mask, B, T, TK, starts, direction, tile, q.device)
@@ -791,7 +825,9 @@ class VirtualRing:
         mail, loops = {}, []
         for rank in range(self.n_ranks):
             # all but sinks and cu_seqlens, which come last
-            cut = [x if x is None else swap(shard(swap(x), schedule, rank, self.n_ranks)) for x in tensors[:-2]]
+            cut = [
+                x if x is None else swap(shard(swap(x), schedule, rank, self.n_ranks)) for x in tensors[:-2]
+            ]
             cut += tensors[-2:]
             loops.append(hops(VirtualRank(self, rank, mail), *cut, schedule, *args))
         *_, results = zip(*loops)  # takes all ranks one hop further at a time
@@ -846,7 +882,11 @@ class Ring:
         self.prev_rank, self.next_rank = (self.rank - 1) % self.n_ranks, (self.rank + 1) % self.n_ranks
         self.transport, self.why = None, "nothing has moved yet"
         self.settled_for = None  # the type of device that the transport was chosen for
-        self.agreed, self.tables = {}, {}  # what every rank has confirmed, oldest first; see on_device
+        self.agreed, self.tables, self.recent = (
+            {},
+            {},
+            {},
+        )  # what ranks have confirmed, oldest first; see on_device
         self.memory, self.retired = None, []  # SymmetricMemory, and those that CUDA graphs may still use
         self.waiter = None  # tells the watchdog what p2p waits for on a GPU
 
@@ -990,7 +1030,7 @@ def process_ring(group):
 
 def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None, return_lse=False, *,
               backend=None, transport=None, deterministic=True, window=None, cu_seqlens=None, sinks=None,
-              seq_len=None):  # fmt: skip
+              seq_len=None, debug=False):  # fmt: skip
     """softmax(sm_scale * q k^T) v over a sequence sharded over the ranks of `group`. Differentiable once.
 
     q: (B, T, H, D), k, v: (B, T, HKV, D): this rank's tokens under `schedule`, see `shard`; T, B the same on
@@ -1023,6 +1063,7 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
        part of this rank's queries, as of any weight; a VirtualRing returns the sum.
     seq_len: the true global length, where the end of the sequence is padding: see `shard`. Padding may hold
        anything; there o = 0, lse = -inf, and gradients are 0.
+    debug: check cu_seqlens on a GPU, too, in every call: waits for the GPU and for the other ranks.
     Returns o, (B, T, H, D), in the dtype of q.
 
     Calls of one ring share staging memory and flags. Eager calls may be on any stream, as each waits for the
@@ -1034,15 +1075,16 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     derivative is asked for.
     """
     options = causal, sm_scale, return_lse, backend, transport, deterministic
-    return attend(q, k, v, schedule, resolve_ring(group), *options, window, cu_seqlens, sinks, seq_len)
+    return attend(q, k, v, schedule, resolve_ring(group), *options, window, cu_seqlens, sinks, seq_len, debug)
 
 
 def flash_attn_func(q, k, v, bias=None, causal=True, sm_scale=None, *, return_lse=False, backend=None,
-                    deterministic=True, window=None, cu_seqlens=None, sinks=None, seq_len=None):  # fmt: skip
+                    deterministic=True, window=None, cu_seqlens=None, sinks=None, seq_len=None,
+                    debug=False):  # fmt: skip
     """ring_attn on a ring of one, whatever the process group: (B, T, H, D). bias must be None. All else: as for
     ring_attn."""
     options = causal, sm_scale, return_lse, backend, None, deterministic, window, cu_seqlens, sinks, seq_len
-    return attend(q, k, v, "contiguous", ALONE, *options, bias_problem(bias))
+    return attend(q, k, v, "contiguous", ALONE, *options, debug, bias_problem(bias))
 
 
 def public_name(schedule):
@@ -1059,14 +1101,14 @@ def named_attn_func(schedule):
 
     def func(q, k, v, n_ranks, rank, prev_rank, next_rank, bias=None, causal=True, sm_scale=None, *,
              group=None, transport=None, deterministic=True, window=None, cu_seqlens=None, sinks=None,
-             seq_len=None):  # fmt: skip
+             seq_len=None, debug=False):  # fmt: skip
         ring = ALONE if n_ranks == 1 and group is None else resolve_ring(group)
         given, problem = (n_ranks, rank, prev_rank, next_rank), bias_problem(bias)
         actual = ring.n_ranks, ring.rank, ring.prev_rank, ring.next_rank
         if given != actual:
             names = "n_ranks, rank, prev_rank, next_rank"
             problem = f"{names} are {given}; in this process group they are {actual}"
-        options = transport, deterministic, window, cu_seqlens, sinks, seq_len, problem
+        options = transport, deterministic, window, cu_seqlens, sinks, seq_len, debug, problem
         return attend(q, k, v, schedule, ring, causal, sm_scale, False, None, *options)
 
     func.__name__ = func.__qualname__ = f"{public_name(schedule)}_attn_func"
@@ -1564,9 +1606,9 @@ def run_portable(kernel, name, inputs, outputs, hop, bounds, mask, sm_scale):
         tma = None not in matrices
         inputs = matrices if tma else inputs
     n_programs = triton.cdiv(TK, BLOCK_N) * B * HKV if name == "dkv" else triton.cdiv(T, BLOCK_M) * B * H
-    bounds, set_b = (None, 1) if mask != INTERVAL.value else (bounds, B // len(bounds))
+    bounds, set_b = (bounds, B // len(bounds)) if mask.kind == INTERVAL.value else (None, 1)
     args = hop.table, bounds, sm_scale, H, H // HKV, T, TK, B // len(hop.rows), set_b, *strides
-    kernel[(n_programs,)](*inputs, *outputs, *args, MASK=mask, TMA=tma, **config)
+    kernel[(n_programs,)](*inputs, *outputs, *args, MASK=mask.kind, TMA=tma, **config)
 
 
 def triton_fwd(q, k, v, o, acc, lse, sinks, hop, mask, sm_scale):
@@ -1623,7 +1665,7 @@ warpgroup_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 # what all warps know of the problem: HopRows; Bounds of the resident rows, SET_B sequences a set, and .tiles, for
 # INTERVAL; sizes; L2_HEADS, heads at a time; WAVES for tile_scheduler
-Dims = namedtuple("Dims", "HOP BOUNDS TILES B H G T TK GROUP_B SET_B L2_HEADS WAVES")
+Dims = namedtuple("Dims", "HOP BOUNDS TILES B H G T TK GROUP_B SET_B L2_HEADS WAVES OUTER")
 # b, h, start, hop   batch, head, first resident row, HopRow
 # bounds             Bounds.tiles of this tile, for INTERVAL
 # first, n_tiles     the first streamed tile, the others before it follow; how many
@@ -1737,7 +1779,8 @@ def fwd_work_tile(n, dims, BLOCK_M: constexpr, BLOCK_N: constexpr, MASK: constex
     hop = dims.HOP + (b // dims.GROUP_B) * HOP_COLUMNS
     least = 1 - gl.minimum(gl.load(hop + CARRY), 1)  # without a carry there is something to write
     if MASK == INTERVAL:
-        bounds, first, n_tiles, n_head, n_tail = streamed_tiles(b, n_resident - 1 - tile, n_resident, dims)
+        bounds, first, n_tiles, n_head, n_tail = streamed_tiles(b, tile, n_resident, dims)
+        start = gl.load(bounds + NUMBER) * BLOCK_M
         n_tiles = gl.where(exists, gl.maximum(n_tiles, least), 0)
     else:
         last = gl.minimum(start + BLOCK_M, dims.T) - 1
@@ -1979,7 +2022,7 @@ def hopper_fwd_kernel(q_desc, k_desc, v_desc, o_desc, ACC, LSE, SINKS, HOP, ROWS
     q, k, v = tiles_like(q_desc, CONSUMERS), tiles_like(k_desc, STAGES), tiles_like(v_desc, STAGES)
     full, empty = barriers(CONSUMERS), barriers(CONSUMERS)
     smem = FwdBuffers(q, k, v, full, empty, barriers(STAGES), barriers(STAGES))
-    dims = Dims(HOP, ROWS, TILES, B, H, G, T, TK, GROUP_B, SET_B, L2_HEADS, WAVES)
+    dims = Dims(HOP, ROWS, TILES, B, H, G, T, TK, GROUP_B, SET_B, L2_HEADS, WAVES, 1)
     descs, out = (q_desc, k_desc, v_desc), (o_desc, tiles_like(o_desc, CONSUMERS), ACC, LSE, SINKS, sm_scale)
     if CONSUMERS == 2:  # registers: 240 for a consumer's thread, 24 for the producer's
         gl.warp_specialize([
@@ -2063,6 +2106,17 @@ def semaphore_release(SEMAPHORE, turn):
 
 
 @gluon.jit
+def query_heads(dims, MASK: constexpr):
+    """The G query heads of a key head are streamed OUTER heads after each other, each with all its tiles; the
+    others take turns at each tile. Under a window all take turns at a distance: L2 would not hold G heads."""
+    if MASK == INTERVAL:
+        n_outer, n_inner = dims.OUTER, dims.G // dims.OUTER
+    else:
+        n_outer, n_inner = 1, dims.G
+    return n_outer, n_inner
+
+
+@gluon.jit
 def bwd_producer(descs, smem, dims, COUNTER, n_work, MASK: constexpr):
     q_desc, k_desc, v_desc, do_desc, lse_delta_desc = descs
     STAGES: constexpr = smem.q.shape[0]
@@ -2079,28 +2133,30 @@ def bwd_producer(descs, smem, dims, COUNTER, n_work, MASK: constexpr):
             if work.n_tiles == 0:
                 mbarrier.wait(smem.kv_empty.index(0), n_done & 1 ^ 1)
                 mbarrier.arrive(smem.kv_full.index(0), count=1)
-            for j in range(work.n_tiles):
-                row = (work.first - j) * BLOCK_M
-                for g in range(dims.G):  # the query heads that share this key head
-                    h = work.h * dims.G + g
-                    s = tile % STAGES
-                    if tile >= STAGES:
-                        bar_sync(Q_FREE + s, 288)
-                    bar = smem.q_full.index(s)
-                    mbarrier.expect(bar, q_desc.block_type.nbytes + lse_delta_desc.block_type.nbytes)
-                    tma_load(q_desc, [work.b, row, h, 0], bar, smem.q.index(s))
-                    tma_load(lse_delta_desc, [0, work.b * dims.H + h, row], bar, smem.lse_delta.index(s))
-                    if (g == 0) & (j == 0):
-                        mbarrier.wait(smem.kv_empty.index(0), n_done & 1 ^ 1)
-                        bar = smem.kv_full.index(0)
-                        mbarrier.expect(bar, k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
-                        tma_load(k_desc, [work.b, work.start, work.h, 0], bar, smem.k.index(0))
-                        tma_load(v_desc, [work.b, work.start, work.h, 0], bar, smem.v.index(0))
-                        tma_load(v_desc, [work.b, work.start + 64, work.h, 0], bar, smem.v.index(1))
-                    bar = smem.do_full.index(s)
-                    mbarrier.expect(bar, do_desc.block_type.nbytes)
-                    tma_load(do_desc, [work.b, row, h, 0], bar, smem.do.index(s))
-                    tile += 1
+            n_outer, n_inner = query_heads(dims, MASK)
+            for outer in range(n_outer):
+                for j in range(work.n_tiles):
+                    row = (work.first - j) * BLOCK_M
+                    for g in range(n_inner):  # the query heads that share this key head
+                        h = work.h * dims.G + outer + g
+                        s = tile % STAGES
+                        if tile >= STAGES:
+                            bar_sync(Q_FREE + s, 288)
+                        bar = smem.q_full.index(s)
+                        mbarrier.expect(bar, q_desc.block_type.nbytes + lse_delta_desc.block_type.nbytes)
+                        tma_load(q_desc, [work.b, row, h, 0], bar, smem.q.index(s))
+                        tma_load(lse_delta_desc, [0, work.b * dims.H + h, row], bar, smem.lse_delta.index(s))
+                        if (g == 0) & (j == 0) & (outer == 0):
+                            mbarrier.wait(smem.kv_empty.index(0), n_done & 1 ^ 1)
+                            bar = smem.kv_full.index(0)
+                            mbarrier.expect(bar, k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
+                            tma_load(k_desc, [work.b, work.start, work.h, 0], bar, smem.k.index(0))
+                            tma_load(v_desc, [work.b, work.start, work.h, 0], bar, smem.v.index(0))
+                            tma_load(v_desc, [work.b, work.start + 64, work.h, 0], bar, smem.v.index(1))
+                        bar = smem.do_full.index(s)
+                        mbarrier.expect(bar, do_desc.block_type.nbytes)
+                        tma_load(do_desc, [work.b, row, h, 0], bar, smem.do.index(s))
+                        tile += 1
             n_done += 1
         n = next_work_tile(COUNTER)
     smem.number.index(n_done % 2).store(gl.full([1], n_work, gl.int32, layout))
@@ -2131,23 +2187,26 @@ def bwd_reducer(dq_desc, smem, dims, DQ_SEMAPHORE, n_work, DETERMINISTIC: conste
         turn, wait_end = number, work.first + 1
         if MASK == INTERVAL:
             turn, wait_end = gl.load(work.bounds + TURN), gl.load(work.bounds + WAIT_END)
-        for j in range(work.n_tiles):
-            for g in range(dims.G):
-                tile = (work.b * dims.H + work.h * dims.G + g) * (T_pad // BLOCK_M) + work.first - j
-                bar_arrive(DQ_FREE, 160)
-                bar_arrive(DQ_FREE + 1, 160)
-                if DETERMINISTIC:
-                    fetched = semaphore_fetch(DQ_SEMAPHORE + tile)
-                    if (g > 0) | (j > 0):
-                        semaphore_release(last, number)
-                    last = DQ_SEMAPHORE + tile
-                    # the first key tile of those that see these queries does not wait
-                    semaphore_wait(last, gl.where(work.first - j < wait_end, turn, fetched), fetched)
-                bar_sync(DQ_FULL, 160)
-                tma_add(dq_desc, [tile * UNITS * 16, 0], smem.dq.index(0))
-                bar_sync(DQ_FULL + 1, 160)
-                tma_add(dq_desc, [tile * UNITS * 16 + 16, 0], smem.dq.index(1))
-                tma.store_wait(0)
+        n_outer, n_inner = query_heads(dims, MASK)
+        for outer in range(n_outer):
+            for j in range(work.n_tiles):
+                for g in range(n_inner):
+                    h = work.h * dims.G + outer + g
+                    tile = (work.b * dims.H + h) * (T_pad // BLOCK_M) + work.first - j
+                    bar_arrive(DQ_FREE, 160)
+                    bar_arrive(DQ_FREE + 1, 160)
+                    if DETERMINISTIC:
+                        fetched = semaphore_fetch(DQ_SEMAPHORE + tile)
+                        if (g > 0) | (j > 0) | (outer > 0):
+                            semaphore_release(last, number)
+                        last = DQ_SEMAPHORE + tile
+                        # the first key tile of those that see these queries does not wait
+                        semaphore_wait(last, gl.where(work.first - j < wait_end, turn, fetched), fetched)
+                    bar_sync(DQ_FULL, 160)
+                    tma_add(dq_desc, [tile * UNITS * 16, 0], smem.dq.index(0))
+                    bar_sync(DQ_FULL + 1, 160)
+                    tma_add(dq_desc, [tile * UNITS * 16 + 16, 0], smem.dq.index(1))
+                    tma.store_wait(0)
         if DETERMINISTIC:
             if work.n_tiles > 0:
                 semaphore_release(last, number)
@@ -2164,10 +2223,11 @@ def unknown_zero():
 
 
 @gluon.jit
-def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, begin, end, G, qk_scale, MASK: constexpr):
-    """n streamed tiles, the first being the tile-th of this program: G heads' of the same queries, then of
-    the queries before. A key is seen by the rows [begin, end) from the first tile on, if MASK is INTERVAL; by
-    those from `begin` on, if CAUSAL; by all, if FULL."""
+def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start_m, bounds, offs_n, T, TK, G, qk_scale,
+              MASK: constexpr):  # fmt: skip
+    """n streamed tiles, the first being the tile-th of this program, with the queries from start_m on: G heads'
+    of the same queries, then of the queries before. bounds: Bounds.columns if MASK is INTERVAL; the first query
+    that sees each key if CAUSAL; unused if FULL, which masks nothing."""
     STAGES: constexpr = smem.q.shape[0]
     BLOCK_M: constexpr = smem.q.shape[2]
     BLOCK_D: constexpr = smem.q.shape[4]
@@ -2191,10 +2251,14 @@ def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, begin, end, G, qk_scale, MASK
         p = gl.exp2(scores * qk_scale - lse)
         if MASK != FULL:
             offs_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))[None, :]
-            before = (i - tile) // G * BLOCK_M
-            seen = offs_m >= (begin + before)[:, None]
+            first = start_m - (i - tile) // G * BLOCK_M
             if MASK == INTERVAL:
-                seen = seen & (offs_m < (end + before)[:, None])
+                begin, end = load_bounds(
+                    bounds, offs_n, TK, T
+                )  # here: for the loop they would take registers
+                seen = (offs_m >= (begin - first)[:, None]) & (offs_m < (end - first)[:, None])
+            else:
+                seen = offs_m >= (bounds - first)[:, None]
             p = gl.where(seen, p, 0.0)
         dp = warpgroup_mma_wait(0, (dp_async,))
         ds = (p * (dp - lse_delta.slice(1, 1).load(s_layout))).to(dtype)
@@ -2230,33 +2294,34 @@ def bwd_consumer(c: constexpr, out, smem, dims, n_work, HEAD_DIM: constexpr, MAS
     dtype: constexpr = smem.q.dtype
     o_layout: constexpr = product_layout(BLOCK_D)
     row_s: constexpr = gl.SliceLayout(1, product_layout(BLOCK_M))
-    heads, T, TK, G, qk_scale = dims.H // dims.G, dims.T, dims.TK, dims.G, sm_scale * LOG2E
+    heads, T, TK, qk_scale = dims.H // dims.G, dims.T, dims.TK, sm_scale * LOG2E
     n_done, tile = 0, 0
     n = next_number(smem, n_done, 4)
     while n < n_work:
         work = bwd_work_tile(n, dims, BWD_ROWS, BLOCK_M, MASK)
         row = work.start + c * 64
         offs_n = row + gl.arange(0, 64, layout=row_s)
+        bounds = dims.BOUNDS  # of INTERVAL; else the first query that sees each key
         if MASK == INTERVAL:
-            columns = dims.BOUNDS + (work.b // dims.SET_B).to(gl.int64) * (2 * TK)
-            begin, end = load_bounds(columns, offs_n, TK, T)
+            bounds += (work.b // dims.SET_B).to(gl.int64) * (2 * TK)
         else:
-            begin, end = first_query(work.hop, offs_n, T, MASK), offs_n
+            bounds = first_query(work.hop, offs_n, T, MASK)
         dk = gl.zeros([64, BLOCK_D], gl.float32, o_layout)
         dv = dk
         mbarrier.wait(smem.kv_full.index(0), n_done & 1)
-        n, at = work.n_tiles - work.n_head - work.n_tail, work.first * BLOCK_M
-        if MASK == INTERVAL:  # loops of their own: a branch in one would cost registers
-            n_head, bounds = work.n_head * G, (begin - at, end - at)
-            dk, dv = bwd_tiles(c, dk, dv, smem, tile, n_head, *bounds, G, qk_scale, MASK)
-            tile += n_head
-        dk, dv = bwd_tiles(c, dk, dv, smem, tile, n * G, begin, end, G, qk_scale, FULL)
-        tile += n * G
-        if MASK != FULL:
-            at -= (work.n_head + n) * BLOCK_M
-            n_tail, bounds = work.n_tail * G, (begin - at, end - at)
-            dk, dv = bwd_tiles(c, dk, dv, smem, tile, n_tail, *bounds, G, qk_scale, MASK)
-            tile += n_tail
+        n_outer, G = query_heads(dims, MASK)
+        n, args = work.n_tiles - work.n_head - work.n_tail, (bounds, offs_n, T, TK, G, qk_scale)
+        for _ in range(n_outer):
+            at = work.first * BLOCK_M
+            if MASK == INTERVAL:  # loops of their own: a branch in one would cost registers
+                dk, dv = bwd_tiles(c, dk, dv, smem, tile, work.n_head * G, at, *args, MASK)
+                tile += work.n_head * G
+            dk, dv = bwd_tiles(c, dk, dv, smem, tile, n * G, at, *args, FULL)
+            tile += n * G
+            if MASK != FULL:
+                at -= (work.n_head + n) * BLOCK_M
+                dk, dv = bwd_tiles(c, dk, dv, smem, tile, work.n_tail * G, at, *args, MASK)
+                tile += work.n_tail * G
         n_done += 1
         dk = dk * sm_scale
         at, offs, mask = state_offsets(work.b, work.h, row, TK, heads, 64, BLOCK_D, HEAD_DIM, o_layout)
@@ -2280,10 +2345,11 @@ def bwd_consumer(c: constexpr, out, smem, dims, n_work, HEAD_DIM: constexpr, MAS
         n = next_number(smem, n_done, 4)
 
 
-@gluon.jit(do_not_specialize=["B", "H", "G", "T", "TK", "GROUP_B", "SET_B", "L2_HEADS", "WAVES"])
+@gluon.jit(do_not_specialize=["B", "H", "G", "T", "TK", "GROUP_B", "SET_B", "L2_HEADS", "WAVES", "OUTER"])
 def hopper_bwd_kernel(q_desc, k_desc, v_desc, do_desc, lse_delta_desc, dq_desc, dk_desc, dv_desc,
                       DK, DV, DK_ACC, DV_ACC, DQ_SEMAPHORE, HOP, COLUMNS, TILES, sm_scale,
-                      B, H, G, T, TK, GROUP_B, SET_B, L2_HEADS, WAVES, HEAD_DIM: constexpr, MASK: constexpr, STAGES: constexpr,
+                      B, H, G, T, TK, GROUP_B, SET_B, L2_HEADS, WAVES, OUTER, HEAD_DIM: constexpr,
+                      MASK: constexpr, STAGES: constexpr,
                       DETERMINISTIC: constexpr):  # fmt: skip
     BLOCK_M: constexpr = q_desc.block_type.shape[1]
     ds_layout: constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BWD_ROWS], q_desc.dtype)
@@ -2298,7 +2364,7 @@ def hopper_bwd_kernel(q_desc, k_desc, v_desc, do_desc, lse_delta_desc, dq_desc, 
     k, v, dq = tiles_like(k_desc, 1), tiles_like(v_desc, 2), tiles_like(dq_desc, 2)
     smem = BwdBuffers(q, k, v, do, lse_delta, ds, dq, number, barriers(2), barriers(1), kv_empty, ds_full,
                       barriers(STAGES), barriers(STAGES))  # fmt: skip
-    dims = Dims(HOP, COLUMNS, TILES, B, H, G, T, TK, GROUP_B, SET_B, L2_HEADS, WAVES)
+    dims = Dims(HOP, COLUMNS, TILES, B, H, G, T, TK, GROUP_B, SET_B, L2_HEADS, WAVES, OUTER)
     descs = (q_desc, k_desc, v_desc, do_desc, lse_delta_desc)
     n_work = gl.cdiv(TK, BWD_ROWS) * B * (H // G)
     COUNTER = DQ_SEMAPHORE + B * H * (gl.cdiv(T, ROW_PAD) * (ROW_PAD // 64))  # behind those of dq
@@ -2367,7 +2433,7 @@ def tma_descriptor(x, block):
 
 
 @functools.lru_cache(maxsize=1024)
-def hopper_config(kernel, shape, k_shape, device, n_groups, n_sets, mask):
+def hopper_config(kernel, shape, k_shape, device, n_groups, n_sets, mask_kind):
     """Of a launch: shapes of resident and streamed tiles, integers of Dims, grid, constants, options."""
     (B, T, H, D), (_, TK, HKV, _) = shape, k_shape
     BLOCK_D = padded_head_dim(D)
@@ -2378,26 +2444,30 @@ def hopper_config(kernel, shape, k_shape, device, n_groups, n_sets, mask):
     n_tiles, n_heads = triton.cdiv(n_resident, 64 * consumers), B * HKV * shared
     # heads at a time: as many as fit L2, two waves at least, and all sections alike
     heads = max(L2_BYTES // (4 * n_streamed * BLOCK_D), triton.cdiv(2 * n_sm, n_tiles * shared))
-    if kernel == "bwd" and mask != FULL.value:
+    if kernel == "bwd" and mask_kind != FULL.value:
         heads = max(heads, n_sm // 16)  # else too many programs in a row wait for each other's dq
     heads = shared * next(n for n in range(1, B * HKV + 1) if B * HKV % n == 0 and n >= min(heads, B * HKV))
     grid = min(n_tiles * n_heads, n_sm)
     waves = triton.cdiv(n_tiles * heads, grid)
     dims = B, H, H // HKV, T, TK, B // n_groups, B // n_sets, heads, waves
     of_fwd = dict(CONSUMERS=consumers) if kernel == "fwd" else {}
-    constants = dict(HEAD_DIM=D, MASK=mask, **of_fwd, STAGES=stages)
+    constants = dict(HEAD_DIM=D, MASK=mask_kind, **of_fwd, STAGES=stages)
     options = dict(num_warps=4, maxnreg={2: 168, 3: 128}[consumers])
     return (1, 64, 1, BLOCK_D), (1, streamed, 1, BLOCK_D), dims, grid, constants, options
 
 
 def hopper_bounds(hop, resident, mask):
     """Tables for a Hopper kernel; any pointer where it reads none."""
-    return (hop.bounds[resident], hop.bounds.tiles) if mask == INTERVAL.value else (hop.table[None], hop.table)
+    return (
+        (hop.bounds[resident], hop.bounds.tiles)
+        if mask.kind == INTERVAL.value
+        else (hop.table[None], hop.table)
+    )
 
 
 def hopper_fwd(q, k, v, o, acc, lse, sinks, hop, mask, sm_scale):
     bounds = hopper_bounds(hop, 0, mask)
-    config = hopper_config("fwd", q.shape, k.shape, q.device, len(hop.rows), len(bounds[0]), mask)
+    config = hopper_config("fwd", q.shape, k.shape, q.device, len(hop.rows), len(bounds[0]), mask.kind)
     resident, streamed, dims, grid, constants, options = config
     tiles = tma_descriptor(q, resident), tma_descriptor(k, streamed), tma_descriptor(v, streamed)
     has_sinks = sinks is not None
@@ -2420,14 +2490,15 @@ def hopper_preprocess(o, do, lse, dlse, dq, n_hops):
 def hopper_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, mask, sm_scale, deterministic):
     lse_delta, dq_acc, semaphores = state
     bounds = hopper_bounds(hop, 1, mask)
-    config = hopper_config("bwd", q.shape, k.shape, q.device, len(hop.rows), len(bounds[0]), mask)
+    config = hopper_config("bwd", q.shape, k.shape, q.device, len(hop.rows), len(bounds[0]), mask.kind)
     resident, streamed, dims, grid, constants, options = config
     half, resident = resident, (1, BWD_ROWS.value, 1, resident[3])
     inputs = [tma_descriptor(x, b) for x, b in ((q, streamed), (k, resident), (v, half), (do, streamed))]
     rows, dq_tiles = tma_descriptor(lse_delta, (2, 1, streamed[1])), tma_descriptor(dq_acc, (16, 256))
     outs = [tma_descriptor(x, half) if x.dtype == q.dtype else rows for x in (dk, dv)]
     outs += dk, dv, dk_acc, dv_acc, semaphores[j], hop.table, *bounds
-    args = (*inputs, rows, dq_tiles, *outs, sm_scale, *dims)
+    outer = q.shape[2] // k.shape[2] if mask.left < INT_MAX else 1  # see query_heads
+    args = (*inputs, rows, dq_tiles, *outs, sm_scale, *dims, outer)
     depends = q.dtype, dk.dtype, dk_acc.dtype, streamed, bounds[0].data_ptr() % 16 == 0
     constants = dict(constants, DETERMINISTIC=deterministic)
     launch(hopper_bwd_kernel, q.device, depends, grid, args, constants, **options)
@@ -2604,7 +2675,9 @@ def row_ranges(rows, B, T, n_tensors):
     """(first row, number of rows) of the ranges of memory that hold the tokens [begin, end) = rows[g] of each
     sequence of batch group g, of n_tensors (B, T, ...) tensors in a row."""
     found = []
-    for i, (group, (begin, end)) in itertools.product(range(n_tensors), zip(batch_slices(B, len(rows)), rows)):
+    for i, (group, (begin, end)) in itertools.product(
+        range(n_tensors), zip(batch_slices(B, len(rows)), rows)
+    ):
         for first in range((i * B + group.start) * T, (i * B + group.stop) * T, T):
             if end > begin and found and sum(found[-1]) == first + begin:
                 found[-1] = found[-1][0], found[-1][1] + end - begin
@@ -2941,7 +3014,9 @@ def run_hops(hops, tensors, sinks, cu_seqlens, ring, schedule, causal, window, s
     kind, plain = q.device.type, contextlib.nullcontext()  # the state stays in float32, also under autocast
     no_casts = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else plain
     with torch.cuda.device_of(q), no_casts:
-        return ring_object.run(hops, (*tensors, sinks, cu_seqlens), schedule, mask, sm_scale, backend, *options)
+        return ring_object.run(
+            hops, (*tensors, sinks, cu_seqlens), schedule, mask, sm_scale, backend, *options
+        )
 
 
 def forward_real(q, k, v, sinks, cu_seqlens, ring, schedule, causal, window, seq_len, sm_scale, backend,
@@ -2964,7 +3039,9 @@ def forward_fake(q, k, v, *args):
 def backward_real(do, dlse, q, k, v, o, lse, sinks, cu_seqlens, ring, *args):
     do = torch.zeros_like(o) if do is None else do.to(o.dtype).contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    return run_hops(backward_hops, (*dense(q, k, v, ring), o, lse, do, dlse), sinks, cu_seqlens, ring, *args)
+    tensors = *dense(q, k, v, ring), o, lse, do, dlse
+    *grads, dsinks = run_hops(backward_hops, tensors, sinks, cu_seqlens, ring, *args)
+    return *grads, dsinks if sinks is None else dsinks.to(sinks.dtype)
 
 
 def backward_fake(do, dlse, q, k, v, o, lse, sinks, *args):
@@ -3020,7 +3097,9 @@ class RingAttention(torch.autograd.Function):
 
 LIBRARY = torch.library.Library("ring_attn", "DEF")
 TENSORS, MORE = "Tensor q, Tensor k, Tensor v", "Tensor? sinks, Tensor? cu_seqlens"
-OPTIONS = "int ring, str schedule, bool causal, SymInt[]? window, SymInt? seq_len, float sm_scale, str? backend"
+OPTIONS = (
+    "int ring, str schedule, bool causal, SymInt[]? window, SymInt? seq_len, float sm_scale, str? backend"
+)
 OPTIONS += ", str? transport, bool deterministic"
 RESULTS = "(Tensor, Tensor, Tensor, Tensor)"
 LIBRARY.define(f"forward({TENSORS}, {MORE}, {OPTIONS}, bool backward, str? problem) -> (Tensor, Tensor)")
@@ -3048,7 +3127,7 @@ class Unshard(torch.autograd.Function):
 
 
 def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse=False, backend=None, transport=None,
-           deterministic=True, window=None, cu_seqlens=None, sinks=None, seq_len=None,
+           deterministic=True, window=None, cu_seqlens=None, sinks=None, seq_len=None, debug=False,
            problem=None):  # fmt: skip
     """What all public functions call. problem: what the caller found wrong, to be raised on every rank."""
     has_shape = isinstance(q, torch.Tensor) and not q.is_nested and q.ndim > 0
@@ -3061,6 +3140,8 @@ def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse=False, backend=
     if not torch.compiler.is_compiling():
         options = causal, window, seq_len, sm_scale, backend, transport, deterministic, backward, problem
         check_once(*tensors, ring_numbered(ring.number), schedule, *options)
+        if debug and cu_seqlens is not None:
+            check_values(cu_seqlens, ring, seq_len, q)
     pair = window if window is None else window_pair(window)
     options = bool(causal), pair, seq_len, float(sm_scale), backend, transport, bool(deterministic)
     args = ring.number, schedule, *options, backward, problem
@@ -3177,39 +3258,59 @@ def check_mask(causal, window, cu_seqlens, seq_len, B, S, SK):
             raise ValueError(f"{window=} must be an int of 1 or more, or a pair (left, right), or None")
         if pair is None and not causal:
             raise ValueError(f"{window=} needs causal=True; with causal=False pass a pair (left, right)")
-        if pair is not None and not (len(pair) == 2 and all(x is None or is_int(x) and x >= -1 for x in pair)):
-            raise ValueError(f"{window=} must be two ints of 0 or more, or -1 or None for all keys on that side")
+        if pair is not None and not (
+            len(pair) == 2 and all(x is None or is_int(x) and x >= -1 for x in pair)
+        ):
+            raise ValueError(
+                f"{window=} must be two ints of 0 or more, or -1 or None for all keys on that side"
+            )
     check_seq_len(seq_len, S)
     if cu_seqlens is not None:
-        check_documents(cu_seqlens, B, seq_len, S)
+        check_documents(cu_seqlens, B, (S if seq_len is None else seq_len, S))
     if S != SK and (cu_seqlens is not None or seq_len is not None):
         given = "cu_seqlens" if seq_len is None else f"{seq_len=}"
         raise ValueError(f"{given} with {S} queries and {SK} keys: they need equal lengths; pad the shorter")
 
 
-def check_documents(cu_seqlens, B, seq_len, S):
+def check_documents(cu_seqlens, B, ends):
+    """ends: what may be the last entry."""
     name = "cu_seqlens"
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32:
-        raise ValueError(f"{name} is {summary(cu_seqlens)}; it must be an int32 tensor (n + 1,) or (B, n + 1)")
+        raise ValueError(
+            f"{name} is {summary(cu_seqlens)}; it must be an int32 tensor (n + 1,) or (B, n + 1)"
+        )
     shape = tuple(cu_seqlens.shape)
     if len(shape) not in (1, 2) or shape[-1] < 2 or len(shape) == 2 and shape[0] != B:
         raise ValueError(f"{name} has shape {shape}; it must be (n + 1,) or (B, n + 1) with {B=} and n >= 1")
     if cu_seqlens.device.type != "cpu":
-        return  # its values are not read: that would wait for the GPU
-    ends = {S if seq_len is None else seq_len, S}
+        return  # its values are only read under debug=True: that waits for the GPU
     for row in cu_seqlens.reshape(-1, shape[-1]).tolist():
         if row[0] != 0 or row[-1] not in ends or row != sorted(row):
-            wanted = f"begin with 0, not decrease, and end with {' or '.join(map(str, sorted(ends)))}"
+            wanted = f"begin with 0, not decrease, and end with {ends[0]}, the true length, or {ends[-1]}, the padded one"
             text = f"{row[:4]}..{row[-2:]}" if len(row) > 8 else row
             raise ValueError(f"{name} holds {text}; it must {wanted}")
 
 
+def check_values(cu_seqlens, ring, seq_len, q):
+    """On all ranks together: of cu_seqlens that may be on a GPU."""
+    problem, S = None, q.shape[1] * (1 if isinstance(ring, VirtualRing) else ring.n_ranks)
+    try:
+        check_documents(cu_seqlens.cpu(), len(q), (S if seq_len is None else seq_len, S))
+    except ValueError as error:
+        problem = str(error)
+    ring.agree(dict(cu_seqlens=cu_seqlens.tolist()), problem)
+
+
 def check_sinks(sinks, q):
     if not isinstance(sinks, torch.Tensor) or not sinks.is_floating_point():
-        raise ValueError(f"sinks is {summary(sinks)}; it must be a floating point tensor ({q.shape[2]},), or None")
+        raise ValueError(
+            f"sinks is {summary(sinks)}; it must be a floating point tensor ({q.shape[2]},), or None"
+        )
     if sinks.shape != q.shape[2:3] or sinks.device != q.device:
         given = f"{tuple(sinks.shape)} on {sinks.device}"
-        raise ValueError(f"sinks is {given}; it must have a logit for each of {q.shape[2]} heads on {q.device}")
+        raise ValueError(
+            f"sinks is {given}; it must have a logit for each of {q.shape[2]} heads on {q.device}"
+        )
 
 
 def check_inputs(q, k, v, sinks, cu_seqlens, schedule, ring, causal, window, seq_len, sm_scale, backend,
@@ -3228,7 +3329,9 @@ def check_inputs(q, k, v, sinks, cu_seqlens, schedule, ring, causal, window, seq
     if T != TK and n_ranks > 1 and (causal or window is not None):
         asked = f"{causal=}" if window is None else f"{window=}"
         lengths = f"{T} queries and {TK} keys a rank"
-        raise ValueError(f"{lengths} with {asked}: on a ring lengths may differ with causal=False and no window")
+        raise ValueError(
+            f"{lengths} with {asked}: on a ring lengths may differ with causal=False and no window"
+        )
     if backend == "gluon":
         if not q.is_cuda or capability(q.device)[0] != 9:
             raise ValueError(f'{backend=} needs a Hopper GPU, not {q.device}; use backend="triton"')
@@ -3241,7 +3344,9 @@ def check_inputs(q, k, v, sinks, cu_seqlens, schedule, ring, causal, window, seq
         if transport is not None:
             raise ValueError(f"{transport=} is for process groups, and this is a VirtualRing; leave it out")
         if T % n_ranks or TK % n_ranks:
-            raise ValueError(f"seq_len={T if T % n_ranks else TK} must be a multiple of {n_ranks=}; {PAD_HINT}")
+            raise ValueError(
+                f"seq_len={T if T % n_ranks else TK} must be a multiple of {n_ranks=}; {PAD_HINT}"
+            )
         T, TK = T // n_ranks, TK // n_ranks
     elif n_ranks > 1:
         check_movable(q, ring.group)
@@ -3322,7 +3427,18 @@ def check_once(q, k, v, sinks, cu_seqlens, ring, schedule, causal, window, seq_l
         strict = "under torch.use_deterministic_algorithms(True); leave one of the two out"
         problem = problem or f"{deterministic=} {strict}"
     names = "schedule", "causal", "window", "seq_len", "sm_scale", "backend", "transport", "deterministic"
-    options = schedule, causal, window, seq_len, sm_scale, backend, transport, deterministic, backward, problem
+    options = (
+        schedule,
+        causal,
+        window,
+        seq_len,
+        sm_scale,
+        backend,
+        transport,
+        deterministic,
+        backward,
+        problem,
+    )
     capturing = isinstance(q, torch.Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing()
     documents = None
     try:
@@ -3341,7 +3457,9 @@ def check_once(q, k, v, sinks, cu_seqlens, ring, schedule, causal, window, seq_l
         key = repr((*map(summary, (q, k, v, sinks, cu_seqlens)), *options))
     if capturing:
         raise ValueError("ranks cannot agree on options inside a CUDA graph; make this call once before it")
-    tensors = dict(q=summary(q), k=summary(k), v=summary(v), sinks=summary(sinks), cu_seqlens=summary(cu_seqlens))
+    tensors = dict(
+        q=summary(q), k=summary(k), v=summary(v), sinks=summary(sinks), cu_seqlens=summary(cu_seqlens)
+    )
     if documents is not None:
         tensors["cu_seqlens"] += (f"checksum {zlib.crc32(documents):08x}",)
     signature = dict(tensors, **dict(zip((*names, "backward"), map(repr, options))))
