@@ -238,8 +238,8 @@ class Mask(NamedTuple):
     )
 
     def keys(self, p, starts=None):
-        """The first and the last position that queries at positions p (n,) see, each (n,). To change the mask,
-        change this (and `kind` to INTERVAL). first <= p <= last, and neither may decrease with p.
+        """The first and the last position that queries at positions p (n,) see, each (n,). To change the
+        mask, change this (and `kind` to INTERVAL). first <= p <= last, and neither may decrease with p.
 
         starts (B or 1, documents): where documents begin, increasing. The results are then (B or 1, n).
         """
@@ -336,7 +336,7 @@ def rows_seen(schedule, n_ranks, T, TK, mask):
     """[rank][source][batch group]: the rows [begin, end) of the keys of `source` that the T queries of `rank`
     see, in whole tiles. Kernels read whole tiles, and multiply values that no query sees by 0: those rows
     must hold numbers, not nan."""
-    q_layouts, k_layouts = all_layouts(schedule, n_ranks, T, TK)
+    (q_layouts, k_layouts), tile = all_layouts(schedule, n_ranks, T, TK), ROW_PAD.value
     # between its halves a layout jumps; inside, the first query sees the first key, the last one the last
     ends = [0, max(T // 2 - 1, 0), T // 2, T - 1]
     p = torch.tensor([[[at.position(i, T) for i in ends] for at in layouts] for layouts in q_layouts])
@@ -348,16 +348,11 @@ def rows_seen(schedule, n_ranks, T, TK, mask):
     for g, group in enumerate(batch_slices(0 if starts is None else len(starts), p.shape[1])):
         own = starts if starts is None or len(starts) == 1 else starts[group]
         first, last = (x.view(-1, n_ranks, 1, 4) for x in mask.keys(p[:, g].flatten(), own))
-        begin = count_le(k[:, g, None], first[..., ::2] - 1, TK) // ROW_PAD.value * ROW_PAD.value
-        end = count_le(k[:, g, None], last[..., 1::2], TK)  # (sequences, ranks, sources, halves)
-        some = count_le(k[:, g, None], first[..., ::2] - 1, TK) < end
-        begin = begin.where(some, TK).amin((0, 3))
-        end = (
-            ((end + ROW_PAD.value - 1) // ROW_PAD.value * ROW_PAD.value)
-            .clamp(max=TK)
-            .where(some, 0)
-            .amax((0, 3))
-        )
+        begin = count_le(k[:, g, None], first[..., ::2] - 1, TK)  # (sequences, ranks, sources, halves)
+        end = count_le(k[:, g, None], last[..., 1::2], TK)
+        some = end > begin
+        begin = (begin // tile * tile).where(some, TK).amin((0, 3))
+        end = ((end + tile - 1) // tile * tile).clamp(max=TK).where(some, 0).amax((0, 3))
         by_group.append(torch.stack([begin.where(end > 0, 0), end], -1))
     return [[[tuple(x) for x in groups] for groups in row] for row in torch.stack(by_group, 2).tolist()]
 
@@ -372,8 +367,8 @@ def all_layouts(schedule, n_ranks, T, TK):
 
 @functools.lru_cache(maxsize=1024)
 def rows_seen_by_many(schedule, n_ranks, T, TK, mask, direction):
-    """[source], two lists of rows [begin, end) by batch group: [j] of the first one for the ranks that hold the
-    keys of `source` at the hops 1..j-1, of the second one for those that hold them at the hops from j on."""
+    """[source], two lists of rows [begin, end) by batch group: [j] of the first one for the ranks that hold
+    the keys of `source` at the hops 1..j-1, of the second one for those that hold them from hop j on."""
     by_rank, R = rows_seen(schedule, n_ranks, T, TK, mask), n_ranks
 
     def joined(a, b):
@@ -470,8 +465,8 @@ class Bounds(NamedTuple):
 
 
 def make_bounds(hops, mask, B, T, TK, starts, direction, tile, device):
-    """Bounds of all hops. starts: of documents, for Mask.keys. tile: rows of a tile that is resident and of one
-    that is streamed in Hopper's kernel, or None."""
+    """Bounds of all hops. starts: of documents, for Mask.keys. tile: rows of a tile that is resident and of
+    one that is streamed in Hopper's kernel, or None."""
     p, layouts = layouts_on_device(hops, T, device)
     ends = []
     for g, group in enumerate(batch_slices(B, len(p))):
@@ -520,13 +515,12 @@ def bounds_tile(backend, q, direction):
     return (64 * consumers if direction > 0 else BWD_ROWS.value), streamed
 
 
-# columns of Bounds.tiles. Streamed tiles that some row sees, [begin, end), and that all rows see, [full_begin,
-# full_end). Forward: whether a row sees a key at a later hop; the number of the tile, as the longest comes first.
+# columns of Bounds.tiles. Streamed tiles that some row sees, [begin, end), and that all rows see,
+# [full_begin, full_end). Forward, the longest tile first: whether a row sees a key at a later hop; its number.
 # Backward, in order: streamed tiles before wait_end wait for `turn`
 TILE_COLUMNS = constexpr(8)
-BEGIN, FULL_BEGIN, FULL_END, END, LATER, NUMBER, TURN, WAIT_END = (
-    constexpr(i) for i in (0, 1, 2, 3, 4, 5, 4, 5)
-)
+BEGIN, FULL_BEGIN, FULL_END, END, LATER, NUMBER = (constexpr(i) for i in range(6))
+TURN, WAIT_END = LATER, NUMBER
 
 
 def tile_bounds(bounds, n, BLOCK, STREAMED, direction):
@@ -592,8 +586,9 @@ def forward_hops(ring, q, k, v, sinks, cu_seqlens, schedule, mask, sm_scale, bac
 
 def backward_hops(ring, q, k, v, o, lse, do, dlse, sinks, cu_seqlens, schedule, mask, sm_scale, backend,
                   transport, deterministic):  # fmt: skip
-    """dq, dk, dv, dsinks. Every hop adds to dk, dv of its keys and sends them on; the next hop waits for those
-    of its own. The own keys come last. Theirs may still be on the way when their kernel starts: see pass_on."""
+    """dq, dk, dv, dsinks. Every hop adds to dk, dv of its keys and sends them on; the next hop waits for
+    those of its own. The own keys come last. Theirs may still be on the way when their kernel starts: see
+    pass_on."""
     kernels, R, T = BACKENDS[backend], ring.n_ranks, q.shape[1]
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
     padding = padded_rows_of(ring, schedule, mask, len(q), T)
@@ -621,7 +616,7 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, sinks, cu_seqlens, schedule, 
 
 
 def sink_gradient(sinks, lse, delta):
-    """dsinks (H,), the part of these queries, like lse; sinks None: (0,). A sink is a key whose value is 0."""
+    """dsinks (H,), of these queries, like lse; sinks None: (0,). A sink is a key whose value is 0."""
     if sinks is None:
         return lse.new_empty(0)
     p = (sinks.to(lse.dtype)[:, None] - lse.masked_fill(lse == -math.inf, math.inf)).exp()  # (B, H, T)
@@ -696,10 +691,8 @@ def torch_preprocess(o, do, lse, dlse, dq, n_hops):
 def torch_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, mask, sm_scale, deterministic):
     lse_delta, dq_acc = state
     for row, b in zip(hop.rows, batch_slices(len(q), len(hop.rows))):
-        for x, begin, end in (
-            (dq_acc, 0, row.carry),
-            *((x, row.held_begin, row.held_end) for x in (dk_acc, dv_acc)),
-        ):
+        held = row.held_begin, row.held_end
+        for x, (begin, end) in ((dq_acc, (0, row.carry)), (dk_acc, held), (dv_acc, held)):
             x[b, :begin].zero_()  # nobody has added anything there
             x[b, end:].zero_()
     for b, m, n, seen in torch_blocks(hop, *q.shape[:2]):
@@ -1059,8 +1052,8 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
        same on every rank; begins with 0, ends with the true or the padded length; equal neighbours are an
        empty document. On a CPU: checked, and hops and rows that nobody sees neither move nor count. On a GPU:
        not checked, but clipped; there is no host sync, and CUDA graphs may be replayed with other values.
-    sinks: (H,), a logit for each head in the softmax's denominator, and in lse; learnable. The gradient is the
-       part of this rank's queries, as of any weight; a VirtualRing returns the sum.
+    sinks: (H,), a logit for each head in the softmax's denominator, and in lse; learnable. The gradient is
+       the part of this rank's queries, as of any weight; a VirtualRing returns the sum.
     seq_len: the true global length, where the end of the sequence is padding: see `shard`. Padding may hold
        anything; there o = 0, lse = -inf, and gradients are 0.
     debug: check cu_seqlens on a GPU, too, in every call: waits for the GPU and for the other ranks.
@@ -1081,8 +1074,8 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
 def flash_attn_func(q, k, v, bias=None, causal=True, sm_scale=None, *, return_lse=False, backend=None,
                     deterministic=True, window=None, cu_seqlens=None, sinks=None, seq_len=None,
                     debug=False):  # fmt: skip
-    """ring_attn on a ring of one, whatever the process group: (B, T, H, D). bias must be None. All else: as for
-    ring_attn."""
+    """ring_attn on a ring of one, whatever the process group: (B, T, H, D). bias must be None. All else: as
+    for ring_attn."""
     options = causal, sm_scale, return_lse, backend, None, deterministic, window, cu_seqlens, sinks, seq_len
     return attend(q, k, v, "contiguous", ALONE, *options, debug, bias_problem(bias))
 
@@ -1225,8 +1218,8 @@ def tile_bounds_of(begin, end, BLOCK: constexpr):
 
 @triton.jit
 def held_and_written(hop, j):
-    """Of the tile that begins with key j: do dk, dv hold what other ranks added; must they be written, even if
-    no query sees the tile?"""
+    """Of the tile that begins with key j: do dk, dv hold what other ranks added; must they be written, even
+    if no query sees the tile?"""
     held = (j >= tl.load(hop + HELD_BEGIN)) & (j < tl.load(hop + HELD_END))
     fill = (j >= tl.load(hop + FILL_BEGIN)) & (j < tl.load(hop + FILL_END))
     return held, fill & ((tl.load(hop + HOME) > 0) | (held == 0))
@@ -1663,8 +1656,8 @@ tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 warpgroup_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
-# what all warps know of the problem: HopRows; Bounds of the resident rows, SET_B sequences a set, and .tiles, for
-# INTERVAL; sizes; L2_HEADS, heads at a time; WAVES for tile_scheduler
+# what all warps know of the problem: HopRows; for INTERVAL Bounds of the resident rows and of their tiles,
+# SET_B sequences a set; sizes; L2_HEADS, heads at a time; WAVES for tile_scheduler; OUTER for query_heads
 Dims = namedtuple("Dims", "HOP BOUNDS TILES B H G T TK GROUP_B SET_B L2_HEADS WAVES OUTER")
 # b, h, start, hop   batch, head, first resident row, HopRow
 # bounds             Bounds.tiles of this tile, for INTERVAL
@@ -2225,9 +2218,9 @@ def unknown_zero():
 @gluon.jit
 def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start_m, bounds, offs_n, T, TK, G, qk_scale,
               MASK: constexpr):  # fmt: skip
-    """n streamed tiles, the first being the tile-th of this program, with the queries from start_m on: G heads'
-    of the same queries, then of the queries before. bounds: Bounds.columns if MASK is INTERVAL; the first query
-    that sees each key if CAUSAL; unused if FULL, which masks nothing."""
+    """n streamed tiles, the first being the tile-th of this program, with the queries from start_m on: G
+    heads' of the same queries, then of the queries before. bounds: Bounds.columns if MASK is INTERVAL; the
+    first query that sees each key if CAUSAL; unused if FULL, which masks nothing."""
     STAGES: constexpr = smem.q.shape[0]
     BLOCK_M: constexpr = smem.q.shape[2]
     BLOCK_D: constexpr = smem.q.shape[4]
@@ -2458,11 +2451,9 @@ def hopper_config(kernel, shape, k_shape, device, n_groups, n_sets, mask_kind):
 
 def hopper_bounds(hop, resident, mask):
     """Tables for a Hopper kernel; any pointer where it reads none."""
-    return (
-        (hop.bounds[resident], hop.bounds.tiles)
-        if mask.kind == INTERVAL.value
-        else (hop.table[None], hop.table)
-    )
+    if mask.kind == INTERVAL.value:
+        return hop.bounds[resident], hop.bounds.tiles
+    return hop.table[None], hop.table
 
 
 def hopper_fwd(q, k, v, o, acc, lse, sinks, hop, mask, sm_scale):
@@ -3286,7 +3277,8 @@ def check_documents(cu_seqlens, B, ends):
         return  # its values are only read under debug=True: that waits for the GPU
     for row in cu_seqlens.reshape(-1, shape[-1]).tolist():
         if row[0] != 0 or row[-1] not in ends or row != sorted(row):
-            wanted = f"begin with 0, not decrease, and end with {ends[0]}, the true length, or {ends[-1]}, the padded one"
+            lengths = f"{ends[0]}, the true length, or {ends[-1]}, the padded one"
+            wanted = f"begin with 0, not decrease, and end with {lengths}"
             text = f"{row[:4]}..{row[-2:]}" if len(row) > 8 else row
             raise ValueError(f"{name} holds {text}; it must {wanted}")
 
@@ -3302,15 +3294,10 @@ def check_values(cu_seqlens, ring, seq_len, q):
 
 
 def check_sinks(sinks, q):
-    if not isinstance(sinks, torch.Tensor) or not sinks.is_floating_point():
-        raise ValueError(
-            f"sinks is {summary(sinks)}; it must be a floating point tensor ({q.shape[2]},), or None"
-        )
-    if sinks.shape != q.shape[2:3] or sinks.device != q.device:
-        given = f"{tuple(sinks.shape)} on {sinks.device}"
-        raise ValueError(
-            f"sinks is {given}; it must have a logit for each of {q.shape[2]} heads on {q.device}"
-        )
+    wanted = f"a floating point tensor ({q.shape[2]},), a logit for each head, on {q.device}"
+    tensor = isinstance(sinks, torch.Tensor)
+    if not tensor or not sinks.is_floating_point() or sinks.shape != q.shape[2:3] or sinks.device != q.device:
+        raise ValueError(f"sinks is {summary(sinks)}; it must be {wanted}, or None")
 
 
 def check_inputs(q, k, v, sinks, cu_seqlens, schedule, ring, causal, window, seq_len, sm_scale, backend,
