@@ -233,9 +233,7 @@ class Mask(NamedTuple):
     length: int
     left: int  # a query sees so many keys before its own position, and so many behind it
     right: int
-    documents: Any = (
-        None  # where documents begin: tuples, by sequence or one for all; "on device": in a tensor
-    )
+    documents: Any = None  # where they begin: tuples, one for all or one a sequence; or "on device"
 
     def keys(self, p, starts=None):
         """The first and the last position that queries at positions p (n,) see, each (n,). To change the
@@ -340,11 +338,7 @@ def rows_seen(schedule, n_ranks, T, TK, mask):
     # between its halves a layout jumps; inside, the first query sees the first key, the last one the last
     ends = [0, max(T // 2 - 1, 0), T // 2, T - 1]
     p = torch.tensor([[[at.position(i, T) for i in ends] for at in layouts] for layouts in q_layouts])
-    k, starts, by_group = (
-        torch.tensor(k_layouts),
-        mask.starts(),
-        [],
-    )  # p (ranks, groups, 4), k (ranks, groups, 3)
+    k, starts, by_group = torch.tensor(k_layouts), mask.starts(), []  # (ranks, groups, 3)
     for g, group in enumerate(batch_slices(0 if starts is None else len(starts), p.shape[1])):
         own = starts if starts is None or len(starts) == 1 else starts[group]
         first, last = (x.view(-1, n_ranks, 1, 4) for x in mask.keys(p[:, g].flatten(), own))
@@ -516,7 +510,7 @@ def bounds_tile(backend, q, direction):
 
 
 # columns of Bounds.tiles. Streamed tiles that some row sees, [begin, end), and that all rows see,
-# [full_begin, full_end). Forward, the longest tile first: whether a row sees a key at a later hop; its number.
+# [full_begin, full_end). Forward, longest tile first: whether a row sees a key at a later hop; its number.
 # Backward, in order: streamed tiles before wait_end wait for `turn`
 TILE_COLUMNS = constexpr(8)
 BEGIN, FULL_BEGIN, FULL_END, END, LATER, NUMBER = (constexpr(i) for i in range(6))
@@ -1036,8 +1030,7 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     sm_scale: above 0; None means D ** -0.5.
     return_lse: also return lse (B, H, T) float32 (float64 for float64 inputs), the natural log of the
        softmax's denominator; gradients flow through it.
-    backend: "torch", "triton" (any GPU, and CPU tensors under TRITON_INTERPRET=1) or "gluon" (Hopper; its
-       backward is that of "triton" where T is not a multiple of 128 and the mask is full or n_ranks above 1);
+    backend: "torch", "triton" (any GPU, and CPU tensors under TRITON_INTERPRET=1) or "gluon" (Hopper);
        None chooses the fastest one.
     transport: "p2p" (send and receive between neighbours: NCCL, gloo) or "symmetric" (CUDA, one host: copies
        by the GPUs); None: symmetric where all GPUs can read each other. resolve_ring(group).transport says

@@ -21,6 +21,7 @@ import copy
 import ctypes
 import functools
 import gc
+import inspect
 import io
 import itertools
 import json
@@ -35,6 +36,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -522,6 +524,31 @@ def check_positions(schedule):
         assert torch.equal(merge(shards, schedule), x), f"{schedule} x{n_ranks}: merge(shard(x)) != x"
 
 
+@local
+def shards_are_padded():
+    """`shard(..., pad=True)` to what the schedule needs, with a value of choice; `positions` within documents."""
+    for schedule, n_ranks, S in product(SCHEDULES, (1, 2, 4), (1, 5, 8, 13)):
+        x = torch.randn(2, S, 3, requires_grad=True)
+        shards = [shard(x, schedule, r, n_ranks, pad=True, pad_value=7) for r in range(n_ranks)]
+        y, more = merge(shards, schedule), n_ranks * fit(schedule, 2, 1)[1] if n_ranks > 1 else 1
+        assert y.shape[1] == -(-S // more) * more, f"{schedule} x{n_ranks}: {S} tokens padded to {y.shape[1]}"
+        assert torch.equal(y[:, :S], x) and (y[:, S:] == 7).all(), f"{schedule} x{n_ranks}: padded otherwise"
+        (grad,) = torch.autograd.grad(y.square().sum(), x)
+        assert torch.equal(grad, 2 * x), f"{schedule} x{n_ranks}: gradients of padded shards"
+        targets = shard(x[..., 0].long(), schedule, 0, n_ranks, pad=True, pad_value=-100)
+        assert targets.dtype == torch.int64 and targets.shape == shards[0].shape[:2], "targets"
+    raises(lambda: shard(torch.zeros(3, 5), "step", 0, 2, pad=True), "B=3", "zigzag")
+    one = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
+    by_sequence = torch.tensor([[0, 3, 3, 8], [0, 1, 8, 8]], dtype=torch.int32)
+    starts = torch.tensor([[0, 0, 0, 3, 3, 3, 3, 3], [0, 1, 1, 1, 1, 1, 1, 1]])
+    for schedule, n_ranks in product(SCHEDULES, (1, 2, 4)):
+        for cu_seqlens, start in ((one, starts[:1]), (by_sequence, starts)):
+            at = [positions(schedule, r, n_ranks, 8 // n_ranks, 2, cu_seqlens=cu_seqlens) for r in range(n_ranks)]
+            got = merge([x.expand(2, -1) for x in at], schedule)
+            right = torch.equal(got, (torch.arange(8) - start).expand(2, -1))
+            assert right, f"{schedule} x{n_ranks}: positions in documents are {got.tolist()}"
+
+
 def rows_needed(first, last, q_layout, k_layout, T, block):
     """The keys of k_layout, in whole blocks, between the first and the last one that the queries in a half of
     q_layout see; first, last (sequences, S): of each query."""
@@ -613,6 +640,91 @@ def check_plans_of_masks(schedule):
                 if packed:
                     options["cu_seqlens"] = draw_documents(rng, B, S - padding, S - rng.choice((0, padding)))
                 check_plan(schedule, n_ranks, T, B, 4, **options)
+
+
+def blocks_of(x, rows, columns):
+    """x (T, TK) bool -> by block: whether some entries are True; whether all are, in a whole block."""
+    x = F.pad(x, (0, -x.shape[1] % columns, 0, -x.shape[0] % rows))
+    x = x.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+    return x.any(3).any(1), x.all(3).all(1)
+
+
+def check_bounds(schedule, BLOCK=8, STREAMED=4):
+    """Tables of bounds, forward and backward, against the dense mask: by query, by key, by tile."""
+    rng = random.Random(0)
+    for n_ranks, direction, causal, padding in product((1, 2, 3), (1, -1), (True, False), (0, 2)):
+        B, T = fit(schedule, 2, rng.randint(3, 40))
+        S, order = n_ranks * T, ring_attn.hop_order(n_ranks, direction)
+        options = dict(causal=causal, window=draw_window(rng, S, causal), seq_len=S - padding)
+        cu_seqlens = draw_documents(rng, B, S - padding, S)
+        seen = seen_by_position(S, S, **options, cu_seqlens=cu_seqlens).cpu().expand(B, 1, S, S)
+        mask = ring_attn.make_mask(S, **options, documents=ring_attn.documents_of(cu_seqlens, S))
+        hops = plan(schedule, n_ranks - 1, n_ranks, T, mask, direction)
+        args = hops, mask, B, T, T, mask.starts(), direction, (BLOCK, STREAMED), "cpu"
+        tables = ring_attn.make_bounds(*args)
+        name = f"{schedule} x{n_ranks}, {T=}, {direction=}, {options}, {cu_seqlens.tolist()}"
+        for b in range(B):
+            later = torch.zeros(T, dtype=torch.bool)
+            for j in reversed(order):
+                row = hops[j].rows[b * len(hops[j].rows) // B]
+                layouts = ring_attn.Layout(*row[:3]), ring_attn.Layout(*row[3:6])
+                q_pos, k_pos = (ring_attn.layout_positions(layout, T) for layout in layouts)
+                here = seen[b, 0][q_pos][:, k_pos]
+                bounds = ring_attn.Bounds(*(x if x is None else x[b * len(x) // B] for x in tables[j]))
+                check_tables(f"{name}, hop {j}", here, later, bounds, BLOCK, STREAMED, direction)
+                later |= here.any(1)
+
+
+def check_tables(name, seen, later, bounds, BLOCK, STREAMED, direction):
+    """Bounds of one sequence at one hop; seen (T, TK); later (T,): does a query see a key at a later hop?"""
+
+    def interval(begin, end, n):
+        return (begin[:, None] <= torch.arange(n)) & (torch.arange(n) < end[:, None])
+
+    T, TK = seen.shape
+    assert torch.equal(interval(*bounds.rows[:2], TK), seen), f"{name}: keys of a query"
+    assert torch.equal(bounds.rows[2].bool(), later), f"{name}: later hops of a query"
+    if direction < 0:
+        assert torch.equal(interval(*bounds.columns, T), seen.mT), f"{name}: queries of a key"
+    some, every = blocks_of(seen if direction > 0 else seen.mT, BLOCK, STREAMED)  # (resident, streamed) tiles
+    n, names = some.shape[1], "BEGIN FULL_BEGIN FULL_END END LATER ORDER TURN WAIT_END".split()
+    begin, full_begin, full_end, end, *more = (bounds.tiles[:, getattr(ring_attn, x).value] for x in names)
+    visited, bare = interval(begin, end, n), interval(full_begin, full_end, n)
+    assert not (some & ~visited).any(), f"{name}: a tile is left out"
+    assert not (bare & ~(visited & every)).any(), f"{name}: a tile is not masked that must be"
+    ordered = (begin <= full_begin) & (full_begin <= full_end) & (full_end <= end)
+    assert ordered.all(), f"{name}: tiles would be visited twice"
+    if direction > 0:
+        any_later = F.pad(later, (0, -T % BLOCK)).unflatten(0, (-1, BLOCK)).any(1)
+        assert torch.equal(more[0].bool(), any_later), f"{name}: later hops of a tile"
+        assert torch.equal(more[1].sort().values, torch.arange(len(some))), f"{name}: not every tile once"
+    else:  # dq of a query tile is added up by one key tile after the other: each waits for the one before
+        turn, wait_end = (x[:, None] for x in more[2:])
+        number = torch.arange(1, len(some) + 1)[:, None]
+        before = F.pad((number * visited).cummax(0).values, (0, 0, 1, 0))[:-1]  # 1 + the last one before it
+        waits = torch.where(torch.arange(n) < wait_end, turn, 0)
+        assert not ((waits != before) & visited).any(), f"{name}: turns of key tiles"
+
+
+@local
+def p2p_moves_what_keys_moved_says():
+    """Of keys forward, under windows, documents and padding; gradients of the same rows come back."""
+    rng, D, row = random.Random(0), 4, 2 * 4 * 4  # bytes of a row of k and v in float32
+    for schedule, n_ranks, packed, window in product(SCHEDULES, (2, 3, 5), (False, True), (None, 150, (30, 99))):
+        B, T = fit(schedule, 2, 257)
+        options = dict(causal=isinstance(window, int), window=window, seq_len=n_ranks * T - rng.choice((0, T + 3)))
+        if packed:
+            options["cu_seqlens"] = draw_documents(rng, B, options["seq_len"], n_ranks * T)
+        moved = {"keys": [0] * n_ranks, "gradients": [0] * n_ranks}
+
+        def spy(self, send, recv, direction, what):
+            moved[what[0]][self.rank] += sum(x.nbytes for x in recv) * (direction > 0 or what[0] == "gradients")
+            return exchange(self, send, recv, direction, what)
+
+        with replaced(ring_attn.VirtualRank, "exchange", spy) as exchange:
+            run(*make(B, n_ranks * T, 1, 1, D, f32), schedule, VirtualRing(n_ranks), backend="torch", **options)
+        rows = ring_attn.keys_moved(schedule, n_ranks, T, B, transport="p2p", **options)
+        assert moved["keys"] == [n * row for n in rows], f"{schedule} x{n_ranks} {options}: {moved}, not {rows} rows"
 
 
 @local
@@ -1095,7 +1207,7 @@ def work_tiles_of_the_Hopper_backward():
 def launchers_fit_the_Hopper_kernels():
     """What launchers pass to the Hopper kernels fits their signatures, name by name, constants last."""
     seen = []
-    integers = "sm_scale", "n_hops", "B", "H", "G", "T", "TK", "GROUP_B", "SET_B", "L2_HEADS", "WAVES", "OUTER"
+    integers = "sm_scale n_hops B H G T TK GROUP_B SET_B L2_HEADS WAVES OUTER".split()
 
     def spy(kernel, device, depends, grid, args, constants, **options):
         given, name = dict(zip(kernel.arg_names, args)), kernel.__name__
@@ -1176,6 +1288,7 @@ for schedule in SCHEDULES:
     local(check_positions, f"positions, shard, merge: {schedule}", schedule)
     local(check_plans, f"plans, sends match receives: {schedule}", schedule)
     local(check_plans_of_masks, f"plans of windows, documents, padding: {schedule}", schedule)
+    local(check_bounds, f"tables of bounds: {schedule}", schedule)
     for n_ranks in (2, 3, 5):
         name = f"symmetric memory, operations in any order: {schedule} x{n_ranks}"
         local(check_protocols, name, schedule, n_ranks)
@@ -1205,8 +1318,8 @@ def seen_by_position(T, TK, causal=True, window=None, cu_seqlens=None, seq_len=N
 
 def with_sink_key(q, k, v, sinks, seen, n_real):
     """(q, k, v, score, empty), heads first, for dense attention in the dtype of q. A sink is one more key, of
-    zeros, whose score is the sink. Where a query sees nothing (empty, (B, H, T)) such a key has score 0: its o
-    is 0. Queries from n_real on are padding: sinks are not for them."""
+    zeros, whose score is the sink. Where a query sees nothing (empty, (B, H, T)) such a key has score 0, so
+    that o is 0. Queries from n_real on are padding: sinks are not for them."""
     B, T, H, _ = q.shape
     q, k, v = (x.repeat_interleave(H // x.shape[2], 2).transpose(1, 2) for x in (q, k, v))
     k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
@@ -1289,6 +1402,37 @@ def check_masked(q, k, v, do, dlse, sinks, schedule, group, backend, loss=("o", 
     do, dlse = do * ("o" in loss), dlse * ("lse" in loss)
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     return judge_masked(got, q, k, v, do, dlse, sinks, seen, n_real, scale)
+
+
+def check_own_mask(backend, changed, seen):
+    """A mask of one's own as the README says: its line that changes `first` or `last` before the `return` of
+    Mask.keys, and the kind INTERVAL. seen: the mask as a function of the positions of query and key."""
+    source, make_mask = textwrap.dedent(inspect.getsource(ring_attn.Mask.keys)), ring_attn.make_mask
+    (line,) = re.findall(rf"^({changed} = .*?) *#", (HERE / "README.md").read_text(), re.M)
+    assert source.count("    return ") == 1, "Mask.keys has more than one return"
+    exec(source.replace("    return ", f"    {line}\n    return "), vars(ring_attn), found := {})
+
+    def make_interval(*args, **options):
+        return make_mask(*args, **options)._replace(kind=ring_attn.INTERVAL.value)
+
+    D, dtype = dict(torch=(8, f64), triton=(16, f32), gluon=(64, bf16))[backend]
+    S, rows = 168, []
+    inputs, i = make(2, S, 2, 1, D, dtype), torch.arange(S, device=DEVICE)
+    dlse = torch.zeros(2, 2, S, device=DEVICE, dtype=torch.promote_types(dtype, f32))
+    given = *inputs, dlse, None, seen(i[:, None], i)[None, None], S, D**-0.5
+    with replaced(ring_attn.Mask, "keys", found["keys"]), replaced(ring_attn, "make_mask", make_interval):
+        with row_blocks(128):  # no plan from before
+            for schedule, n_ranks in product(SCHEDULES, (1, 3) if GPU or backend == "torch" else (2,)):
+                got = run(*inputs, schedule, VirtualRing(n_ranks), True, backend)
+                rows.append(judge_masked(got, *given))
+    return worst(rows)
+
+
+for backend in ring_attn.BACKENDS:
+    local(check_own_mask, f"the README's chunked attention ({backend})", backend, "first",
+          lambda i, j: (j <= i) & (j >= i // 64 * 64))  # fmt: skip
+    local(check_own_mask, f"the README's prefix LM ({backend})", backend, "last",
+          lambda i, j: (j <= i) | (j < 100) & (i < 100))  # fmt: skip
 
 
 def draw_documents(rng, B, length, end):
