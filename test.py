@@ -2261,6 +2261,57 @@ def check_errors():
 
 
 @local
+def errors_of_masks():
+    """In every public function."""
+    x, ring2 = torch.randn(2, 8, 4, 16, device=DEVICE), VirtualRing(2)
+
+    def ints(*values):
+        return torch.tensor(values, dtype=torch.int32)
+
+    def call(q=x, k=x, **options):
+        return ring_attn.ring_attn(q, k, k, **dict(group=alone(), backend="torch") | options)
+
+    def refused(*words, **options):
+        raises(call, *words, **options)
+        if not {"q", "k", "group", "causal"} & set(options):
+            raises(partial(ring_attn.flash_attn_func, x, x, x), *words, **options)
+            for f in ring_attn.ATTN_FUNCS.values():
+                raises(partial(f, x, x, x, 1, 0, 0, 0), *words, **options)
+
+    for window in (0, -1, 2.0, True, "4", torch.tensor(4)):
+        refused(f"{window=}", "1 or more", window=window)
+    for window in ((1,), (1, 2, 3), (-2, 0), (0, 1.5), (True, 0)):
+        refused(f"{window=}", "0 or more", window=window)
+    refused("window=4", "causal=True", "(left, right)", window=4, causal=False)
+    for seq_len in (0, 9, -1, 8.0, True):
+        refused(f"{seq_len=}", "from 1 to 8", seq_len=seq_len)
+    refused("seq_len=9", "from 1 to 8", seq_len=9, group=ring2)
+    for documents in ([0, 8], (0, 8), ints(0, 8).long(), ints(0, 8).float(), np.array([0, 8])):
+        refused("cu_seqlens", "int32", cu_seqlens=documents)
+    for documents in (ints(8), ints(), ints([0, 8]), ints([[0, 8], [0, 8]]), ints(0, 8)[0]):
+        refused("cu_seqlens", str(tuple(documents.shape)), "(B, n + 1)", cu_seqlens=documents)
+    for documents in (ints(1, 8), ints(0, 5, 4, 8), ints(0, 7), ints(0, 9), ints([0, 8, 8], [0, 8, 4])):
+        refused("cu_seqlens", "begin with 0", str(documents.flatten()[-1].item()), cu_seqlens=documents)
+    refused("cu_seqlens", "5", "8", cu_seqlens=ints(0, 4), seq_len=5)
+    for sinks in (torch.zeros(3), torch.zeros(4, 1), torch.zeros(()), ints(1, 1, 1, 1), 1.0, [0.0] * 4):
+        refused("sinks", "(4,)", sinks=sinks)
+    refused("sinks", "meta", sinks=torch.zeros(4, device="meta"))
+    short, on_ring = x[:, :6], dict(group=ring2, schedule="contiguous")
+    refused("8 queries", "6 keys", "causal=False", k=short, **on_ring)
+    refused("window=(1, 1)", "causal=False", k=short, causal=False, window=(1, 1), **on_ring)
+    for options in (dict(seq_len=6), dict(cu_seqlens=ints(0, 8))):
+        for where in ({}, on_ring):
+            refused(*options, "equal lengths", k=short, causal=False, **options, **where)
+    refused("seq_len=7", "n_ranks=2", k=x[:, :7], causal=False, **on_ring)
+    for options in (dict(window=0), dict(seq_len=9), dict(cu_seqlens=ints(1, 8))):
+        raises(partial(ring_attn.keys_moved, "zigzag", 2, 4, **options), *options)
+    raises(lambda: positions("zigzag", 0, 2, 4, cu_seqlens=ints(1, 8)), "cu_seqlens", "begin with 0")
+    raises(lambda: unshard(x, "zigzag", alone(), seq_len=9), "seq_len=9", "from 1 to 8")
+    good = [call(window=window) for window in (2, (1, 0), [1, None])]
+    same_bits(good[1:], good[:1] * 2, "a window as an int, a pair and a list")
+
+
+@local
 def errors_of_the_model():
     good = dict(dim=64, dim_per_head=16, seq_len=96, rank=0, n_ranks=1, dropout=0.0, causal=True)
     refused = partial(raises, partial(Attention, **good, attn_type=AttentionType.ZIGZAG))
@@ -2298,12 +2349,33 @@ def errors_on_one_rank_raise_on_all(ring):
     refused("spiral", schedule="spiral")
     refused(f"rank {last}: q is torch.sparse_coo", q=wrong(x.to_sparse()), k=x)
     refused(f"rank {last}: schedule=['zigzag']", schedule=wrong(["zigzag"], "zigzag"))
+    S, sinks = 8 * WORLD, torch.zeros(4, device=DEVICE)
+    documents, others = (torch.tensor([0, n, S], dtype=torch.int32) for n in (3, 4))
+    for name, good, bad in (
+        ("window", 4, 5),
+        ("window", 4, (3, 0)),
+        ("seq_len", S - 1, S),
+        ("cu_seqlens", documents, others),
+        ("cu_seqlens", documents, None),
+        ("cu_seqlens", documents, others.expand(2, 3)),
+        ("sinks", sinks, sinks.double()),
+        ("sinks", sinks, None),
+    ):
+        refused("ranks disagree", name, **{name: wrong(bad, good)})
+    refused("ranks disagree", "backward", sinks=wrong(sinks.clone().requires_grad_(), sinks))
+    refused(f"rank {last}: window=0", window=wrong(0, 4))
+    refused(f"rank {last}: seq_len={S + 1}", seq_len=wrong(S + 1, S))
+    refused(f"rank {last}: cu_seqlens", "begin with 0", cu_seqlens=wrong(others + 1, documents))
+    refused(f"rank {last}: sinks", "(4,)", sinks=wrong(sinks[1:], sinks))
+    refused("causal=False", "8 queries", "6 keys", k=x[:, :6])
     # compiled: the operator's own checks, of shapes that have not been agreed on
     for f in (ring_attn.ring_attn, torch.compile(ring_attn.ring_attn, fullgraph=True, backend="aot_eager")):
         refused("ranks disagree", "(2, 6, 4, 16)", "(2, 8, 4, 16)", q=wrong(x[:, :6]), f=f)
         refused(f"rank {last}: seq_len={7 * WORLD}", q=wrong(x[:, :7]), f=f)
+        refused("ranks disagree", "window", q=x[:, :4], window=wrong(2, 3), f=f)
     gather = partial(raises, partial(unshard, schedule="zigzag"))
     gather("ranks disagree", x=wrong(x[:, :6]))
+    gather(f"rank {last}: seq_len=0", x=x, seq_len=wrong(0, 9))
     gather(f"rank {last}: x is", "(B, T, ...)", x=wrong(x[0, 0, 0]))
     gather("cannot move meta tensors", x=x.to("meta"))
     if GPU:
