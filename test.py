@@ -65,6 +65,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -1043,6 +1044,33 @@ def check_compiled():
     return worst(rows)
 
 
+@local(name="compiled, with masks")
+def check_compiled_masks():
+    """One graph with windows, documents, sinks and padding: results and gradients as in eager, new documents
+    without a new graph; errors when it runs."""
+    made, backend, sinks = VirtualRing(2), None if GPU else "torch", torch.randn(4, device=DEVICE)
+    graphs = CompileCounterWithBackend("inductor" if GPU else "aot_eager")
+    leaves = [x.requires_grad_() for x in (*make(2, 24, 4, 2, 16, f32)[:3], sinks)]
+
+    def attn(q, k, v, sinks, cu_seqlens, window):
+        options = dict(window=window, cu_seqlens=cu_seqlens, sinks=sinks, seq_len=21, backend=backend)
+        o, lse = ring_attn.ring_attn(2 * q, k, v, "zigzag", made, return_lse=True, **options)
+        return o.square().sum() + lse[..., :21].sum()
+
+    compiled, rows, devices = torch.compile(attn, fullgraph=True, backend=graphs), [], {"cpu", DEVICE.type}
+    for n, (device, window, cut) in enumerate(product(sorted(devices), (5, (3, 2)), (4, 9))):
+        documents, results = torch.tensor([0, cut, 21], dtype=torch.int32, device=device), []
+        for f in (attn, compiled):
+            loss = f(*leaves, documents, window)
+            results.append((loss, *torch.autograd.grad(loss, leaves)))
+        rows.append(compare(("loss", "dq", "dk", "dv", "dsinks"), *results, 1e-4))
+        assert graphs.frame_count == n // 2 + 1, f"{graphs.frame_count} graphs, not {n // 2 + 1}"
+    wild = torch.tensor([0, 30, 21], dtype=torch.int32)
+    raises(lambda: compiled(*leaves, wild, 5), "cu_seqlens", "begin with 0")
+    raises(lambda: compiled(*leaves, None, 0), "window")
+    return worst(rows)
+
+
 @local
 def rings_and_agreements_do_not_pile_up():
     inputs, rings = make(1, 8, 1, 1, 8, f32), [VirtualRing(2) for _ in range(50)]
@@ -1391,6 +1419,17 @@ def poisoned(x, where):
     return x.masked_fill(where, nan)
 
 
+def run_in_shards(q, k, v, do, schedule, group, dlse, **options):
+    """`run` on a ring of processes: whole tensors, of which each rank takes its shards, and whole results."""
+    at, swap = (schedule, group.rank, group.n_ranks), ring_attn.swap
+    inputs = [x if x is None else swap(shard(swap(x), *at)) for x in (q, k, v, do, dlse)]
+    results = run(*inputs[:4], schedule, group, dlse=inputs[4], **options)
+    dsinks = [x.double() for x in results[5:]]
+    for x in dsinks:
+        dist.all_reduce(x, group=group.group)  # each rank has the part of its queries
+    return *(swap(unshard(swap(x), schedule, group)) for x in results[:5]), *dsinks
+
+
 def check_masked(q, k, v, do, dlse, sinks, schedule, group, backend, loss=("o", "lse"), sm_scale=None,
                  **options):  # fmt: skip
     """One call, forward and backward, with nan wherever it may be. options: of ring_attn, causal included.
@@ -1403,7 +1442,8 @@ def check_masked(q, k, v, do, dlse, sinks, schedule, group, backend, loss=("o", 
     nan_k, nan_v = (poisoned(x, unseen) for x in (k, v))
     grads = dict(do=nan_do if "o" in loss else None, dlse=nan_dlse if "lse" in loss else None)
     options |= dict(sinks=sinks, sm_scale=sm_scale) | grads
-    got = run(nan_q, nan_k, nan_v, schedule=schedule, group=group, backend=backend, **options)
+    call = run if isinstance(group, VirtualRing) else run_in_shards
+    got = call(nan_q, nan_k, nan_v, schedule=schedule, group=group, backend=backend, **options)
     do, dlse = do * ("o" in loss), dlse * ("lse" in loss)
     scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
     return judge_masked(got, q, k, v, do, dlse, sinks, seen, n_real, scale)
@@ -1460,13 +1500,14 @@ def draw_window(rng, S, causal):
     return tuple(rng.choice((None, -1, width, width)) for width in widths)
 
 
-def draw_case(seed):
-    """What check_drawn needs: S queries and SK keys on n_ranks, in whose shards the schedule can cut them."""
+def draw_case(seed, ring=None):
+    """What check_drawn needs: S queries and SK keys on n_ranks, in whose shards the schedule can cut them.
+    ring: of processes."""
     rng = random.Random(seed)
-    shares = (1, 2, 3) if HOPPER else (1, 4, 0) if GPU else (5, 1, 0)
+    shares = (1, 2, 3) if HOPPER else (1, 4, 0) if GPU else (5, 0 if ring else 1, 0)
     backend = rng.choices(("torch", "triton", "gluon"), shares)[0]
     interpreted, schedule = backend == "triton" and not GPU, rng.choice([*SCHEDULES])  # that is slow
-    n_ranks = rng.randint(1, 4 if interpreted else 8)
+    n_ranks = ring.n_ranks if ring else rng.randint(1, 4 if interpreted else 8)
     most = (80 if interpreted else 600 if backend == "torch" else 2400) // n_ranks
     lengths = [rng.choice((1, 2, 20, most, *rng.choices(range(1, most + 1), k=3))) for _ in "qk"]
     (B, T), (_, TK) = (fit(schedule, rng.randint(1, 2 if interpreted else 3), T) for T in lengths)
@@ -1503,8 +1544,8 @@ def row_blocks(n):
         f.cache_clear()
 
 
-def check_drawn(seed):
-    case, g = draw_case(seed), torch.Generator().manual_seed(seed)
+def check_drawn(seed, ring=None):
+    case, g = draw_case(seed, ring), torch.Generator().manual_seed(seed)
     B, S, SK, H, HKV, D = case.B, case.S, case.SK, case.H, case.HKV, case.D
     shapes = (B, S, H, D), (B, SK, HKV, D), (B, SK, HKV, D), (B, S, H, D), (B, H, S)
     *inputs, dlse = (torch.randn(shape, generator=g).to(DEVICE) for shape in shapes)
@@ -1515,18 +1556,20 @@ def check_drawn(seed):
         sinks = torch.randint(-32, 33, (H,), generator=g).div(8).to(DEVICE, case.sinks)
     try:
         with row_blocks(case.row_block) if case.row_block < 128 else contextlib.nullcontext():
-            ring = VirtualRing(case.n_ranks)
-            return check_masked(*inputs, dlse, sinks, case.schedule, ring, case.backend, **case.options)
+            group = ring or VirtualRing(case.n_ranks)
+            return check_masked(*inputs, dlse, sinks, case.schedule, group, case.backend, **case.options)
     except Exception as error:
         raise AssertionError(f"seed {seed}, {vars(case)}: {type(error).__name__}: {error}") from error
 
 
-def check_seeds(first, n):
-    return max((check_drawn(seed) for seed in range(first, first + n)), key=lambda row: row[1] / row[2])
+def check_seeds(first, n, ring=None):
+    return max((check_drawn(seed, ring) for seed in range(first, first + n)), key=lambda row: row[1] / row[2])
 
 
 for first in range(0, 150, 10):
     local(check_seeds, f"masks drawn at random, seeds {first} to {first + 9}", first, 10)
+for size in (2, 4):
+    real(lambda ring: check_seeds(0, 20, ring), f"masks drawn at random on a ring of {size}", ring=size)
 
 
 def fuzz(n, seed):
