@@ -76,7 +76,7 @@ import ring_attn
 import train
 from decode import KVCache, decode_attn, decode_part, merge_parts, sharded_decode_attn
 from model import Attention, AttentionType, Config, Transformer
-from ring_attn import INT_MAX, SCHEDULES, Hop, HopRow, VirtualRing, merge, plan, positions, shard, unshard
+from ring_attn import SCHEDULES, VirtualRing, merge, plan, positions, shard, unshard
 
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -1480,6 +1480,42 @@ for backend in ring_attn.BACKENDS:
           lambda i, j: (j <= i) | (j < 100) & (i < 100))  # fmt: skip
 
 
+@local(needs="GPU")
+def documents_on_a_GPU():
+    """No call waits for the GPU to learn them; a CUDA graph follows new ones; values are clipped, and checked
+    under debug=True. A graph would freeze those on a CPU."""
+    S, ring = 300, ring_attn.Ring()
+    inputs = make(2, S, 4, 2, 64, bf16)
+    rows = ((0, 5, 170, S), (0, 0, 299, S), (0, 100, 200, S), (0, 900, -7, S))  # the last ones are wild
+    tables = [torch.tensor(row, dtype=torch.int32, device=DEVICE) for row in rows]
+    clipped = torch.tensor((0, S, S, S), dtype=torch.int32)
+
+    def call(cu_seqlens, backend, **options):
+        options |= dict(cu_seqlens=cu_seqlens, window=60, sinks=torch.ones(4, device=DEVICE))
+        return run(*inputs, "zigzag", ring, True, backend, **options)
+
+    for backend in ("triton", "gluon")[: 1 + HOPPER]:
+        with without_fill():
+            truth = [call(x.cpu(), backend) for x in tables[:3]] + [call(clipped, backend)]
+            static = tables[0].clone()
+            call(static, backend)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                eager = [call(x, backend) for x in tables]
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            replay, results = decode.capture(lambda: call(static, backend), warm_up=False)
+            for x, of_eager, of_cpu in zip(tables, eager, truth):
+                static.copy_(x)
+                replay()
+                same_bits(results, of_eager, f"{backend}: a replay with documents {x.tolist()}")
+                same_bits(of_eager, of_cpu, f"{backend}: documents {x.tolist()} on a GPU and on a CPU")
+            frozen = partial(decode.capture, lambda: call(clipped, backend), warm_up=False)
+            raises(frozen, "cu_seqlens", "CUDA graph", "freeze")
+            raises(partial(call, tables[3], backend, debug=True), "cu_seqlens", "begin with 0")
+
+
 def draw_documents(rng, B, length, end):
     """cu_seqlens (n + 1,) or (B, n + 1): the last document ends at `end`, others at `length` or before."""
     by_sequence, rows = rng.random() < 0.5, []
@@ -1525,6 +1561,8 @@ def draw_case(seed, ring=None):
         options["cu_seqlens"] = draw_documents(rng, B, length, rng.choice((length, S)))
         if GPU and rng.random() < 0.5:
             options["cu_seqlens"] = options["cu_seqlens"].to(DEVICE)
+    if ring and GPU and rng.random() < 0.3:
+        options["transport"] = "p2p"
     options |= dict(sm_scale=rng.choice((None, 0.3)), loss=rng.choice((("o", "lse"), ("o",), ("lse",))))
     case = dict(backend=backend, schedule=schedule, n_ranks=n_ranks, B=B, S=S, SK=SK, H=H, HKV=HKV)
     case |= dict(D=rng.choice(dims[backend]), dtype=rng.choice(dtypes.get(backend, (f16, bf16))))
@@ -2518,18 +2556,26 @@ def check_reuse(ring, times=1000):
     assert not ring.memory.local[:4096].any(), "a flag is left set"
 
 
-def check_ring_graph(ring):
-    """A ring over symmetric memory as a CUDA graph, replayed on other inputs, with eager calls in between."""
+def check_ring_graph(ring, packed):
+    """A ring over symmetric memory as a CUDA graph, replayed on other inputs, with eager calls in between.
+    packed: documents, also other ones in each replay."""
     inputs = [make(2, 256, 4, 2, 64, bf16, seed=100 * RANK + i) for i in range(3)]
+    for i, x in enumerate(inputs if packed else ()):
+        S = 256 * ring.n_ranks
+        x.append(torch.tensor([0, 9 + 90 * i, S - 99 * i, S], dtype=torch.int32, device=DEVICE))
     static = [x.clone() for x in inputs[0]]
+
+    def call(q, k, v, do, cu_seqlens=None):
+        return run(q, k, v, do, "zigzag", ring, cu_seqlens=cu_seqlens, window=200 if packed else None)
+
     with without_fill():
-        truth = [run(*x, "zigzag", ring) for x in inputs]
-        replay, results = decode.capture(lambda: run(*static, "zigzag", ring), warm_up=False)
+        truth = [call(*x) for x in inputs]
+        replay, results = decode.capture(lambda: call(*static), warm_up=False)
         for i in (0, 1, 2, 1) * 5:
             for x, new in zip(static, inputs[i]):
                 x.copy_(new)
             replay()
-            eager = run(*inputs[i], "zigzag", ring)
+            eager = call(*inputs[i])
             replay()
             same_bits(results, truth[i], "a replay and eager")
             same_bits(eager, truth[i], "eager calls between replays")
@@ -2770,7 +2816,8 @@ for n_ranks in (2, 4, 8):
         name = f"transports, same bits: {schedule} x{n_ranks} {'causal' if causal else 'full'}"
         real(check_transports, name, schedule, causal, **on)
     real(check_reuse, f"symmetric memory, 1000 calls x{n_ranks}", **on)
-    real(check_ring_graph, f"symmetric memory in a CUDA graph x{n_ranks}", **on)
+    real(check_ring_graph, f"symmetric memory in a CUDA graph x{n_ranks}", False, **on)
+    real(check_ring_graph, f"documents in a CUDA graph x{n_ranks}", True, **on)
 real(check_other_device, "tensors on another GPU than the current one x2", "zigzag", ring=2, needs="GPU")
 for n_ranks, schedule in product((1, 2, 4), SCHEDULES):
     real(check_launches_on_ring, f"launches: {schedule} x{n_ranks}", schedule, ring=n_ranks, needs="GPU")
