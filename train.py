@@ -230,9 +230,9 @@ def text_files(folder):
 
 
 def prepare_data(path, out, write, keep):
-    """The file to map: `path`, or for a folder its files joined into out/data.bin. documents.npy beside it has
-    where each begins. write: may this process write them? keep: a resumed run goes on with those that it has,
-    whatever became of the folder."""
+    """The file to map: `path`, or for a folder its files joined into out/data.bin. Where each begins there is
+    in out/documents.npy. write: may this process write them? keep: a resumed run goes on with those that it
+    has, whatever became of the folder."""
     path = Path(path or sysconfig.get_path("stdlib"))
     if not path.exists():
         raise ValueError(f"--data={path} does not exist; name a file or a folder of text")
