@@ -1573,7 +1573,7 @@ def draw_case(seed, ring=None):
 @contextlib.contextmanager
 def row_blocks(n):
     """Keys move in whole blocks of n rows. Kernels need 128 of them; short sequences show more with fewer."""
-    plans = ring_attn.plan, ring_attn.rows_seen
+    plans = ring_attn.plan, ring_attn.rows_seen, ring_attn.rows_seen_by_many
     with replaced(ring_attn, "ROW_PAD", tl.constexpr(n)):
         for f in plans:
             f.cache_clear()
@@ -2147,15 +2147,16 @@ def check_decode_errors():
 
 
 @on_torch_path()
-def check_stream(ring, kind):
-    """Decoding through a cache, also in chunks of tokens and until it is full, equals running all again."""
+def check_stream(ring, kind, **options):
+    """Decoding through a cache, also in chunks of tokens and until it is full, equals running all again.
+    options: window and sinks of the model."""
     torch.manual_seed(0)
-    config = Config(n_layers=2, dim=64, dim_per_head=16, n_kv_heads=2, seq_len=64)
+    config = Config(n_layers=2, dim=64, dim_per_head=16, n_kv_heads=2, seq_len=64, **options)
     reference = Transformer(config, attn_type=AttentionType.SDPA).to(DEVICE).eval()
     on_ring = partial(Transformer, config, ring.rank, ring.n_ranks, group=ring)
     model = on_ring(attn_type=kind).to(DEVICE).eval()
-    for p in reference.parameters():
-        p.data *= 4  # so that the next token is not the last one again
+    for name, p in reference.named_parameters():
+        p.data = 4 * p.data + ("sinks" in name)  # so that the next token is not the last one again
     model.load_state_dict(reference.state_dict())
     tokens = torch.randint(256, (2, 41), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     cache = model.new_cache(2, 41)
@@ -2761,23 +2762,29 @@ def check_unshard(ring, schedule):
     assert torch.equal(grad, x.detach()), "the ranks' gradients do not add up to that of the whole sequence"
 
 
-def check_attention(ring, kind):
-    """Attention under every type: outputs and gradients of the same weights as under SDPA on one process."""
+def check_attention(ring, kind, masked):
+    """Attention under every type: outputs and gradients of the same weights as under SDPA on one process.
+    masked: a window, sinks, documents, and a length that no schedule divides."""
     torch.manual_seed(0)
-    n_ranks, S = ring.n_ranks, 24 * ring.n_ranks
+    n_ranks, S = ring.n_ranks, 24 * ring.n_ranks - 3 * masked
     args = 64, 16, S, ring.rank, n_ranks, 0.0, True, AttentionType.SDPA
-    attn = Attention(*args, n_kv_heads=2, rope_theta=1e4, group=ring).to(DEVICE)
+    options = dict(window=20, sinks=True) if masked else {}
+    attn = Attention(*args, n_kv_heads=2, rope_theta=1e4, group=ring, **options).to(DEVICE)
+    cu_seqlens = torch.tensor([[0, 9, S], [0, S, S]], dtype=torch.int32) if masked else None
+    if masked:
+        attn.sinks.data = torch.randn(4, device=DEVICE)
     x, dy = torch.randn(2, 2, S, 64, device=DEVICE).unbind()
     results = []
     for attn.attn_type in (AttentionType.SDPA, kind):
         leaf = x.clone().requires_grad_()
-        y = attn.unshard(attn(attn.shard(leaf)))
-        grads = torch.autograd.grad(y, (leaf, attn.qkv_proj.weight, attn.o_proj.weight), dy)
+        y = attn.unshard(attn(attn.shard(leaf), cu_seqlens=cu_seqlens))[:, :S]
+        grads = [x.contiguous() for x in torch.autograd.grad(y, (leaf, *attn.parameters()), dy)]
         if attn.attn_type.is_ring and n_ranks > 1:
             for grad in grads:
                 dist.all_reduce(grad, group=ring.group)
         results.append((y, *grads))
-    return compare(("y", "dx", "dqkv", "do_proj"), *results, 1e-4)
+    names = "y", "dx", *(f"d{name.split('.')[0]}" for name, _ in attn.named_parameters())
+    return compare(names, *results, 1e-4)
 
 
 def small_model(ring, T, kind=AttentionType.ZIGZAG, **options):
@@ -2838,7 +2845,8 @@ for schedule, causal, n_ranks in product(SCHEDULES, (True, False), SIZES):
             real(check_real, f"{name} triton float16", *args, ring=n_ranks)
 for n_ranks in SIZES:
     for kind in (t for t in AttentionType if t is not AttentionType.SDPA):
-        real(check_attention, f"Attention {kind.name} x{n_ranks} equals SDPA", kind, ring=n_ranks)
+        real(check_attention, f"Attention {kind.name} x{n_ranks} equals SDPA", kind, False, ring=n_ranks)
+        real(check_attention, f"Attention {kind.name} x{n_ranks} with masks", kind, True, ring=n_ranks)
     flash, zigzag = AttentionType.FLASH, AttentionType.ZIGZAG
     for kind, autocast in ((flash, False), (zigzag, False), (zigzag, True)):
         name = f"compiled {kind.name} x{n_ranks}{' autocast' * autocast} equals eager"
@@ -2849,7 +2857,9 @@ for n_ranks in SIZES:
         shape = backend, f32, 1, 2, 1, 32, (long, 1)
         real(check_sharded, f"{name} window and sink tokens", *shape, window=60, sink=4, ring=n_ranks)
     kind = flash if n_ranks == 1 else AttentionType.STRIPED
-    real(check_stream, f"a model decodes through its cache x{n_ranks}", kind, ring=n_ranks)
+    name = f"a model decodes through its cache x{n_ranks}"
+    real(check_stream, name, kind, ring=n_ranks)
+    real(check_stream, f"{name}, window and sinks", kind, ring=n_ranks, window=13, sinks=True)
 
 # -----------------------------------------------------------------------------
 # training
@@ -2878,23 +2888,39 @@ def apart(name, got, expected):
 
 
 @functools.lru_cache
-def trained_alone(batch_size):
+def trained_alone(batch_size, *flags):
     """What every split of the same batches must find: SDPA on one process."""
     with shared_folder(alone()) as folder:
-        return trained(alone(), folder / "run", f"--batch_size={batch_size}", "--schedule=sdpa")
+        flags = *with_files(alone(), folder, flags), f"--batch_size={batch_size}", "--schedule=sdpa"
+        return trained(alone(), folder / "run", *flags)
 
 
-def check_train(ring, schedule):
+def with_files(ring, folder, flags):
+    """flags; if --documents is one, and --data: the text of the folder in many files."""
+    if "--documents" not in flags:
+        return flags
+    if ring.rank == 0:
+        (folder / "files").mkdir()
+        rng, text = random.Random(0), (folder / "text").read_text()
+        for i in range(200):
+            (folder / "files" / f"{i:03}").write_text(text[: rng.randint(0, 400)])
+            text = text[400:] or text
+    ring.gather(None)  # they are there
+    return *flags, f"--data={folder / 'files'}"
+
+
+def check_train(ring, schedule, *flags):
     """20 steps on a ring equal 20 under SDPA on one process, and on GPUs 20 over p2p; 10 + 10 resumed ones
     equal 20, to the last bit."""
-    flag, expected = f"--schedule={schedule}", trained_alone(4)
+    expected = trained_alone(4, *flags)
     with shared_folder(ring) as folder:
-        losses, val = trained(ring, folder / "run", flag)
-        trained(ring, folder / "parts", flag, "--stop_after=10")
+        flags = *with_files(ring, folder, flags), f"--schedule={schedule}"
+        losses, val = trained(ring, folder / "run", *flags)
+        trained(ring, folder / "parts", *flags, "--stop_after=10")
         tail, _ = resumed(ring, folder / "parts")
         rows = apart("loss", (losses, val), expected)
         if GPU and ring.n_ranks > 1:
-            rows += apart("p2p", trained(ring, folder / "p2p", flag, "--transport=p2p"), expected)
+            rows += apart("p2p", trained(ring, folder / "p2p", *flags, "--transport=p2p"), expected)
     # on CUDA the embedding's gradient adds in any order
     assert GPU or tail == losses[10:], f"resumed losses differ: {tail} and {losses[10:]}"
     assert len(losses) == 20 and losses[-1] < losses[0] - 0.5, f"it does not learn: {losses}"
@@ -3313,6 +3339,8 @@ def check_two_hosts():
 for schedule, n_ranks in product(SCHEDULES, SIZES):
     if n_ranks > 1 or schedule == "zigzag":  # all schedules are the same on a ring of one
         real(check_train, f"train {schedule} x{n_ranks} equals SDPA x1, resumes", schedule, ring=n_ranks)
+        flags = "--documents", "--window=50", "--sinks", "--seq_len=125"
+        real(check_train, f"train {schedule} x{n_ranks} with masks", schedule, *flags, ring=n_ranks)
 
 # -----------------------------------------------------------------------------
 # command lines, and the README
