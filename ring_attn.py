@@ -179,7 +179,8 @@ def positions(schedule, rank, n_ranks, T, B=1, device=None, *, cu_seqlens=None):
     if len(rows) > 1:
         rows = rows.repeat_interleave(B // len(rows), 0)
     if cu_seqlens is not None:
-        check_documents(cu_seqlens, B, range(n_ranks * T + 1))
+        if not torch.compiler.is_compiling():  # a graph cannot read them
+            check_documents(cu_seqlens, B, range(n_ranks * T + 1))
         starts = document_starts(cu_seqlens, n_ranks * T).to(rows.device)
         rows = rows.expand(max(len(rows), len(starts)), T).contiguous()
         begun = torch.searchsorted(starts.expand(len(rows), -1).contiguous(), rows, right=True)
@@ -3121,12 +3122,14 @@ def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse=False, backend=
         q, k, v = autocast(q, k, v)
     backward = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v, sinks))
     tensors = q, k, v, sinks, cu_seqlens
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # the operator checks when it runs, but it only takes pairs
+        problem = problem or window_problem(window, causal)
+    else:
         options = causal, window, seq_len, sm_scale, backend, transport, deterministic, backward, problem
-        check_once(*tensors, ring_numbered(ring.number), schedule, *options)
+        check_once(*tensors, ring_numbered(ring.number), schedule, *options, debug)
         if debug and cu_seqlens is not None:
             check_values(cu_seqlens, ring, seq_len, q)
-    pair = window if window is None else window_pair(window)
+    pair = None if window is None or problem else window_pair(window)
     options = bool(causal), pair, seq_len, float(sm_scale), backend, transport, bool(deterministic)
     args = ring.number, schedule, *options, backward, problem
     unseen = k.shape[1] - q.shape[1] - (pair[0] if pair and pair[0] >= 0 else k.shape[1])
@@ -3234,20 +3237,21 @@ def is_int(x):
     return isinstance(x, int) and not isinstance(x, bool)
 
 
+def window_problem(window, causal):
+    """What is wrong with a window: a text, or None."""
+    if isinstance(window, (tuple, list)):
+        if [x is None or is_int(x) and x >= -1 for x in window] != [True, True]:
+            return f"{window=} must be two ints of 0 or more; -1 or None: all keys on that side"
+    elif window is not None and not (is_int(window) and window >= 1):
+        return f"{window=} must be an int of 1 or more, or a pair (left, right), or None"
+    elif window is not None and not causal:
+        return f"{window=} needs causal=True; with causal=False pass a pair (left, right)"
+
+
 def check_mask(causal, window, cu_seqlens, seq_len, B, S, SK):
     """S, SK: how many positions there are of queries and of keys."""
-    if window is not None:
-        pair = window if isinstance(window, (tuple, list)) else None
-        if pair is None and not (is_int(window) and window >= 1):
-            raise ValueError(f"{window=} must be an int of 1 or more, or a pair (left, right), or None")
-        if pair is None and not causal:
-            raise ValueError(f"{window=} needs causal=True; with causal=False pass a pair (left, right)")
-        if pair is not None and not (
-            len(pair) == 2 and all(x is None or is_int(x) and x >= -1 for x in pair)
-        ):
-            raise ValueError(
-                f"{window=} must be two ints of 0 or more, or -1 or None for all keys on that side"
-            )
+    if problem := window_problem(window, causal):
+        raise ValueError(problem)
     check_seq_len(seq_len, S)
     if cu_seqlens is not None:
         check_documents(cu_seqlens, B, (S if seq_len is None else seq_len, S))
@@ -3397,7 +3401,7 @@ def agree_once(ring, key, signature, problem, check, prepare=lambda: None):
 
 
 def check_once(q, k, v, sinks, cu_seqlens, ring, schedule, causal, window, seq_len, sm_scale, backend,
-               transport, deterministic, backward, problem):  # fmt: skip
+               transport, deterministic, backward, problem, debug=False):  # fmt: skip
     """check_inputs, and that all ranks agree, the first time that shapes and options come up."""
     if backend is None:
         has_shape = isinstance(q, torch.Tensor) and not q.is_nested and q.ndim > 0
@@ -3406,47 +3410,35 @@ def check_once(q, k, v, sinks, cu_seqlens, ring, schedule, causal, window, seq_l
     if backward and strict_torch and isinstance(deterministic, int) and not deterministic:
         strict = "under torch.use_deterministic_algorithms(True); leave one of the two out"
         problem = problem or f"{deterministic=} {strict}"
-    names = "schedule", "causal", "window", "seq_len", "sm_scale", "backend", "transport", "deterministic"
-    options = (
-        schedule,
-        causal,
-        window,
-        seq_len,
-        sm_scale,
-        backend,
-        transport,
-        deterministic,
-        backward,
-        problem,
-    )
-    capturing = isinstance(q, torch.Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing()
+    tensors = dict(q=q, k=k, v=v, sinks=sinks, cu_seqlens=cu_seqlens)
+    options = dict(schedule=schedule, causal=causal, window=window, seq_len=seq_len, sm_scale=sm_scale)
+    options |= dict(backend=backend, transport=transport, deterministic=deterministic)
+    options |= dict(backward=backward, debug=debug)
     documents = None
+    capturing = isinstance(q, torch.Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing()
     try:
         if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
             documents = cu_seqlens.numpy(force=True).tobytes()  # the other ranks must have the same
             if capturing:
                 freeze = "a CUDA graph would freeze cu_seqlens that are on the CPU"
                 raise ValueError(f"{freeze}; pass them on {q.device}, and write new values there")
-        tensors = q, k, v, *(x for x in (sinks, cu_seqlens) if x is not None)
-        tensors = (*((x.shape, x.dtype, x.device, x.layout) for x in tensors), sinks is None)
-        window_key = tuple(window) if isinstance(window, list) else window
-        key = *tensors, *options[:2], window_key, *options[3:], *map(type, options[1:8]), documents
+        kinds = (x if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors.values())
+        values = (tuple(x) if isinstance(x, list) else x for x in options.values())
+        key = *kinds, *values, *map(type, options.values()), documents, problem
         if key in ring.agreed:
             return
     except (AttributeError, TypeError, RuntimeError):  # an argument of a kind that will be refused
-        key = repr((*map(summary, (q, k, v, sinks, cu_seqlens)), *options))
+        key = repr((*map(summary, tensors.values()), *options.values(), problem))
     if capturing:
         raise ValueError("ranks cannot agree on options inside a CUDA graph; make this call once before it")
-    tensors = dict(
-        q=summary(q), k=summary(k), v=summary(v), sinks=summary(sinks), cu_seqlens=summary(cu_seqlens)
-    )
+    signature = {name: summary(x) for name, x in tensors.items()}
+    signature |= {name: repr(x) for name, x in options.items()}
     if documents is not None:
-        tensors["cu_seqlens"] += (f"checksum {zlib.crc32(documents):08x}",)
-    signature = dict(tensors, **dict(zip((*names, "backward"), map(repr, options))))
-    arguments = q, k, v, sinks, cu_seqlens, schedule, ring, *options[1:8]
+        signature["cu_seqlens"] += (f"checksum {zlib.crc32(documents):08x}",)
+    arguments = schedule, ring, causal, window, seq_len, sm_scale, backend, transport, deterministic
     agree_once(
         ring, key, signature, problem,
-        lambda: check_inputs(*arguments),
+        lambda: check_inputs(*tensors.values(), *arguments),
         lambda: ring.prepare(k, backward, transport),
     )  # fmt: skip
 
