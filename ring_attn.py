@@ -1722,11 +1722,11 @@ def producer_acquire(stage, CONSUMERS: constexpr):
 
 @gluon.jit
 def consumer_release_after(x, stage, CONSUMERS: constexpr):
-    """consumer_release, once the rows' x, from 0 to 1, is computed: as far as ptxas knows, the barrier's
-    number depends on x. Otherwise ptxas moves the release, and the wait for products that follows it, up
+    """consumer_release, once the rows' x, any numbers, are computed: as far as ptxas knows, the barrier's
+    number depends on them. Otherwise ptxas moves the release, and the wait for products that follows it, up
     above the softmax, which then no longer runs under those products."""
     asm: constexpr = """{ .reg .f32 x; .reg .pred p; .reg .b32 n;
-        add.f32 x, $2, $3; setp.gt.f32 p, x, 0f40800000; selp.b32 n, 1, 0, p;
+        add.f32 x, $2, $3; setp.gt.f32 p, x, 0f7F800000; selp.b32 n, 1, 0, p;
         add.s32 n, n, $4; bar.arrive n, $6; mov.b32 $0, $2; mov.b32 $1, $3; }"""
     args = [x, NAMED_BARRIERS + stage, CONSUMERS * 128 + 32]
     gl.inline_asm_elementwise(asm, "=r,=r,f,f,r,r,r,r", args, dtype=gl.float32, is_pure=False, pack=2)
@@ -1859,17 +1859,82 @@ def fwd_producer(descs, smem, dims, MASK: constexpr):
 
 
 @gluon.jit
-def online_softmax_max(s, m_i, qk_scale, offs_n, row_begin, row_end, masked, MASK: constexpr):
-    """A tile of scores, masked; the rows' new maximum; shift, for p = exp2(s - shift); alpha, the factor for
-    the rows' sum and output so far."""
+def by_lane(x):
+    """[64, N], the result of a product, as [64, 4, N / 4]: rows, threads that share a row, numbers of each.
+    What is reduced over the last axis needs no other thread."""
+    N: constexpr = x.shape[1]
+    return x.reshape([64, N // 8, 4, 2]).permute((0, 2, 1, 3)).reshape([64, 4, N // 4])
+
+
+@gluon.jit
+def by_row(x):
+    """The inverse of by_lane."""
+    N: constexpr = x.shape[2] * 4
+    return x.reshape([64, 4, N // 8, 2]).permute((0, 2, 1, 3)).reshape([64, N])
+
+
+@gluon.jit
+def lazy_limit(m, l):
+    """How far scores may be above m, [64, 4]; l: each thread's part of a row's sum. The maximum that scores
+    are shifted by may be any number that keeps exp2(s - m) in range, so it follows only where it rose by more
+    than 8 (FlashAttention-4, for Blackwell). Or by more than log2(l): such a key may outweigh all others, and
+    its p should be 1, which 16 bits hold exactly: else rows with one large weight are rounded twice."""
+    return m + gl.minimum(gl.maximum(gl.log2(l), 0.0), 8.0)
+
+
+@gluon.jit
+def lazy_max(m, limit, x):
+    """m, or the maximum of m and x over the threads of a row, if an x is above its limit in this warp. All
+    [64, 4]; x is of each thread's own scores, m the same in the four threads of a row."""
+    asm: constexpr = """{ .reg .pred p; .reg .f32 a, b;
+        setp.gt.f32 p, $6, $4; setp.gt.or.f32 p, $7, $5, p; vote.sync.any.pred p, p, 0xffffffff;
+        mov.f32 $0, $2; mov.f32 $1, $3;
+        @!p bra DONE;
+        max.f32 $0, $0, $6; max.f32 $1, $1, $7;
+        shfl.sync.bfly.b32 a, $0, 1, 31, 0xffffffff; shfl.sync.bfly.b32 b, $1, 1, 31, 0xffffffff;
+        max.f32 $0, $0, a; max.f32 $1, $1, b;
+        shfl.sync.bfly.b32 a, $0, 2, 31, 0xffffffff; shfl.sync.bfly.b32 b, $1, 2, 31, 0xffffffff;
+        max.f32 $0, $0, a; max.f32 $1, $1, b;
+        DONE: }"""
+    operands: constexpr = "=&f,=&f,f,f,f,f,f,f"
+    return gl.inline_asm_elementwise(asm, operands, [m, limit, x], dtype=gl.float32, is_pure=True, pack=2)
+
+
+@gluon.constexpr_function
+def rescale_asm(N):
+    """PTX, and its operands: N numbers of a thread, which are replaced, times N others, if not all of those
+    are 1 in this warp. They are of two rows, as the fragment of a product has them: 0, 0, 1, 1, 0, 0, ..."""
+    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * N + i};" for i in range(N))
+    asm = f"""{{ .reg .pred p;
+        setp.neu.f32 p, ${2 * N}, 0f3F800000; setp.neu.or.f32 p, ${2 * N + 2}, 0f3F800000, p;
+        vote.sync.any.pred p, p, 0xffffffff; @!p bra DONE; {products} DONE: }}"""
+    return asm, ",".join(["=f"] * N + [str(i) for i in range(N)] + ["f"] * N)
+
+
+@gluon.jit
+def rescale(acc, alpha):
+    """acc * alpha, [64, D] and [64, 4]. Most often alpha is 1 for all rows of a warp, which then goes on."""
+    x = by_lane(acc)
+    asm: constexpr = rescale_asm(x.shape[2] * 2)
+    x, alpha = gl.broadcast(x, gl.convert_layout(alpha, gl.SliceLayout(2, x.type.layout))[:, :, None])
+    N: constexpr = x.shape[2] * 2
+    x = gl.inline_asm_elementwise(asm[0], asm[1], [x, alpha], dtype=gl.float32, is_pure=True, pack=N)
+    return gl.convert_layout(by_row(x), acc.type.layout)
+
+
+@gluon.jit
+def online_softmax_max(s, m_i, limit, qk_scale, offs_n, row_begin, row_end, masked, MASK: constexpr):
+    """A tile of scores, masked, by lane; the rows' new maximum; shift, for p = exp2(s - shift); alpha, the
+    factor for the rows' sum and output so far."""
     if masked:
         seen = offs_n[None, :] < row_end[:, None]
         if MASK == INTERVAL:
             seen = seen & (offs_n[None, :] >= row_begin[:, None])
         s = gl.where(seen, s, -float("inf"))
-    m_new = gl.maximum(m_i, gl.max(s, 1) * qk_scale)
+    s = by_lane(s)
+    m_new = lazy_max(m_i, limit, gl.max(s, 2) * qk_scale)
     shift = gl.where(m_new == -float("inf"), 0.0, m_new)  # a row without a key yet: exp2(-inf - 0), not nan
-    return s, m_new, shift, gl.exp2(m_i - shift)
+    return s, m_new, shift[:, :, None], gl.exp2(m_i - shift)
 
 
 @gluon.jit
@@ -1896,6 +1961,7 @@ def fwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, MASK: const
     row_s: constexpr = gl.SliceLayout(1, s_layout)
     row_o: constexpr = gl.SliceLayout(1, o_layout)
     dtype: constexpr = smem.k.dtype
+    EARLY: constexpr = CONSUMERS == 3 and MASK == FULL  # exponentials under a product: 4% there, else a loss
     T = dims.T
     q = matrix(smem.q, c)
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
@@ -1908,7 +1974,7 @@ def fwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, MASK: const
             n_tiles = work.n_tiles
             start_m, hop = work.start + c * ROWS, work.hop
             offs_m = start_m + gl.arange(0, ROWS, layout=row_s)
-            m_i = gl.full([ROWS], -float("inf"), gl.float32, row_s)
+            m_i = gl.max(by_lane(zero), 2) - float("inf")  # [BLOCK_M, 4], as l_i: see by_lane
             acc = gl.zeros([ROWS, BLOCK_D], gl.float32, o_layout)
             start_n = work.first * BLOCK_N
             s = tile % STAGES
@@ -1923,11 +1989,11 @@ def fwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, MASK: const
             scores = warpgroup_mma_wait(0, (s_async,))  # [BLOCK_M, BLOCK_N]
             consumer_release(s, CONSUMERS)
             offs_j = start_n + offs_n
-            bounds = row_begin, row_end
-            scores, m_i, shift, alpha = online_softmax_max(scores, m_i, qk_scale, offs_j, *bounds, True, MASK)
-            p = gl.exp2(scores * qk_scale - shift[:, None])
-            l_i = gl.sum(p, 1)
-            p = gl.convert_layout(p.to(dtype), p_layout)
+            columns = offs_j, row_begin, row_end, True, MASK
+            scores, m_i, shift, alpha = online_softmax_max(scores, m_i, m_i, qk_scale, *columns)
+            p = gl.exp2(scores * qk_scale - shift)
+            l_i = gl.sum(p, 2)
+            p = gl.convert_layout(by_row(p.to(dtype)), p_layout)
             for j in range(1, n_tiles):
                 s, last = (tile + j) % STAGES, (tile + j - 1) % STAGES
                 mbarrier.wait(smem.k_full.index(s), (tile + j) // STAGES & 1)
@@ -1935,19 +2001,26 @@ def fwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, MASK: const
                 s_async = warpgroup_mma(q, k_t, zero, use_acc=False, is_async=True)
                 mbarrier.wait(smem.v_full.index(last), (tile + j - 1) // STAGES & 1)
                 acc_async = warpgroup_mma(p, matrix(smem.v, last), acc, is_async=True)
+                limit = lazy_limit(m_i, l_i)
                 scores = warpgroup_mma_wait(1, (s_async,))
                 offs_j, masked = start_n - j * BLOCK_N + offs_n, j < work.n_head
                 if MASK == INTERVAL:
                     masked = masked | (j >= n_tiles - work.n_tail)
-                args = qk_scale, offs_j, row_begin, row_end, masked, MASK
-                scores, m_i, shift, alpha = online_softmax_max(scores, m_i, *args)
-                consumer_release_after(alpha, s, CONSUMERS)
+                columns = offs_j, row_begin, row_end, masked, MASK
+                scores, m_i, shift, alpha = online_softmax_max(scores, m_i, limit, qk_scale, *columns)
+                if EARLY:
+                    p_new = gl.exp2(scores * qk_scale - shift)
+                    l_i = l_i * alpha + gl.sum(p_new, 2)
+                    consumer_release_after(l_i, s, CONSUMERS)
+                else:
+                    consumer_release_after(alpha, s, CONSUMERS)
                 acc = warpgroup_mma_wait(0, (acc_async,))  # p is in registers: they may not be written before
                 consumer_release(STAGES + last, CONSUMERS)
-                p_new = gl.exp2(scores * qk_scale - shift[:, None])
-                l_i = l_i * alpha + gl.sum(p_new, 1)
-                p = gl.convert_layout(p_new.to(dtype), p_layout)
-                acc = acc * gl.convert_layout(alpha, row_o)[:, None]
+                if not EARLY:
+                    p_new = gl.exp2(scores * qk_scale - shift)
+                    l_i = l_i * alpha + gl.sum(p_new, 2)
+                p = gl.convert_layout(by_row(p_new.to(dtype)), p_layout)
+                acc = rescale(acc, alpha)
             tile += n_tiles
             n_done += 1
             mbarrier.arrive(smem.q_empty.index(c), count=1)
@@ -1960,6 +2033,7 @@ def fwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, MASK: const
             b, h, H = work.b, work.h, dims.H
             first, offs, mask = state_offsets(b, h, start_m, T, H, ROWS, BLOCK_D, HEAD_DIM, o_layout)
             lse_rows = LSE + (b * H + h).to(gl.int64) * T + offs_m
+            m_i, l_i = gl.convert_layout(gl.max(m_i, 1), row_s), gl.convert_layout(gl.sum(l_i, 1), row_s)
             l_i = gl.where(l_i == 0.0, 1.0, l_i)  # a row that saw no key: acc = 0, lse = -inf
             lse = m_i + gl.log2(l_i)
             weight = 1.0 / l_i
