@@ -3608,7 +3608,9 @@ def compile_kernels():
             theirs = re.findall(r" BAR\.\w+[.\w]* 0x([0-9a-f]+)(?:, 0x80)? ;", sass)
             serial = "serialized" in said
             good = products > 0 and not serial and not overwritten
-            good &= not (strict and strict_spills) or 10 * spills <= products  # a few reloads do no harm
+            # a few reloads do no harm; nor more of them in loops over masked tiles, of which there are few
+            few = (3 if "interval" in name else 10) * spills <= products
+            good &= not (strict and strict_spills) or few
             good &= not name.startswith("hopper fwd") or under_products(sass) >= 32
             good &= all(int(barrier, 16) < ring_attn.NAMED_BARRIERS.value for barrier in theirs)
             found = f"{products:3} {spills:3} {overwritten:3}{' SERIALIZED' * serial}"
