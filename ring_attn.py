@@ -462,11 +462,12 @@ class Bounds(NamedTuple):
 def make_bounds(hops, mask, B, T, TK, starts, direction, tile, device):
     """Bounds of all hops. starts: of documents, for Mask.keys. tile: rows of a tile that is resident and of
     one that is streamed in Hopper's kernel, or None."""
-    p, layouts = layouts_on_device(hops, T, device)
+    layouts = constant(tuple(tuple(row[3:6] for row in hop.rows) for hop in hops), device)  # of the keys
     ends = []
-    for g, group in enumerate(batch_slices(B, len(p))):
+    for g, group in enumerate(batch_slices(B, layouts.shape[1])):
         own = starts if starts is None or len(starts) == 1 else starts[group]
-        first, last = mask.keys(p[g], own)  # (T,) or (sets, T)
+        p = layout_positions(Layout(*hops[0].rows[g][:3]), T, device)
+        first, last = mask.keys(p, own)  # (T,) or (sets, T)
         ends.append(count_le(layouts[:, g, None, None], torch.stack([first - 1, last]).view(2, 1, -1, T), TK))
     begin, end = both = torch.cat(ends, 2)  # (hops, sets, T): neither decreases along T
     some = end > begin
@@ -487,15 +488,10 @@ def make_bounds(hops, mask, B, T, TK, starts, direction, tile, device):
     return [Bounds(*(x if x is None else x[j] for x in (by_row, by_column, tiles))) for j in range(len(hops))]
 
 
-@functools.lru_cache(maxsize=256)
-def layouts_on_device(hops, T, device):
-    """Positions of the queries (batch groups, T); layouts of the keys (hops, batch groups, 3)."""
-    p = torch.stack([layout_positions(Layout(*row[:3]), T, device) for row in hops[0].rows])
-    return p, torch.tensor([[row[3:6] for row in hop.rows] for hop in hops], device=device)
-
-
-def needs_bounds(mask, backend):
-    return mask.kind == INTERVAL.value or backend == "torch"
+@functools.lru_cache(maxsize=None)
+def constant(numbers, device):
+    """A tensor that CUDA graphs may go on reading."""
+    return torch.tensor(numbers, device=device)
 
 
 def with_bounds(hops, *args):
@@ -783,24 +779,25 @@ class VirtualRing:
         self.agreed, self.tables, self.recent = {}, {}, {}
 
     def on_device(self, hops, q, k, cu_seqlens, mask, direction, backend):
-        """hops with their tables on the device, which the ring keeps, as CUDA graphs go on reading them."""
-        (B, T), TK = q.shape[:2], k.shape[1]
-        tile = bounds_tile(backend, q, direction)
-        key = hops, mask, B, TK, direction, backend, tile, q.device
-        tables = self.recent if isinstance(mask.documents, tuple) else self.tables
-        if key not in tables:
-            tables[key] = on_device(hops, q.device)
-            if needs_bounds(mask, backend) and mask.documents != "on device":
-                starts = mask.starts()
-                starts = starts if starts is None else starts.to(q.device)
-                tables[key] = with_bounds(tables[key], mask, B, T, TK, starts, direction, tile, q.device)
-            if len(self.recent) > 8:  # new documents come with every step, and no CUDA graph reads them
+        """hops with their tables on the device. The ring keeps what CUDA graphs go on reading, and of large
+        tables besides the latest, as there may be new documents in every step."""
+        (B, T), TK, tile = q.shape[:2], k.shape[1], bounds_tile(backend, q, direction)
+        key = hops, mask, B, T, TK, direction, backend, tile, q.device
+        needs_bounds, given = mask.kind == INTERVAL.value or backend == "torch", mask.documents == "on device"
+        found = self.tables.get(key) or self.recent.pop(key, None) or on_device(hops, q.device)
+        if needs_bounds and not given and found[0].bounds is None:
+            starts = mask.starts() if mask.documents is None else mask.starts().to(q.device)
+            found = with_bounds(found, mask, B, T, TK, starts, direction, tile, q.device)
+        if given or not needs_bounds or q.is_cuda and torch.cuda.is_current_stream_capturing():
+            self.tables[key] = found
+        elif key not in self.tables:
+            self.recent[key] = found
+            if len(self.recent) > 16:
                 del self.recent[next(iter(self.recent))]
-        hops = tables[key]
-        if mask.documents == "on device":
+        if given:
             starts = document_starts(cu_seqlens, mask.S)
-            hops = with_bounds(hops, mask, B, T, TK, starts, direction, tile, q.device)
-        return hops
+            return with_bounds(found, mask, B, T, TK, starts, direction, tile, q.device)
+        return found
 
     def agree(self, signature, problem):
         if problem:
@@ -870,11 +867,8 @@ class Ring:
         self.prev_rank, self.next_rank = (self.rank - 1) % self.n_ranks, (self.rank + 1) % self.n_ranks
         self.transport, self.why = None, "nothing has moved yet"
         self.settled_for = None  # the type of device that the transport was chosen for
-        self.agreed, self.tables, self.recent = (
-            {},
-            {},
-            {},
-        )  # what ranks have confirmed, oldest first; see on_device
+        self.agreed = {}  # what every rank has confirmed, oldest first
+        self.tables, self.recent = {}, {}  # see on_device
         self.memory, self.retired = None, []  # SymmetricMemory, and those that CUDA graphs may still use
         self.waiter = None  # tells the watchdog what p2p waits for on a GPU
 
