@@ -182,9 +182,9 @@ def positions(schedule, rank, n_ranks, T, B=1, device=None, *, cu_seqlens=None):
         if not torch.compiler.is_compiling():  # a graph cannot read them
             check_documents(cu_seqlens, B, range(n_ranks * T + 1))
         starts = document_starts(cu_seqlens, n_ranks * T).to(rows.device)
-        rows = rows.expand(max(len(rows), len(starts)), T).contiguous()
-        begun = torch.searchsorted(starts.expand(len(rows), -1).contiguous(), rows, right=True)
-        rows = rows - starts.expand(len(rows), -1).gather(1, begun - 1)
+        rows, mask = rows.expand(max(len(rows), len(starts)), T), make_mask(n_ranks * T)
+        begins = [mask.keys(row, starts[i % len(starts), None])[0] for i, row in enumerate(rows)]
+        rows = rows - torch.cat(begins)
     return rows
 
 
