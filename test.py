@@ -1366,12 +1366,16 @@ def with_sink_key(q, k, v, sinks, seen, n_real):
     return q, k, v, torch.cat([score, last[..., None]], -1), empty.expand(B, H, T)
 
 
-def dense_attention(q, k, v, do, dlse, sinks, seen, n_real, sm_scale):
-    """(o, lse, dq, dk, dv, dsinks) by the formula in the dtype of q; dsinks by query, (B, H, T)."""
+def dense_attention(q, k, v, do, dlse, sinks, seen, n_real, sm_scale, rounded=None):
+    """(o, lse, dq, dk, dv, dsinks) by the formula in the dtype of q; dsinks by query, (B, H, T). rounded: the
+    dtype in which gradients of scores enter products."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     q, k, v, score, empty = with_sink_key(*leaves, sinks, seen, n_real)
     score.requires_grad_()
-    s = q @ k.mT * sm_scale + score  # (B, H, T, TK + 1)
+    products = q @ k.mT * sm_scale
+    if rounded is not None:
+        products.register_hook(lambda ds: ds.to(rounded).to(ds.dtype))
+    s = products + score  # (B, H, T, TK + 1)
     lse = s.logsumexp(-1)
     o = ((s - lse[..., None]).exp() @ v).transpose(1, 2)
     dlse = dlse.masked_fill(empty, 0.0)
@@ -1380,13 +1384,14 @@ def dense_attention(q, k, v, do, dlse, sinks, seen, n_real, sm_scale):
 
 
 def masked_sdpa(q, k, v, do, dlse, sinks, seen, n_real, sm_scale):
-    """The same of torch's SDPA; lse, of which SDPA knows nothing, and its gradients in float32."""
+    """The same of torch's SDPA; lse, of which SDPA knows nothing, and its gradients in float32, but for ds,
+    which every kernel in 16 bits rounds."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     *inputs, score, empty = with_sink_key(*leaves, sinks, seen, n_real)
     o = F.scaled_dot_product_attention(*inputs, score, scale=sm_scale).transpose(1, 2)
     grads = torch.autograd.grad(o, leaves, do)
     wide, mask = [x.float() for x in (q, k, v, 0 * do)], (seen, n_real, sm_scale)
-    _, lse, *of_lse, dsinks = dense_attention(*wide, dlse, sinks, *mask)
+    _, lse, *of_lse, dsinks = dense_attention(*wide, dlse, sinks, *mask, rounded=q.dtype)
     if sinks is not None:
         p = (sinks.float()[:, None] - lse.masked_fill(empty, inf)).exp()
         dsinks = dsinks - p * (do * o).float().sum(-1).mT
