@@ -975,6 +975,7 @@ class KVCache:
         """Attention of q (B, M, H, D), the last M tokens, to the cache: (B, M, H, D). window, sink: as for
         decode_attn."""
         k, v = self.k[layer], self.v[layer]
+        window = window and min(window, NO_WINDOW - 1)  # a model's window may be longer than any cache
         options = dict(cache_seqlens=self.lengths, sm_scale=sm_scale, window=window, sink=sink)
         if self.ring.n_ranks > 1:
             return sharded_decode_attn(q.to(k.dtype), k, v, group=self.ring, **options).to(q.dtype)

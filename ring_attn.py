@@ -71,7 +71,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2E = constexpr(math.log2(math.e))
 INT_MAX = 2**31 - 1
-PAD_HINT = "pad it, or change the number of ranks"
+PAD_HINT = "pad it, see shard(..., pad=True), or change the number of ranks"
 ROW_PAD = constexpr(128)  # keys move, and lse and delta are padded, in such blocks of rows: whole tiles
 
 # =============================================================================
@@ -191,15 +191,17 @@ def positions(schedule, rank, n_ranks, T, B=1, device=None, *, cu_seqlens=None):
 def shard(x, schedule, rank, n_ranks, *, pad=False, pad_value=0):
     """The tokens of `rank`: (B, S, ...) -> (B, S // n_ranks, ...), a copy. Differentiable.
 
-    pad: first fill up the end of the sequences with pad_value to a length that the schedule can divide; then
-    give ring_attn the true length as seq_len. Targets take pad_value=-100, which cross_entropy ignores.
-    Raises ValueError where n_ranks does not divide S, and as `positions` does.
+    pad: pads the end of the sequences with pad_value to the next length that the schedule can divide. Give
+    the true length to ring_attn and unshard as seq_len. Targets take pad_value=-100, which cross_entropy
+    ignores.
+    Raises ValueError where n_ranks does not divide S and pad is False, and as `positions` does.
     """
     B, S = x.shape[:2]
-    if pad and n_ranks > 1 and schedule in SCHEDULES:
+    check_schedule(schedule, n_ranks)
+    if pad and n_ranks > 1:
         x = torch.cat([x, x.new_full((B, -S % padded_to(schedule, n_ranks), *x.shape[2:]), pad_value)], 1)
         S = x.shape[1]
-    if n_ranks < 1 or S % n_ranks:
+    if S % n_ranks:
         raise ValueError(f"seq_len={S} must be a multiple of {n_ranks=}; {PAD_HINT}")
     rows = torch.arange(B, device=x.device)[:, None]
     return x[rows, positions(schedule, rank, n_ranks, S // n_ranks, B, x.device)]
@@ -227,18 +229,20 @@ FULL, CAUSAL, INTERVAL = (constexpr(i) for i in range(3))  # how kernels find th
 
 
 class Mask(NamedTuple):
-    """Positions are 0..S-1; those from `length` on are padding, which sees nothing and is not seen."""
+    """Which keys each query sees, as an interval of positions. Positions are 0..S-1; those from `length` on
+    are padding, which sees nothing and is not seen."""
 
     kind: int  # FULL; CAUSAL; INTERVAL: anything, from tables of bounds
     S: int
     length: int
-    left: int  # a query sees so many keys before its own position, and so many behind it
+    left: int  # a query sees at most so many keys before its own position, and `right` after it
     right: int
-    documents: Any = None  # where they begin: tuples, one for all or one a sequence; or "on device"
+    documents: Any = None  # where they begin: one tuple for all sequences or one for each; or "on device"
 
     def keys(self, p, starts=None):
         """The first and the last position that queries at positions p (n,) see, each (n,). To change the
-        mask, change this (and `kind` to INTERVAL). first <= p <= last, and neither may decrease with p.
+        mask, change this (and `kind` to INTERVAL). Neither may decrease with p, and before padding
+        first <= p <= last.
 
         starts (B or 1, documents): where documents begin, increasing. The results are then (B or 1, n).
         """
@@ -421,7 +425,7 @@ def keys_moved(schedule, n_ranks, T, B=1, causal=True, transport="symmetric", *,
     """Rows (tokens of one sequence) of keys and values that each rank receives in a forward: a list by rank.
 
     transport "symmetric": what its queries see, in whole tiles of 128; "p2p": also what a rank after it sees.
-    Full attention, and striped under any mask, move (n_ranks - 1) * T * B. Under a causal mask "symmetric"
+    Full attention, and striped without padding, move (n_ranks - 1) * T * B. Under a causal mask "symmetric"
     moves half of that under contiguous and step on average, three quarters under zigzag; under a window
     contiguous and zigzag move about the window. cu_seqlens count on a CPU, as in ring_attn. Raises ValueError
     as `positions` and ring_attn do.
@@ -454,14 +458,15 @@ class Bounds(NamedTuple):
     """int32 tensors of one hop. `sets` of bounds: one a batch group, or one a sequence where documents are
     its own."""
 
-    rows: Any  # (sets, 3, T): query i sees the keys [begin, end); does it see any at a later hop?
+    rows: Any  # (sets, 3, T): query i sees the keys [begin, end); 1 if it sees a key at a later hop
     columns: Any = None  # (sets, 2, TK): key j is seen by the queries [begin, end). Backward
     tiles: Any = None  # (sets, tiles, TILE_COLUMNS): of the resident rows of a Hopper kernel
 
 
 def make_bounds(hops, mask, B, T, TK, starts, direction, tile, device):
-    """Bounds of all hops. starts: of documents, for Mask.keys. tile: rows of a tile that is resident and of
-    one that is streamed in Hopper's kernel, or None."""
+    """Bounds of each hop. starts: where documents begin, (1 or B, n), or None. direction: 1 forward, -1
+    backward, which has `columns`. tile: rows of a resident and of a streamed tile of Hopper's kernel; None:
+    no `tiles`."""
     layouts = constant(tuple(tuple(row[3:6] for row in hop.rows) for hop in hops), device)  # of the keys
     ends = []
     for g, group in enumerate(batch_slices(B, layouts.shape[1])):
@@ -1033,13 +1038,16 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     deterministic: the same inputs give the same gradients, to the bit. False: Hopper's kernel adds up dq in
        any order, which is mostly faster under a causal mask. Under torch.use_deterministic_algorithms(True) a
        forward whose gradients are wanted then raises.
-    window: W >= 1 under causal=True: query i sees the keys i - W < j <= i. Or (left, right): i - left <= j <=
-       i + right, each 0 or more, None or -1 for all; causal makes right 0. Positions are global.
+    window: W, an int of 1 or more, with causal=True: query i sees the keys i - W < j <= i. Or a pair (left,
+       right): i - left <= j <= i + right, each 0 or more, -1 or None for all; causal=True sets right to 0.
+       Positions are global.
     cu_seqlens: int32 (n + 1,), or (B, n + 1) for each sequence its own: documents packed into the sequences,
        the d-th at global positions cu_seqlens[d]..cu_seqlens[d + 1] - 1. Queries see their own document. The
        same on every rank; begins with 0, ends with the true or the padded length; equal neighbours are an
-       empty document. On a CPU: checked, and hops and rows that nobody sees neither move nor count. On a GPU:
-       not checked, but clipped; there is no host sync, and CUDA graphs may be replayed with other values.
+       empty document.
+       On a CPU it is checked, and rows outside the interval that a rank's queries see do not move. On a GPU
+       it is clipped, not checked, and does not reduce what moves; but there is no host sync, and CUDA graphs
+       may be replayed with other values.
     sinks: (H,), a logit for each head in the softmax's denominator, and in lse; learnable. The gradient is
        the part of this rank's queries, as of any weight; a VirtualRing returns the sum.
     seq_len: the true global length, where the end of the sequence is padding: see `shard`. Padding may hold
@@ -3241,18 +3249,21 @@ def autocast(*tensors):
 # checks. Each raises ValueError, with the values and a way out
 
 
-def check_schedule(schedule, n_ranks, T, B=None):
+def check_schedule(schedule, n_ranks, T=None, B=None):
     """Can shards of (B, T) tokens follow this schedule?"""
     if not isinstance(schedule, str) or schedule not in SCHEDULES:
         raise ValueError(f"{schedule=} is unknown; choose one of {', '.join(SCHEDULES)}")
-    if n_ranks < 1 or T < 1:
-        raise ValueError(f"{n_ranks=} and the tokens per rank, {T}, must be 1 or more")
-    if n_ranks == 1:
+    if n_ranks < 1:
+        raise ValueError(f"{n_ranks=} must be 1 or more")
+    if T is not None and T < 1:
+        raise ValueError(f"the tokens per rank, {T}, must be 1 or more")
+    if n_ranks == 1 or T is None:
         return  # all schedules are the same on a ring of one
     groups, multiple, _ = SCHEDULES[schedule]
     if T % multiple:
         wanted = f"a multiple of {multiple}*n_ranks={multiple * n_ranks} for {schedule}"
-        raise ValueError(f'seq_len={n_ranks * T} must be {wanted}; pad it, or use schedule="striped"')
+        way_out = 'pad it, see shard(..., pad=True), or use schedule="striped"'
+        raise ValueError(f"seq_len={n_ranks * T} must be {wanted}; {way_out}")
     if B is not None and B % groups:
         wanted = f"a multiple of {groups} for {schedule}"
         raise ValueError(f'batch size {B=} must be {wanted}; pad it, or use schedule="zigzag"')
@@ -3317,7 +3328,8 @@ def window_problem(window, causal):
     """What is wrong with a window: a text, or None."""
     if isinstance(window, (tuple, list)):
         if [x is None or is_int(x) and x >= -1 for x in window] != [True, True]:
-            return f"{window=} must be two ints of 0 or more; -1 or None: all keys on that side"
+            each = "each an int of 0 or more, or -1 or None for all keys on that side"
+            return f"{window=} must be a pair (left, right), {each}"
     elif window is not None and not (is_int(window) and window >= 1):
         return f"{window=} must be an int of 1 or more, or a pair (left, right), or None"
     elif window is not None and not causal:
@@ -3350,7 +3362,11 @@ def check_documents(cu_seqlens, B, ends):
         return  # its values are only read under debug=True: that waits for the GPU
     for row in cu_seqlens.reshape(-1, shape[-1]).tolist():
         if row[0] != 0 or row[-1] not in ends or row != sorted(row):
-            lengths = f"{ends[0]}, the true length, or {ends[-1]}, the padded one"
+            lengths = f"{ends[-1]}, the length of the whole sequence"
+            if isinstance(ends, range):
+                lengths = f"at most {lengths}"
+            elif ends[0] != ends[-1]:
+                lengths = f"{ends[0]}, the true length, or {ends[-1]}, the padded one"
             wanted = f"begin with 0, not decrease, and end with {lengths}"
             text = f"{row[:4]}..{row[-2:]}" if len(row) > 8 else row
             raise ValueError(f"{name} holds {text}; it must {wanted}")
@@ -3384,14 +3400,15 @@ def check_inputs(q, k, v, sinks, cu_seqlens, schedule, ring, causal, window, seq
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}; need equal B and D")
     n_others = 1 if isinstance(ring, VirtualRing) else n_ranks
     check_mask(causal, window, cu_seqlens, seq_len, B, n_others * T, n_others * TK)
+    if cu_seqlens is not None and cu_seqlens.device not in (torch.device("cpu"), q.device):
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; it must be on the CPU or on {q.device}")
     if sinks is not None:
         check_sinks(sinks, q)
     if T != TK and n_ranks > 1 and (causal or window is not None):
         asked = f"{causal=}" if window is None else f"{window=}"
         lengths = f"{T} queries and {TK} keys a rank"
-        raise ValueError(
-            f"{lengths} with {asked}: on a ring lengths may differ with causal=False and no window"
-        )
+        only = "on a ring they may differ only with causal=False and window=None; pad the shorter one"
+        raise ValueError(f"{lengths} with {asked}: {only}")
     if backend == "gluon":
         if not q.is_cuda or capability(q.device)[0] != 9:
             raise ValueError(f'{backend=} needs a Hopper GPU, not {q.device}; use backend="triton"')

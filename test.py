@@ -1458,12 +1458,13 @@ def check_masked(q, k, v, do, dlse, sinks, schedule, group, backend, loss=("o", 
 
 
 def check_own_mask(backend, changed, seen):
-    """A mask of one's own as the README says: its line that changes `first` or `last` before the `return` of
-    Mask.keys, and the kind INTERVAL. seen: the mask as a function of the positions of query and key."""
+    """A mask of one's own as the README says: its line that changes `first` or `last` in Mask.keys, before
+    documents, and the kind INTERVAL. seen: the mask as a function of the positions of query and key."""
     source, make_mask = textwrap.dedent(inspect.getsource(ring_attn.Mask.keys)), ring_attn.make_mask
     (line,) = re.findall(rf"^({changed} = .*\b{changed}\b.*?) +#", (HERE / "README.md").read_text(), re.M)
-    assert source.count("    return ") == 1, "Mask.keys has more than one return"
-    exec(source.replace("    return ", f"    {line}\n    return "), vars(ring_attn), found := {})
+    before = "    if starts is not None:"
+    assert source.count(before) == 1, "Mask.keys is not as the README says"
+    exec(source.replace(before, f"    {line}\n{before}"), vars(ring_attn), found := {})
 
     def make_interval(*args, **options):
         return make_mask(*args, **options)._replace(kind=ring_attn.INTERVAL.value)

@@ -17,7 +17,7 @@ Every rank holds all weights, or with --fsdp a part of them; gradients are summe
 
 A sequence is a stretch of the joined files, of any length. With --documents a token sees its own file only,
 positions restart at 0 in each, and no loss is counted from one to the next; a sequence cuts the files at its
-ends. So do --window and --sinks change what a token sees, in training and in generation.
+ends. --window and --sinks also change what a token sees, in training and in generation.
 
 Batches and dropout masks follow from --seed and the number of the step. So a checkpoint holds just weights,
 optimizer, step and flags. A resumed run repeats the losses to the bit; it may use other ranks and rings.
@@ -177,7 +177,8 @@ def check_numbers(args):
         fits = type(value) not in (int, float) or value >= least and (value < math.inf or name == "clip")
         if not fits:
             finite = ", and finite" if type(value) is float and name != "clip" else ""
-            raise ValueError(f"--{name}={value} must be {least} or more{finite}")
+            way_out = "; leave it out to see all" if name == "window" else ""
+            raise ValueError(f"--{name}={value} must be {least} or more{finite}{way_out}")
 
 
 def check_args(args, n_ranks, start):
@@ -259,7 +260,9 @@ def open_data(file, out, args):
     split = min(size - size // 10, size - need)
     if split < need:
         needs = f"training and validation need --seq_len + 1 = {need} each"
-        raise ValueError(f"--data: {file} has {size} bytes; {needs}: use more text or a shorter --seq_len")
+        raise ValueError(
+            f"--data={args.data} has {size} bytes; {needs}: use more text or a shorter --seq_len"
+        )
     data = np.memmap(file, dtype=np.uint8, mode="r")
     if not args.documents:
         return Text(data[:split], None), Text(data[split:], None)
