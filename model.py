@@ -115,7 +115,7 @@ class Attention(nn.Module):
 
     def true_length(self, T):
         """How many of n_ranks * T tokens are not padding: seq_len, if its shards have T tokens, else all."""
-        multiple = ring_attn.padded_to(self.attn_type.value, self.n_ranks)
+        multiple = ring_attn.length_multiple(self.attn_type.value, self.n_ranks)
         padded = -(-self.seq_len // multiple) * multiple
         return self.seq_len if self.n_ranks * T == padded else self.n_ranks * T
 

@@ -204,7 +204,7 @@ def check_args(args, n_ranks, start):
     if not AttentionType(args.schedule).is_ring:
         one = f"--schedule={args.schedule} works on whole sequences in one process"
         raise ValueError(f"{one}, this run has {R} in a ring; use zigzag, or --ring_size=1")
-    B, multiple = args.batch_size // n_parts, ring_attn.padded_to(args.schedule, R)
+    B, multiple = args.batch_size // n_parts, ring_attn.length_multiple(args.schedule, R)
     try:
         ring_attn.check_schedule(args.schedule, R, -(-args.seq_len // multiple) * multiple // R, B)
     except ValueError as error:
