@@ -1601,7 +1601,7 @@ def check_drawn(seed, ring=None):
     dlse = dlse.to(torch.promote_types(case.dtype, f32))
     sinks = None  # exact in every dtype
     if case.sinks:
-        sinks = torch.randint(-32, 33, (H,), generator=g).div(8).to(DEVICE, case.sinks)
+        sinks = torch.randint(-32, 33, (H, 2), generator=g).div(8).to(DEVICE, case.sinks)[:, 1]  # strided
     try:
         with row_blocks(case.row_block) if case.row_block < 128 else contextlib.nullcontext():
             group = ring or VirtualRing(case.n_ranks)
@@ -2372,7 +2372,8 @@ def errors_of_masks():
 
     for window in (0, -1, 2.0, True, "4", torch.tensor(4)):
         refused(f"{window=}", "1 or more", window=window)
-    for window in ((1,), (1, 2, 3), (-2, 0), (0, 1.5), (True, 0)):
+    call(window=(1, 0))  # which ranks have agreed on then, but not on (True, 0) or (1.0, 0)
+    for window in ((1,), (1, 2, 3), (-2, 0), (0, 1.5), (True, 0), (1.0, 0)):
         refused(f"{window=}", "0 or more", window=window)
     refused("window=4", "causal=True", "(left, right)", window=4, causal=False)
     for seq_len in (0, 9, -1, 8.0, True):
@@ -2545,21 +2546,22 @@ def check_reuse(ring, times=1000):
     together, own = random.Random(0), random.Random(RANK)
     inputs = [make(2, 256, 4, 2, 64, bf16, seed=100 * RANK + i) for i in range(4)]
     fitting = [s for s in SCHEDULES if fit(s, 2, 256) == (2, 256)]
-    kinds = list(product(range(4), fitting, (True, False)))
-    truth = {(i, s, causal): run(*inputs[i], s, ring, causal, transport="p2p") for i, s, causal in kinds}
+    masks = dict(causal=dict(causal=True), full=dict(causal=False), window=dict(causal=True, window=60))
+    kinds = list(product(range(4), fitting, masks))
+    truth = {(i, s, m): run(*inputs[i], s, ring, transport="p2p", **masks[m]) for i, s, m in kinds}
     run(*inputs[0], "zigzag", ring, transport="symmetric")
     streams, wrong = [torch.cuda.Stream(), torch.cuda.Stream()], torch.zeros(2, device=DEVICE)
     torch.cuda.synchronize()
     with without_fill():
         for _ in range(times):
-            (n, schedule, causal), i = together.choice(kinds), together.randrange(2)
+            (n, schedule, mask), i = together.choice(kinds), together.randrange(2)
             for stream in (streams[i], ring.memory.copy_stream.stream):
                 if own.random() < 0.3:
                     with torch.cuda.stream(stream):
                         torch.cuda._sleep(own.randrange(300_000))
             with torch.cuda.stream(streams[i]):
-                got = run(*inputs[n], schedule, ring, causal, transport="symmetric")
-                for a, b in zip(got, truth[n, schedule, causal]):
+                got = run(*inputs[n], schedule, ring, transport="symmetric", **masks[mask])
+                for a, b in zip(got, truth[n, schedule, mask]):
                     wrong[i] += (a != b).any()
     torch.cuda.synchronize()
     assert not wrong.any(), f"{wrong.sum():.0f} of {5 * times} results are wrong"
