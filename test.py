@@ -3021,10 +3021,10 @@ def check_ignored_targets(ring):
         truth = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
         assert abs(model(tokens, targets) - truth) < 1e-5, "the mean counts targets of -100"
 
-    def masked(data, start, pos, device):
-        tokens, targets = get_batch(data, start, pos, device)
-        targets[:, torch.as_tensor(pos).flatten().to(targets.device) < 70] = -100
-        return tokens, targets
+    def masked(text, start, pos, *args):
+        tokens, targets, cu_seqlens = get_batch(text, start, pos, *args)
+        targets[torch.as_tensor(pos < 70, device=targets.device)] = -100
+        return tokens, targets, cu_seqlens
 
     with shared_folder(ring) as folder, replaced(train, "get_batch", masked) as get_batch:
         flags = "--stop_after=8", "--eval_every=8"
@@ -3150,14 +3150,13 @@ def train_refuses_bad_input(ring):
         refused(f"--data={short}", "100 bytes", "129")
         refused("--resume", "no checkpoint in", "/a;")
         wrong = "--steps=0 --seed=-1 --lr=nan --lr=inf --lr=0.0 --keep=0 --clip=nan --weight_decay=nan"
-        for flag in (*wrong.split(), "--temperature=inf", "--top_k=0", "--dropout=nan", "--log_every=0"):
+        for flag in (*wrong.split(), "--temperature=inf", "--top_k=0", "--dropout=nan", "--window=0"):
             refused(flag, flag)
         refused("--accumulate=3", "--batch_size=4", "--accumulate=3", "use 6")
         assert not out.exists(), "a refused run left a folder behind"
         if WORLD > 1:
-            length, size = f"--seq_len={128 + WORLD // 2}", f"--ring_size={WORLD + 1}"
+            size = f"--ring_size={WORLD + 1}"
             refused("--schedule=sdpa", "--schedule=sdpa", f"has {WORLD}")
-            refused(length, length, "multiple")
             refused(f"--batch_size={3 + RANK // (WORLD - 1)}", "ranks disagree", "batch_size")
             refused("--schedule=step --batch_size=3", "B=3")
             refused(size, size, f"the {WORLD} processes")
@@ -3168,6 +3167,8 @@ def train_refuses_bad_input(ring):
         refused("", "already holds a checkpoint", "--resume")
         refused("--resume --dim=32", "dim is 64 there and 32 here")
         refused("--resume --seed=5", "seed is 0 there and 5 here")
+        refused("--resume --window=5", "window is None there and 5 here")
+        refused("--resume --documents", "documents is False there and True here")
         refused(f"--resume --data={train.__file__}", "not the text")
         refused("--resume --stop_after=2", "--stop_after=2", "above 2")
         assert file.read_bytes() == saved, "a refused run overwrote the checkpoint"
