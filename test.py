@@ -2857,7 +2857,8 @@ for schedule, causal, n_ranks in product(SCHEDULES, (True, False), SIZES):
 for n_ranks in SIZES:
     for kind in (t for t in AttentionType if t is not AttentionType.SDPA):
         real(check_attention, f"Attention {kind.name} x{n_ranks} equals SDPA", kind, False, ring=n_ranks)
-        real(check_attention, f"Attention {kind.name} x{n_ranks} with masks", kind, True, ring=n_ranks)
+        if n_ranks < 4 or GPU:
+            real(check_attention, f"Attention {kind.name} x{n_ranks} with masks", kind, True, ring=n_ranks)
     flash, zigzag = AttentionType.FLASH, AttentionType.ZIGZAG
     for kind, autocast in ((flash, False), (zigzag, False), (zigzag, True)):
         name = f"compiled {kind.name} x{n_ranks}{' autocast' * autocast} equals eager"
@@ -3351,6 +3352,7 @@ def check_two_hosts():
 for schedule, n_ranks in product(SCHEDULES, SIZES):
     if n_ranks > 1 or schedule == "zigzag":  # all schedules are the same on a ring of one
         real(check_train, f"train {schedule} x{n_ranks} equals SDPA x1, resumes", schedule, ring=n_ranks)
+    if GPU or (schedule, n_ranks) in (("zigzag", 1), ("step", 2), ("striped", 4)):  # all take minutes on CPUs
         flags = "--documents", "--window=50", "--sinks", "--seq_len=125"
         real(check_train, f"train {schedule} x{n_ranks} with masks", schedule, *flags, ring=n_ranks)
 
@@ -3594,10 +3596,10 @@ def under_products(sass):
     return min((len(re.findall("FMNMX", code)) for code in waits), default=0)
 
 
-def compile_kernels():
+def compile_kernels(few=False):
     """Compile the kernels in the configurations that are shipped; False if one serialises its products,
     spills in a loop with products, overwrites what a product in flight reads, leaves nothing to do under
-    products, or uses a barrier that is ours."""
+    products, or uses a barrier that is ours. few: leave out what others show, for the sake of time."""
     gl, all_good = ring_attn.gl, True
     # 3.9 spills more; what that costs has not been measured
     strict_spills = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
@@ -3607,6 +3609,8 @@ def compile_kernels():
 
     def report(name, strict, *args, **options):
         nonlocal all_good
+        if few and not name.startswith("decode") and ("D128" not in name or "full" in name):
+            return
         sass, said, used, spilled = compiled(*args, **options)
         if name.startswith("decode"):  # keys and values are copied ahead, 16 bytes at a time
             ahead = len(re.findall(r"LDGSTS\S*\.128", sass))
@@ -3701,8 +3705,9 @@ def compile_kernels():
 
 @local
 def every_kernel_compiles_for_Hopper():
-    """What this machine's Triton makes of the kernels for Hopper, GPU or not: see compile_kernels."""
-    done = call_python("test.py", "--compile_only", timeout=600)
+    """What this machine's Triton makes of the kernels for Hopper, GPU or not: see compile_kernels. All of
+    them: python test.py --compile_only."""
+    done = call_python("test.py", "--compile_only", "--few", timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-1500:]
 
 
@@ -3781,6 +3786,7 @@ def main():
     flag = parser.add_argument
     flag("--filter", default="", help="run only the cases whose name contains this")
     flag("--compile_only", action="store_true", help="compile the kernels for Hopper and say what they cost")
+    flag("--few", action="store_true", help="with --compile_only: leave out kernels that others resemble")
     flag("--kill", type=int, default=0, metavar="N", help="train with N kills of random ranks, on CPUs")
     flag("--fuzz", type=int, default=0, metavar="N", help="N cases of masks, drawn at random")
     flag("--seed", type=int, default=0, help="of --fuzz's first case; with --kill: which ranks, and when")
@@ -3791,7 +3797,7 @@ def main():
     if not __debug__:
         parser.error("python -O leaves out the assertions, of which the tests consist")
     if args.compile_only:
-        sys.exit(not compile_kernels())
+        sys.exit(not compile_kernels(args.few))
     if args.kill:
         return kill_runs(args.kill, args.seed)
     warnings.filterwarnings("ignore")
