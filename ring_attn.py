@@ -3346,6 +3346,8 @@ def is_int(x):
 
 def window_problem(window, causal):
     """What is wrong with a window: a text, or None."""
+    if is_int(window):
+        window = int(window)  # of a symbol, torch.compile makes no text
     if isinstance(window, (tuple, list)):
         if [x is None or is_int(x) and x >= -1 for x in window] != [True, True]:
             each = "each an int of 0 or more, or -1 or None for all keys on that side"

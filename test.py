@@ -372,9 +372,9 @@ for schedule, n_ranks, causal in product(SCHEDULES, range(1, 9), (True, False)):
         attention("gluon", bf16, causal, 2, T, H, HKV, D, *at)
         if GPU:
             attention("triton", bf16, causal, 2, T, H, HKV, D, *at)
-    if not GPU and (causal and n_ranks in (1, 2, 3, 4, 8) or n_ranks == 3):
+    if not GPU and (causal and n_ranks <= 4 or n_ranks == 3):
         attention("triton", f32, causal, 1, 34 if n_ranks == 2 else 6, 2, 1, 16, *at)
-        if n_ranks == 4:
+        if n_ranks == 2:
             attention("triton", f16, causal, 1, 64, 1, 1, 16, *at)
 
 # -----------------------------------------------------------------------------
@@ -420,13 +420,13 @@ def check_autocast(backend):
 
 
 def check_same_bits(backend):
-    inputs = make(2, 512 if GPU else 24, 4, 2, 64 if GPU else 16, f16)
+    inputs = make(*(2, 512, 4, 2, 64) if GPU else (1, 24, 2, 1, 16), f16)
     first = run(*inputs, "zigzag", VirtualRing(2), True, backend)
     for _ in range(1000 if GPU and backend != "torch" else 2):
         other = run(*inputs, "zigzag", VirtualRing(2), True, backend)
         same_bits(first, other, "the same inputs gave other bits")
     for causal in (True, False):  # many programs add to one tile of dq, and wait for each other
-        inputs = make(1, 8192 if GPU else 64, 4, 2, 128 if GPU else 16, f16)
+        inputs = make(1, *(8192, 4, 2, 128) if GPU else (64, 2, 1, 16), f16)
         first = run(*inputs, causal=causal, backend=backend)
         for _ in range(300 if GPU and backend != "torch" else 1):
             other = run(*inputs, causal=causal, backend=backend)
@@ -435,9 +435,9 @@ def check_same_bits(backend):
 
 def check_free_order(backend):
     """deterministic=False: gradients within the yardstick, and the same bits where no kernel gains by it."""
-    rows = []
-    for (B, T, H, HKV, D), causal in product([(2, 700, 4, 2, 128), (1, 2048, 4, 4, 64)], (True, False)):
-        inputs = make(B, T if GPU else T // 16, H, HKV, D if GPU else 16, LOW[backend])
+    rows, shapes = [], [(2, 700, 4, 2, 128), (1, 2048, 4, 4, 64)] if GPU else [(1, 70, 2, 1, 16)]
+    for shape, causal in product(shapes, (True, False)):
+        inputs = make(*shape, LOW[backend])
         args = *inputs, "contiguous", None, causal, backend
         free = run(*args, deterministic=False)
         rows.append(judge(free, *inputs, causal))
@@ -624,7 +624,7 @@ def check_plans(schedule):
             all_pulled = sum(pulled) == share * B * T * most
             assert T < 256 or all_pulled, f"{name} does not pull {share} of all keys"
             work = [sum(share for _, share in hops) for hops in ring_attn.work(schedule, n_ranks, T)]
-            even = max(work) - min(work) <= 8 * n_ranks / T ** 2
+            even = max(work) - min(work) <= 8 * n_ranks / T**2
             assert T == 256 or n_ranks == 1 or even == balanced, f"{name}, balanced={balanced}: {work}"
 
 
@@ -1065,7 +1065,7 @@ def check_compiled_masks():
         documents, results = torch.tensor([0, cut, 21], dtype=torch.int32, device=device), []
         for f in (attn, compiled):
             loss = f(*leaves, documents, window)
-            results.append((loss, *torch.autograd.grad(loss, leaves)))
+            results.append((loss / 1000, *torch.autograd.grad(loss, leaves)))
         rows.append(compare(("loss", "dq", "dk", "dv", "dsinks"), *results, 1e-4))
         assert graphs.frame_count == n // 2 + 1, f"{graphs.frame_count} graphs, not {n // 2 + 1}"
     wild = torch.tensor([0, 30, 21], dtype=torch.int32)
@@ -1301,7 +1301,7 @@ def a_schedule_is_one_row():
 def check_low_scores(backend):
     """Scores far below 0, and a T that tiles overhang: where what is past the end took part in dq with
     p = exp(0 - lse), it became nan."""
-    q, do = make(1, 200, 2, 2, 64, LOW[backend])[::3]
+    q, do = make(1, *(200, 2, 2) if GPU else (80, 1, 1), 64, LOW[backend])[::3]
     k, v = (torch.randn_like(x) for x in (q, q))
     q[:], k[:] = 1.5, -1.5  # lse is about -13
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -1385,10 +1385,11 @@ def dense_attention(q, k, v, do, dlse, sinks, seen, n_real, sm_scale, rounded=No
 
 def masked_sdpa(q, k, v, do, dlse, sinks, seen, n_real, sm_scale):
     """The same of torch's SDPA; lse, of which SDPA knows nothing, and its gradients in float32, but for ds,
-    which every kernel in 16 bits rounds."""
+    which every kernel in 16 bits rounds. SDPA has kernels for head dims that are multiples of 8."""
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     *inputs, score, empty = with_sink_key(*leaves, sinks, seen, n_real)
-    o = F.scaled_dot_product_attention(*inputs, score, scale=sm_scale).transpose(1, 2)
+    inputs = [F.pad(x, (0, -x.shape[-1] % 8)) for x in inputs]
+    o = F.scaled_dot_product_attention(*inputs, score, scale=sm_scale)[..., : q.shape[-1]].transpose(1, 2)
     grads = torch.autograd.grad(o, leaves, do)
     wide, mask = [x.float() for x in (q, k, v, 0 * do)], (seen, n_real, sm_scale)
     _, lse, *of_lse, dsinks = dense_attention(*wide, dlse, sinks, *mask, rounded=q.dtype)
@@ -1614,7 +1615,7 @@ def check_seeds(first, n, ring=None):
     return max((check_drawn(seed, ring) for seed in range(first, first + n)), key=lambda row: row[1] / row[2])
 
 
-for first in range(0, 150, 10):
+for first in range(0, 150 if GPU else 100, 10):
     local(check_seeds, f"masks drawn at random, seeds {first} to {first + 9}", first, 10)
 for size in (2, 4):
     real(lambda ring: check_seeds(0, 20, ring), f"masks drawn at random on a ring of {size}", ring=size)
@@ -2230,7 +2231,10 @@ for backend in ("torch", "triton"):
         local(f, f"decode {backend} {name}", backend, *args, **options)
 
     low, full = LOW_DECODE, f32
-    for dtype, (M, H, HKV, D, lengths) in product((full, low), SHAPES):
+    interpreted = backend == "triton" and not GPU  # that is slow
+    for i, (dtype, (M, H, HKV, D, lengths)) in enumerate(product((full, low), SHAPES)):
+        if interpreted and i % 2:
+            continue  # SHAPES has an odd length: every other dtype
         decoding(f"M{M} {H}/{HKV} D{D} {lengths} {str(dtype)[6:]}", dtype, M, H, HKV, D, lengths)
     decoding("full", low, 5, 6, 2, 32, (90, 3, 0), causal=False)
     decoding("window", low, 3, 6, 2, 32, (200, 39, 2), window=40)
@@ -2860,7 +2864,8 @@ for n_ranks in SIZES:
         if n_ranks < 4 or GPU:
             real(check_attention, f"Attention {kind.name} x{n_ranks} with masks", kind, True, ring=n_ranks)
     flash, zigzag = AttentionType.FLASH, AttentionType.ZIGZAG
-    for kind, autocast in ((flash, False), (zigzag, False), (zigzag, True)):
+    kinds = (flash, False), (zigzag, True), (zigzag, False)
+    for kind, autocast in kinds if n_ranks < 4 or GPU else kinds[2:]:
         name = f"compiled {kind.name} x{n_ranks}{' autocast' * autocast} equals eager"
         real(check_compiled_model, name, kind, autocast, ring=n_ranks)
     for backend in ("triton",) if GPU else ("torch", "triton"):
@@ -3622,8 +3627,8 @@ def compile_kernels(few=False):
             serial = "serialized" in said
             good = products > 0 and not serial and not overwritten
             # a few reloads do no harm; nor more of them in loops over masked tiles, of which there are few
-            few = (3 if "interval" in name else 10) * spills <= products
-            good &= not (strict and strict_spills) or few
+            harmless = (3 if "interval" in name else 10) * spills <= products
+            good &= not (strict and strict_spills) or harmless
             good &= not name.startswith("hopper fwd") or under_products(sass) >= 32
             good &= all(int(barrier, 16) < ring_attn.NAMED_BARRIERS.value for barrier in theirs)
             found = f"{products:3} {spills:3} {overwritten:3}{' SERIALIZED' * serial}"
