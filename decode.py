@@ -28,7 +28,6 @@ Sources: Flash-Decoding (Dao et al. 2023), FlexAttention and its flex_decoding (
     python test.py --filter decode
 """
 
-import inspect
 import itertools
 import math
 from collections import namedtuple
@@ -593,14 +592,6 @@ def named_blocks(num, idx):
 # checks
 
 
-def n_arguments(mod):
-    """How many arguments a mod takes; None if any number."""
-    if hasattr(mod, "arg_names"):
-        return len(mod.arg_names)  # of a @triton.jit function
-    kinds = [x.kind for x in inspect.signature(mod).parameters.values()]
-    return None if inspect.Parameter.VAR_POSITIONAL in kinds else len(kinds)
-
-
 def is_int(x, least, most=math.inf):
     return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
 
@@ -666,16 +657,7 @@ def check_decode(call):
         mod = getattr(call, name)
         if mod is None:
             continue
-        jitted = hasattr(mod, "arg_names")
-        if jitted != (backend == "triton") or not (jitted or callable(mod)):
-            need = "a @triton.jit function"
-            if backend == "torch":
-                need = f"a plain function of torch tensors ({need} needs a GPU, or TRITON_INTERPRET=1)"
-            raise ValueError(f'{name}={mod!r} must be {need} for backend="{backend}"')
-        takes = takes.split(", ") + [f"aux[{i}]" for i in range(len(aux))]
-        if n_arguments(mod) not in (None, len(takes)):
-            given = f"is given {len(takes)}: {', '.join(takes)}"
-            raise ValueError(f"{name} takes {n_arguments(mod)} arguments and {given}")
+        ring_attn.check_function(name, mod, takes, len(aux), backend)
     if call.block_mask is not None:
         check_block_mask(call)
 

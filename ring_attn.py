@@ -39,6 +39,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import inspect
 import itertools
 import math
 import numbers
@@ -80,44 +81,53 @@ ROW_PAD = constexpr(128)  # keys move, and lse and delta are padded, in such blo
 # reference: attention of some queries to some keys, in plain torch
 
 
-def reference_scores(q, k, seen, sm_scale):
-    """sm_scale * q k^T (B, HKV, G, M, N), -inf where not seen; q (B, HKV, G, M, D), k (B, HKV, N, D)."""
-    s = einsum(q, k, "b h g m d, b h n d -> b h g m n") * sm_scale
-    return s if seen is None else s.masked_fill(~seen, -math.inf)
-
-
-def reference_fwd(q, k, v, o, lse, seen, sm_scale):
+def reference_fwd(q, k, v, o, lse, seen, sm_scale, mods):
     """Fold keys and values into the softmax state (o, lse) of the queries and return the new state.
 
-    q, o (B, M, H, D), lse (B, H, M), k, v (B, N, HKV, D). seen (M, N) bool: whether query i sees key j; None:
-    all do. Computes in the dtype of o, float32 or float64.
+    q, o (B, M, H, D), lse (B, H, M), k, v (B, N, HKV, D). seen (M, N) bool: whether query i sees key j.
+    Computes in the dtype of o, float32 or float64. mods: Mods at the positions of these queries and keys.
     """
     G = q.shape[2] // k.shape[2]
     q, o = (rearrange(x.to(o.dtype), "b m (h g) d -> b h g m d", g=G) for x in (q, o))
     k, v = (rearrange(x.to(o.dtype), "b n h d -> b h n d") for x in (k, v))
     lse = rearrange(lse, "b (h g) m -> b h g m", g=G)
-    s = reference_scores(q, k, seen, sm_scale)
+    s = mods.scores(einsum(q, k, "b h g m d, b h n d -> b h g m n") * sm_scale)
+    s = s.masked_fill(~seen, -math.inf)
     new_lse = torch.logaddexp(lse, s.logsumexp(-1))  # (B, HKV, G, M)
     safe = new_lse.masked_fill(new_lse == -math.inf, 0.0)  # a row that sees no key: o = 0, not nan
     o = o * (lse - safe).exp()[..., None]
-    o = o + einsum((s - safe[..., None]).exp(), v, "b h g m n, b h n d -> b h g m d")
+    p = mods.drop((s - safe[..., None]).exp())
+    o = o + einsum(p, v, "b h g m n, b h n d -> b h g m d")
     return rearrange(o, "b h g m d -> b m (h g) d"), rearrange(new_lse, "b h g m -> b (h g) m")
 
 
-def reference_bwd(q, k, v, do, lse, delta, seen, sm_scale):
-    """What these keys and values add to dq, and these queries to dk and dv; arguments as in reference_fwd."""
+def reference_bwd(q, k, v, do, lse, delta, seen, sm_scale, mods):
+    """What these keys and values add to dq, and these queries to dk and dv, and the gradient of Mods' bias by
+    score (B, HKV, G, M, N). Arguments as in reference_fwd."""
     G = q.shape[2] // k.shape[2]
     q, do = (rearrange(x.to(lse.dtype), "b m (h g) d -> b h g m d", g=G) for x in (q, do))
     k, v = (rearrange(x.to(lse.dtype), "b n h d -> b h n d") for x in (k, v))
     lse, delta = (rearrange(x, "b (h g) m -> b h g m 1", g=G) for x in (lse, delta))
-    s = reference_scores(q, k, seen, sm_scale)
-    p = (s - lse.masked_fill(lse == -math.inf, math.inf)).exp()
-    ds = p * (einsum(do, v, "b h g m d, b h n d -> b h g m n") - delta) * sm_scale
+    products = einsum(q, k, "b h g m d, b h n d -> b h g m n") * sm_scale
+    with torch.enable_grad():
+        products.requires_grad_()
+        biased = mods.scores(products, of_bias=True)
+        s = mods.scores(biased, of_bias=False)
+    p = (s.detach() - lse.masked_fill(lse == -math.inf, math.inf)).exp().masked_fill(~seen, 0.0)
+    ds = p * (mods.drop(einsum(do, v, "b h g m d, b h n d -> b h g m n")) - delta)
+    dbias = vjp(s, biased, ds).masked_fill(~seen, 0.0)
+    ds = vjp(biased, products, dbias).masked_fill(~seen, 0.0) * sm_scale
+    p = mods.drop(p)
     dq = einsum(ds, k, "b h g m n, b h n d -> b h g m d")
     dk = einsum(ds, q, "b h g m n, b h g m d -> b h n d")
     dv = einsum(p, do, "b h g m n, b h g m d -> b h n d")
     dk, dv = (rearrange(x, "b h n d -> b n h d") for x in (dk, dv))
-    return rearrange(dq, "b h g m d -> b m (h g) d"), dk, dv
+    return rearrange(dq, "b h g m d -> b m (h g) d"), dk, dv, dbias
+
+
+def vjp(y, x, dy):
+    """The gradient of x from that of y, which was made of it."""
+    return dy if y is x else torch.autograd.grad(y, x, dy, retain_graph=True, materialize_grads=True)[0]
 
 
 # -----------------------------------------------------------------------------
@@ -459,6 +469,161 @@ def documents_of(cu_seqlens, S):
 
 
 # -----------------------------------------------------------------------------
+# score mods: what happens to scores between the product and the mask, and to probabilities (dropout)
+
+
+class Mod(NamedTuple):
+    """A function of scores in natural units, f(score, b, h, q_idx, kv_idx, *args), of global positions."""
+
+    in_torch: Callable  # without args; autograd differentiates it
+    kernel: Any  # @triton.jit
+    kernel_bwd: Any  # @triton.jit, g(dscore, score, b, h, q_idx, kv_idx, *args): the gradient of f's score
+    args: tuple = ()  # of the kernels: tensors and numbers
+
+
+class Functions(tuple):
+    """@triton.jit functions, as a constant of a kernel. Triton keeps compiled kernels by their constants, but
+    of the functions in a tuple it would only look at the names."""
+
+    cache_key = property(lambda self: "".join(f.cache_key for f in self))
+
+
+class Mods(NamedTuple):
+    """What a call does to scores, one after the other, and then to probabilities."""
+
+    before: tuple = ()  # Mods up to the bias
+    after: tuple = ()
+    dropout_p: float = 0.0
+    seed: Any = None  # of dropout, a tensor of one int
+    last: tuple = (0, 0)  # positions of the last query and key of all: mods may read there
+    at: Any = None  # b, h, q_idx, kv_idx of some scores: tensors that broadcast with them
+
+    def __bool__(self):
+        return bool(self.before or self.after or self.dropout_p)
+
+    def scores(self, s, of_bias=None):
+        """Modified scores; only by the first Mods, up to the bias, or only by the others."""
+        for mod in (self.before if of_bias is not False else ()) + (self.after if not of_bias else ()):
+            s = mod.in_torch(s, *self.at).to(s.dtype)
+        return s
+
+    def drop(self, p):
+        """Probabilities, or their gradients, 0 where they are dropped."""
+        if not self.dropout_p:
+            return p
+        threshold, scale = dropout_numbers(self.dropout_p)
+        return p * (philox(int(self.seed), *self.at) >= threshold) * scale
+
+    def for_kernels(self, backward=False):
+        """Of a launch: the argument MODS, constants, what else the compiled code depends on."""
+        if not self:
+            return None, NO_MODS_BWD if backward else NO_MODS_FWD, ()
+        chain = self.before + self.after
+        dropout = (self.seed, *dropout_numbers(self.dropout_p)) if self.dropout_p else ()
+        args = *self.last, tuple(mod.args for mod in chain), dropout
+        constants = dict(MOD=Functions(mod.kernel for mod in chain), DROPOUT=bool(dropout))
+        if backward:
+            constants["MOD_BWD"] = Functions(mod.kernel_bwd for mod in chain)
+        return args, constants, specialization(args)
+
+
+NO_MODS_FWD = dict(MOD=None, DROPOUT=False)
+NO_MODS_BWD = NO_MODS_FWD | dict(MOD_BWD=None)
+
+
+def specialization(x):
+    """What Triton compiles into a kernel of an argument that is a tensor, a number, or a tuple of them."""
+    if isinstance(x, tuple):
+        return tuple(map(specialization, x))
+    if isinstance(x, torch.Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    return (x == 1, x % 16 == 0) if isinstance(x, int) else None
+
+
+def make_mods(q, k, n_ranks, mask, extras, softcap, dropout_p, functions):
+    """The Mods of a call, from what operators take."""
+    if not softcap and not dropout_p and not functions and extras.bias is None and extras.slopes is None:
+        return Mods()
+    (_, T, H, _), TK, before, after = q.shape, k.shape[1], [], []
+    ends = [mask.length if n_ranks == 1 or T == TK else n_ranks * n for n in (T, TK)]
+    if softcap:
+        capped = functools.partial(softcap_in_torch, softcap)
+        before.append(Mod(capped, softcap_mod, softcap_mod_bwd, (float(softcap), 1.0 / softcap)))
+    if extras.bias is not None:
+        shift = (max(TK - T, 0), max(T - TK, 0)) if n_ranks == 1 else (0, 0)  # to the first row and column
+        shape = len(q), H, *(end - first for end, first in zip(ends, shift))
+        bias = extras.bias.detach().expand(shape)
+        in_torch = functools.partial(bias_in_torch, bias, shift)
+        before.append(Mod(in_torch, bias_mod, same_bwd, (bias, *bias.stride(), *shift)))
+    if extras.slopes is not None:
+        slopes = extras.slopes.view(-1, H)
+        in_torch = functools.partial(alibi_in_torch, slopes)
+        after.append(Mod(in_torch, alibi_mod, same_bwd, (slopes, H if len(slopes) > 1 else 0)))
+    if functions:
+        score_mod, score_mod_bwd = functions_numbered(functions)
+        in_torch = lambda s, *at: score_mod(s, *at, *extras.aux)
+        after.append(Mod(in_torch, score_mod, score_mod_bwd, extras.aux))
+    return Mods(tuple(before), tuple(after), dropout_p, extras.seed, tuple(end - 1 for end in ends))
+
+
+def softcap_in_torch(softcap, s, *at):
+    return softcap * (s / softcap).tanh()
+
+
+def bias_in_torch(bias, shift, s, b, h, q_idx, kv_idx):
+    return s + bias[b, h, q_idx - shift[0], kv_idx - shift[1]]
+
+
+def alibi_in_torch(slopes, s, b, h, q_idx, kv_idx):
+    return s - slopes[b % len(slopes), h] * (q_idx - kv_idx).abs()
+
+
+def dropout_numbers(p):
+    """Of 24 random bits, those from the first number on are kept; what is kept is multiplied by the second."""
+    threshold = round(p * 2**24)
+    return threshold, 2**24 / (2**24 - threshold)
+
+
+PHILOX = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)  # multipliers; what is added to the keys
+
+
+def philox(seed, b, h, q_idx, kv_idx, n_rounds=7):
+    """24 random bits for each score: Philox4x32 with 7 rounds (Salmon et al., 2011). See philox_bits."""
+    mask, keys = 0xFFFFFFFF, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
+    c0, c1, c2, c3 = h, kv_idx, q_idx, b
+    for i in range(n_rounds):
+        key0, key1 = (key + i * step & mask for key, step in zip(keys, PHILOX[1]))
+        x, y = PHILOX[0][0] * c0, PHILOX[0][1] * c2  # modulo 2**64
+        c0, c1, c2, c3 = (y >> 32) & mask ^ c1 ^ key0, y & mask, (x >> 32) & mask ^ c3 ^ key1, x & mask
+    return c0 >> 8
+
+
+FUNCTIONS = {}  # (score_mod, score_mod_bwd) by number, which operators take; the latest used are last
+FUNCTION_NUMBERS = itertools.count(1)
+
+
+@torch.compiler.assume_constant_result  # called when a graph is made
+def number_of_functions(score_mod, score_mod_bwd):
+    """0 for None. The latest 1024 are kept."""
+    if score_mod is None:
+        return 0
+    pair = score_mod, score_mod_bwd
+    number = next((n for n, known in FUNCTIONS.items() if known[0] is pair[0] and known[1] is pair[1]), None)
+    number = next(FUNCTION_NUMBERS) if number is None else number
+    FUNCTIONS.pop(number, None)
+    FUNCTIONS[number] = pair
+    if len(FUNCTIONS) > 1024:
+        del FUNCTIONS[next(iter(FUNCTIONS))]
+    return number
+
+
+def functions_numbered(number):
+    if number not in FUNCTIONS:
+        raise RuntimeError("1024 other score_mods came after this one, which was dropped; define each once")
+    return FUNCTIONS[number]
+
+
+# -----------------------------------------------------------------------------
 # bounds: the mask as tables, for each query and key of a rank, at each hop
 
 
@@ -562,7 +727,26 @@ class Backend(NamedTuple):
     postprocess: Callable  # writes dq where `backward` does not
 
 
-def forward_hops(ring, q, k, v, sinks, cu_seqlens, schedule, mask, sm_scale, backend, transport):
+class Extras(NamedTuple):
+    """Tensors beside q, k, v, which each rank has whole."""
+
+    sinks: Any = None
+    cu_seqlens: Any = None
+    bias: Any = None
+    slopes: Any = None
+    seed: Any = None
+    aux: tuple = ()
+
+    @classmethod
+    def of(cls, flat):
+        n = len(cls._fields) - 1
+        return cls(*flat[:n], tuple(flat[n:]))
+
+    def flat(self):
+        return [*self[:-1], *self.aux]
+
+
+def forward_hops(ring, q, k, v, extras, schedule, mask, mods, sm_scale, backend, transport):
     """o (B, T, H, D) like q, and lse (B, H, T)."""
     B, T, H, D = q.shape
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
@@ -572,11 +756,11 @@ def forward_hops(ring, q, k, v, sinks, cu_seqlens, schedule, mask, sm_scale, bac
     lse = torch.empty(B, H, T, dtype=acc_dtype, device=q.device)
     acc = accumulator(o, acc_dtype, ring.n_ranks, backend)
     link = ring.link(transport, schedule, k, v, T, mask, 1)
-    for j, hop in enumerate(ring.on_device(link.hops, q, k, cu_seqlens, mask, 1, backend)):
+    for j, hop in enumerate(ring.on_device(link.hops, q, k, extras.cu_seqlens, mask, 1, backend)):
         k_hop, v_hop = link.keys(j)
         if hop.visible:
-            first = sinks if j == 0 else None  # they are in the state from the first hop on
-            BACKENDS[backend].forward(q, k_hop, v_hop, o, acc, lse, first, hop, mask, sm_scale)
+            first = extras.sinks if j == 0 else None  # they are in the state from the first hop on
+            BACKENDS[backend].forward(q, k_hop, v_hop, o, acc, lse, first, hop, mask, mods, sm_scale)
         yield
     link.finish()
     for rows, n in padding:
@@ -584,9 +768,9 @@ def forward_hops(ring, q, k, v, sinks, cu_seqlens, schedule, mask, sm_scale, bac
     yield o, lse
 
 
-def backward_hops(ring, q, k, v, o, lse, do, dlse, sinks, cu_seqlens, schedule, mask, sm_scale, backend,
-                  transport, deterministic):  # fmt: skip
-    """dq, dk, dv, dsinks. Every hop adds to dk, dv of its keys and sends them on; the next hop waits for
+def backward_hops(ring, q, k, v, o, lse, do, dlse, extras, schedule, mask, mods, sm_scale, backend,
+                  transport, deterministic, bias_grad):  # fmt: skip
+    """dq, dk, dv, dsinks, dbias. Every hop adds to dk, dv of its keys and sends them on; the next hop waits for
     those of its own. The own keys come last. Theirs may still be on the way when their kernel starts: see
     pass_on."""
     kernels, R, T = BACKENDS[backend], ring.n_ranks, q.shape[1]
@@ -597,7 +781,8 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, sinks, cu_seqlens, schedule, 
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     state, coming = kernels.preprocess(o, do, lse, dlse, dq, R)
     link = ring.link(transport, schedule, k, v, T, mask, -1, acc_dtype)
-    hops = ring.on_device(link.hops, q, k, cu_seqlens, mask, -1, backend)
+    hops = ring.on_device(link.hops, q, k, extras.cu_seqlens, mask, -1, backend)
+    dbias = lse.new_zeros(extras.bias.shape if bias_grad else 0)
     link.keys(0)  # the next rank's are on their way
     yield
     for j in hop_order(R, -1):
@@ -605,14 +790,17 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, sinks, cu_seqlens, schedule, 
         grads = link.grads(j or R) if R > 1 else [accumulator(x, acc_dtype, 1, backend) for x in (dk, dv)]
         if hops[j].visible:
             out = grads if j else (dk, dv)
-            args = hops[j], j, mask, sm_scale, deterministic
+            args = hops[j], j, mask, mods, sm_scale, deterministic
             kernels.backward(q, k_hop, v_hop, do, state, dq, *out, *grads, *args)
+            if bias_grad:
+                delta = state[0][1].view(*lse.shape[:2], -1)[:, :, :T]
+                add_bias_gradient(dbias, q, k_hop, v_hop, do, lse, delta, hops[j], mods, sm_scale)
         if j:
             link.pass_on(j, coming if j == R - 1 else None)
         yield
     kernels.postprocess(state, dq, sm_scale)
     link.finish()
-    yield dq, dk, dv, sink_gradient(sinks, lse, state[0][1])
+    yield dq, dk, dv, sink_gradient(extras.sinks, lse, state[0][1]), dbias
 
 
 def sink_gradient(sinks, lse, delta):
@@ -622,6 +810,23 @@ def sink_gradient(sinks, lse, delta):
     p = (sinks.to(lse.dtype)[:, None] - lse.masked_fill(lse == -math.inf, math.inf)).exp()  # (B, H, T)
     delta = delta.view(*lse.shape[:2], -1)[:, :, : lse.shape[2]]
     return -(p * delta).sum((0, 2))
+
+
+def add_bias_gradient(dbias, q, k, v, do, lse, delta, hop, mods, sm_scale):
+    """What a hop adds to dbias, (B or 1, H or 1, queries or 1, keys or 1): in plain torch, whatever the
+    backend, as a bias is no longer than plain torch can bear. Sums over what was broadcast, in a fixed
+    order."""
+    (shift_q, shift_k) = mods.before[-1].args[-2:]
+    for b, m, n, seen, at in torch_blocks(q, k, hop, mods):
+        rows = lse[b, :, m], delta[b, :, m]
+        *_, part = reference_bwd(q[b, m], k[b, n], v[b, n], do[b, m], *rows, seen, sm_scale, at)
+        part = part.flatten(1, 2)
+        for dim, size in enumerate(dbias.shape):
+            part = part.sum(dim, keepdim=True) if size == 1 else part
+        rows, columns = at.at[2] - shift_q, at.at[3] - shift_k
+        rows = rows if dbias.shape[2] > 1 else rows[:1] * 0
+        columns = columns if dbias.shape[3] > 1 else columns[:1] * 0
+        dbias[b if dbias.shape[0] > 1 else slice(None)][:, :, rows, columns] += part
 
 
 @functools.lru_cache(maxsize=1024)
@@ -661,25 +866,34 @@ def unused_argument(dtype, device):
 # one hop in plain torch: the backend "torch". The kernels of parts II and III take the same arguments
 
 
-def torch_blocks(hop, B, T, block=512):
-    """Blocks of queries and the keys that they see: (batch slice, query slice, key slice, seen)."""
+def torch_blocks(q, k, hop, mods, block=512):
+    """Blocks of queries and the keys that they see: (batch slice, query slice, key slice, seen, Mods there)."""
+    (B, T, H, _), TK, device = q.shape, k.shape[1], q.device
+    heads = torch.arange(H, device=device).view(k.shape[2], -1, 1, 1)
+    by_group = list(zip(batch_slices(B, len(hop.rows)), hop.rows))
     for rows, b in zip(hop.bounds.rows, batch_slices(B, len(hop.bounds.rows))):
+        row = next(row for group, row in by_group if b.start < group.stop)
+        layouts = Layout(*row[:3]), Layout(*row[3:6])
+        q_idx, k_idx = (layout_positions(x, n, device) for x, n in zip(layouts, (T, TK)))
+        sequences = torch.arange(b.start, b.stop, device=device).view(-1, 1, 1, 1, 1)
+        T = int((q_idx <= mods.last[0]).sum()) if mods else T  # the others are padding
         for start in range(0, T, block):
             m = slice(start, min(start + block, T))
             begin, end, _ = rows[:, m, None]  # (M, 1)
             n = slice(int(begin.min()), int(end.max()))
             if n.start < n.stop:
-                j = torch.arange(n.start, n.stop, device=rows.device)
-                yield b, m, n, (begin <= j) & (j < end)
+                j = torch.arange(n.start, n.stop, device=device)
+                at = mods._replace(at=(sequences, heads, q_idx[m, None], k_idx[n])) if mods else mods
+                yield b, m, n, (begin <= j) & (j < end), at
 
 
-def torch_fwd(q, k, v, o, acc, lse, sinks, hop, mask, sm_scale):
+def torch_fwd(q, k, v, o, acc, lse, sinks, hop, mask, mods, sm_scale):
     if not hop.rows[0].carry:
         acc.zero_()
         lse[:] = -math.inf if sinks is None else sinks[:, None]
-    for b, m, n, seen in torch_blocks(hop, *q.shape[:2]):
+    for b, m, n, seen, at in torch_blocks(q, k, hop, mods):
         state = acc[b, m], lse[b, :, m]
-        acc[b, m], lse[b, :, m] = reference_fwd(q[b, m], k[b, n], v[b, n], *state, seen, sm_scale)
+        acc[b, m], lse[b, :, m] = reference_fwd(q[b, m], k[b, n], v[b, n], *state, seen, sm_scale, at)
     o.copy_(acc)
 
 
@@ -690,16 +904,16 @@ def torch_preprocess(o, do, lse, dlse, dq, n_hops):
     return ((lse, delta), accumulator(dq, lse.dtype, n_hops, "torch")), None
 
 
-def torch_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, mask, sm_scale, deterministic):
+def torch_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, mask, mods, sm_scale, deterministic):
     lse_delta, dq_acc = state
     for row, b in zip(hop.rows, batch_slices(len(q), len(hop.rows))):
         held = row.held_begin, row.held_end
         for x, (begin, end) in ((dq_acc, (0, row.carry)), (dk_acc, held), (dv_acc, held)):
             x[b, :begin].zero_()  # nobody has added anything there
             x[b, end:].zero_()
-    for b, m, n, seen in torch_blocks(hop, *q.shape[:2]):
+    for b, m, n, seen, at in torch_blocks(q, k, hop, mods):
         rows = [x[b, :, m] for x in lse_delta]
-        grads = reference_bwd(q[b, m], k[b, n], v[b, n], do[b, m], *rows, seen, sm_scale)
+        grads = reference_bwd(q[b, m], k[b, n], v[b, n], do[b, m], *rows, seen, sm_scale, at)
         for x, at, grad in zip((dq_acc, dk_acc, dv_acc), (m, n, n), grads):
             x[b, at] += grad
     for x, acc in ((dq, dq_acc), (dk, dk_acc), (dv, dv_acc)):
@@ -828,19 +1042,15 @@ class VirtualRing:
     def prepare(self, k, backward, transport):
         pass
 
-    def run(self, hops, tensors, schedule, *args):
+    def run(self, hops, tensors, extras, schedule, *args):
         mail, loops = {}, []
         for rank in range(self.n_ranks):
-            # all but sinks and cu_seqlens, which come last
-            cut = [
-                x if x is None else swap(shard(swap(x), schedule, rank, self.n_ranks)) for x in tensors[:-2]
-            ]
-            cut += tensors[-2:]
-            loops.append(hops(VirtualRank(self, rank, mail), *cut, schedule, *args))
+            cut = [x if x is None else swap(shard(swap(x), schedule, rank, self.n_ranks)) for x in tensors]
+            loops.append(hops(VirtualRank(self, rank, mail), *cut, extras, schedule, *args))
         *_, results = zip(*loops)  # takes all ranks one hop further at a time
         merged = []
-        for shards in zip(*results):
-            parts = shards[0].ndim == 1  # dsinks: each rank has the part of its queries
+        for i, shards in enumerate(zip(*results)):
+            parts = i > 2  # dsinks, dbias: each rank has the part of its queries
             merged.append(sum(shards) if parts else swap(merge([swap(x) for x in shards], schedule)))
         return tuple(merged)
 
@@ -1034,7 +1244,8 @@ def process_ring(group):
 
 def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None, return_lse=False, *,
               backend=None, transport=None, deterministic=True, window=None, cu_seqlens=None, sinks=None,
-              seq_len=None, debug=False):  # fmt: skip
+              seq_len=None, softcap=None, bias=None, alibi_slopes=None, score_mod=None, score_mod_bwd=None,
+              aux=(), dropout_p=0.0, dropout_seed=None, debug=False):  # fmt: skip
     """softmax(sm_scale * q k^T) v over a sequence sharded over the ranks of `group`. Differentiable once.
 
     q: (B, T, H, D), k, v: (B, T, HKV, D): this rank's tokens under `schedule`, see `shard`; T, B the same on
@@ -1070,6 +1281,26 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     seq_len: the true global length, where the end of the sequence is padding: see `shard`. Padding may hold
        anything; there o = 0, lse = -inf, and gradients are 0.
     debug: check cu_seqlens on a GPU, too, in every eager call: waits for the GPU and for the other ranks.
+
+    Scores change in this order: sm_scale * q k^T, softcap, bias, alibi_slopes, score_mod, masks, sinks,
+    softmax, dropout. Positions are global; where one GPU has T queries and TK keys, aligned at their ends.
+    softcap: s becomes softcap * tanh(s / softcap); above 0; None or 0.0: off.
+    bias: a floating point tensor that broadcasts to (B, H, S, S), or (B, H, queries, keys), in global order
+       and whole on every rank, up to 1 GiB; added to scores. Its gradient, if it requires one, is the part of
+       this rank's queries, as that of sinks; it is computed in plain torch, which takes its time.
+    alibi_slopes: (H,) or (B, H) float32; adds -slope * |i - j| (ALiBi, arXiv 2108.12409). No gradient.
+    score_mod: f(score, b, h, q_idx, kv_idx, *aux), the new score, as in decode_attn: a @triton.jit function
+       for the kernels, a plain one for the torch path. A score_mod may return -inf, as a mask does, but for
+       keys that nobody sees a window or cu_seqlens costs less. Define it once, not in every call.
+    score_mod_bwd: g(dscore, score, b, h, q_idx, kv_idx, *aux): the gradient of f's score from that of its
+       result; score is what f was given. @triton.jit; kernels need it where a gradient is wanted. The torch
+       path differentiates f itself.
+    aux: a tuple of tensors on q's device, whole on every rank, which f and g load from. They get no gradient.
+    dropout_p: probabilities are dropped with this probability (below 1), others divided by 1 - dropout_p.
+    dropout_seed: an int, or an int64 tensor of one element on q's device (in a CUDA graph: it may change
+       between replays). Which are dropped depends on the seed and on batch row, head and positions alone: not
+       on schedule, ranks or backend. The same on every rank of a ring; data-parallel replicas take others.
+       None: from torch's generator, the first rank's for the whole ring.
     Returns o, (B, T, H, D), in the dtype of q.
 
     Calls of one ring share staging memory and flags. Eager calls may be on any stream, as each waits for the
@@ -1080,17 +1311,17 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     have agreed on theirs, is only found by the process group's timeout. Raises RuntimeError where a second
     derivative is asked for.
     """
-    options = causal, sm_scale, return_lse, backend, transport, deterministic
-    return attend(q, k, v, schedule, resolve_ring(group), *options, window, cu_seqlens, sinks, seq_len, debug)
+    masks = dict(window=window, cu_seqlens=cu_seqlens, sinks=sinks, seq_len=seq_len)
+    mods = dict(softcap=softcap, bias=bias, alibi_slopes=alibi_slopes, score_mod=score_mod, aux=aux)
+    mods |= dict(score_mod_bwd=score_mod_bwd, dropout_p=dropout_p, dropout_seed=dropout_seed)
+    options = dict(backend=backend, transport=transport, deterministic=deterministic, debug=debug)
+    args = schedule, resolve_ring(group), causal, sm_scale, return_lse
+    return attend(q, k, v, *args, **options, **masks, **mods)
 
 
-def flash_attn_func(q, k, v, bias=None, causal=True, sm_scale=None, *, return_lse=False, backend=None,
-                    deterministic=True, window=None, cu_seqlens=None, sinks=None, seq_len=None,
-                    debug=False):  # fmt: skip
-    """ring_attn on a ring of one, whatever the process group: (B, T, H, D). bias must be None. All else: as
-    for ring_attn."""
-    options = causal, sm_scale, return_lse, backend, None, deterministic, window, cu_seqlens, sinks, seq_len
-    return attend(q, k, v, "contiguous", ALONE, *options, debug, bias_problem(bias))
+def flash_attn_func(q, k, v, bias=None, causal=True, sm_scale=None, *, return_lse=False, **options):
+    """ring_attn on a ring of one, whatever the process group: (B, T, H, D). All else: as for ring_attn."""
+    return attend(q, k, v, "contiguous", ALONE, causal, sm_scale, return_lse, bias=bias, **options)
 
 
 def public_name(schedule):
@@ -1098,31 +1329,25 @@ def public_name(schedule):
     return "ring" if schedule == "contiguous" else schedule
 
 
-def bias_problem(bias):
-    return None if bias is None else "bias is not supported yet; pass None"
-
-
 def named_attn_func(schedule):
     """The public function of one schedule, NAME_attn_func."""
 
     def func(q, k, v, n_ranks, rank, prev_rank, next_rank, bias=None, causal=True, sm_scale=None, *,
-             group=None, transport=None, deterministic=True, window=None, cu_seqlens=None, sinks=None,
-             seq_len=None, debug=False):  # fmt: skip
+             group=None, **options):  # fmt: skip
         ring = ALONE if n_ranks == 1 and group is None else resolve_ring(group)
-        given, problem = (n_ranks, rank, prev_rank, next_rank), bias_problem(bias)
+        given, problem = (n_ranks, rank, prev_rank, next_rank), None
         actual = ring.n_ranks, ring.rank, ring.prev_rank, ring.next_rank
         if given != actual:
             names = "n_ranks, rank, prev_rank, next_rank"
             problem = f"{names} are {given}; in this process group they are {actual}"
-        options = transport, deterministic, window, cu_seqlens, sinks, seq_len, debug, problem
-        return attend(q, k, v, schedule, ring, causal, sm_scale, False, None, *options)
+        return attend(q, k, v, schedule, ring, causal, sm_scale, problem=problem, bias=bias, **options)
 
     func.__name__ = func.__qualname__ = f"{public_name(schedule)}_attn_func"
     func.__doc__ = f"""ring_attn(q, k, v, schedule="{schedule}") with the ring's ranks as arguments.
 
     q: (B, T, H, D), k, v: (B, T, HKV, D), this rank's tokens, see `shard`. Ranks are those within `group`
     (default: all processes); n_ranks = 1 without a group is a local call, whatever the process group.
-    bias must be None. All other arguments: as for ring_attn. Returns o (B, T, H, D). Raises ValueError as
+    All other arguments: as for ring_attn. Returns o (B, T, H, D). Raises ValueError as
     ring_attn does, and for other ranks than the group's.
     """
     return func
@@ -1238,6 +1463,97 @@ def held_and_written(hop, j):
     return held, fill & ((tl.load(hop + HOME) > 0) | (held == 0))
 
 
+# Mods in kernels. MODS: (position of the last query, of the last key, arguments of each function, of dropout);
+# MOD, MOD_BWD: Functions; DROPOUT: whether there is any
+
+SLOW_TANH = constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def index_at(layout, i, T, last):
+    """Global positions as mods get them: where they may read."""
+    return tl.minimum(position(layout, i, T), last)
+
+
+@triton.jit
+def modify(s, b, h, q_idx, kv_idx, MODS, MOD: constexpr):
+    """Scores in natural units before the first function, after it, ..., after the last one."""
+    _, _, ARGS, _ = MODS
+    states = (s,)
+    for i in tl.static_range(len(MOD)):
+        states = states + (MOD[i](states[i], b, h, q_idx, kv_idx, *ARGS[i]).to(tl.float32),)
+    return states
+
+
+@triton.jit
+def modify_bwd(ds, states, b, h, q_idx, kv_idx, MODS, MOD_BWD: constexpr):
+    """The gradient of the first of the states, from that of the last."""
+    _, _, ARGS, _ = MODS
+    for i in tl.static_range(len(MOD_BWD) - 1, -1, -1):
+        ds = MOD_BWD[i](ds, states[i], b, h, q_idx, kv_idx, *ARGS[i]).to(tl.float32)
+    return ds
+
+
+@triton.jit
+def keep(b, h, q_idx, kv_idx, MODS):
+    """What dropout multiplies probabilities, and their gradients, by: 0 or 1 / (1 - dropout_p)."""
+    _, _, _, dropout = MODS
+    SEED, threshold, scale = dropout
+    return tl.where(philox_bits(tl.load(SEED), b, h, q_idx, kv_idx) >= threshold, scale, 0.0)
+
+
+@triton.jit
+def philox_bits(seed, b, h, q_idx, kv_idx):
+    """`philox` of scores. In the order of its counters the first rounds cost least: those of b, h, q_idx alone
+    are computed once for a row."""
+    M0: constexpr = PHILOX[0][0]
+    M1: constexpr = PHILOX[0][1]
+    STEP0: constexpr = PHILOX[1][0]
+    STEP1: constexpr = PHILOX[1][1]
+    key0, key1 = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c0, c1, c2, c3 = h.to(tl.uint32), kv_idx.to(tl.uint32), q_idx.to(tl.uint32), b.to(tl.uint32)
+    for _ in tl.static_range(7):
+        x, y = tl.umulhi(c0, M0), tl.umulhi(c2, M1)
+        c0, c1, c2, c3 = y ^ c1 ^ key0, c2 * M1, x ^ c3 ^ key1, c0 * M0
+        key0, key1 = key0 + STEP0, key1 + STEP1
+    return (c0 >> 8).to(tl.int32)
+
+
+@triton.jit
+def tanh(x):
+    if SLOW_TANH:  # the interpreter knows no PTX
+        return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
+    else:
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def softcap_mod(s, b, h, q_idx, kv_idx, softcap, inverse):
+    return tanh(s * inverse) * softcap
+
+
+@triton.jit
+def softcap_mod_bwd(ds, s, b, h, q_idx, kv_idx, softcap, inverse):
+    ratio = tanh(s * inverse)
+    return ds - ds * ratio * ratio
+
+
+@triton.jit
+def bias_mod(s, b, h, q_idx, kv_idx, BIAS, stride_b, stride_h, stride_q, stride_k, shift_q, shift_k):
+    at = b * stride_b + h * stride_h + (q_idx - shift_q) * stride_q + (kv_idx - shift_k) * stride_k
+    return s + tl.load(BIAS + at)
+
+
+@triton.jit
+def alibi_mod(s, b, h, q_idx, kv_idx, SLOPES, stride_b):
+    return s - tl.load(SLOPES + b * stride_b + h) * tl.abs(q_idx.to(tl.float32) - kv_idx.to(tl.float32))
+
+
+@triton.jit
+def same_bwd(ds, s, b, h, q_idx, kv_idx, *args):
+    return ds
+
+
 @triton.jit
 def load_tile(X, stride, b, h, row, T, BLOCK: constexpr, BLOCK_D: constexpr, HEAD_DIM: constexpr,
               TMA: constexpr):  # fmt: skip
@@ -1329,7 +1645,7 @@ def sees(tile, offs_n, MASK: constexpr):
 
 @triton.jit(do_not_specialize=["H", "G", "T", "TK", "GROUP_B", "SET_B"])
 def fwd_kernel(Q, K, V, O, ACC, LSE, SINKS, HOP, ROWS, sm_scale, H, G, T, TK, GROUP_B, SET_B,
-               stride_q, stride_k, stride_v,
+               stride_q, stride_k, stride_v, MODS, MOD: constexpr, DROPOUT: constexpr,
                MASK: constexpr, TMA: constexpr, HEAD_DIM: constexpr, BLOCK_D: constexpr,
                BLOCK_M: constexpr, BLOCK_N: constexpr):  # fmt: skip
     """One hop of the forward for one tile of queries. State in ACC (B, T, H, D) and LSE (B, H, T), float32;
@@ -1349,22 +1665,33 @@ def fwd_kernel(Q, K, V, O, ACC, LSE, SINKS, HOP, ROWS, sm_scale, H, G, T, TK, GR
         m_i = tl.zeros([BLOCK_M], tl.float32) + tl.load(SINKS + h).to(tl.float32) * LOG2E
     l_i = tl.full([BLOCK_M], 1.0, tl.float32)  # without a carry the first key rescales this to 0
     hk = h // G
-    qk_scale = sm_scale * LOG2E
+    qk_scale = sm_scale * LOG2E if MOD is None else LOG2E
+    hop = HOP + (b // GROUP_B) * HOP_COLUMNS
+    if MOD is not None:
+        q_idx = index_at(hop + Q_LAYOUT, offs_m, T, MODS[0])[:, None]
     # bare tiles first. With TMA no tile overhangs
     for PART in tl.static_range(0, 3 if MASK == INTERVAL else 2 if MASK == CAUSAL or not TMA else 1):
         begin, end = key_part(tile, PART)
         for start_n in tl.range(begin, end, BLOCK_N):
             k = load_tile(K, stride_k, b, hk, start_n, TK, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
             s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            if MOD is not None:
+                offs_n = start_n + tl.arange(0, BLOCK_N)
+                kv_idx = index_at(hop + K_LAYOUT, offs_n, TK, MODS[1])[None, :]
+                s = modify(s * sm_scale, b, h, q_idx, kv_idx, MODS, MOD)[len(MOD)]
             if PART:
                 s = tl.where(sees(tile, start_n + tl.arange(0, BLOCK_N), MASK), s, -float("inf"))
             m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
             shift = m_new
-            if PART:  # a row that has seen no key yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf) = nan
+            if (
+                PART or MOD is not None
+            ):  # a row that has seen no key yet: exp2(-inf - 0), not exp2(-inf + inf)
                 shift = tl.where(m_new == -float("inf"), 0.0, m_new)
             p = tl.math.exp2(s * qk_scale - shift[:, None])
             alpha = tl.math.exp2(m_i - shift)
             l_i = l_i * alpha + tl.sum(p, 1)
+            if DROPOUT:
+                p = p * keep(b, h, q_idx, kv_idx, MODS)
             v = load_tile(V, stride_v, b, hk, start_n, TK, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # [BLOCK_M, D]
             m_i = m_new
@@ -1409,8 +1736,8 @@ def bwd_preprocess_kernel(O, DO, LSE, DLSE, LSE_DELTA, DQ_ACC, DQ_SEMAPHORE, n_h
 
 @triton.jit(do_not_specialize=["H", "G", "T", "TK", "GROUP_B", "SET_B"])
 def dq_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DQ, ACC, HOP, ROWS, sm_scale, H, G, T, TK, GROUP_B, SET_B,
-              stride_q, stride_k, stride_v, stride_do,
-              MASK: constexpr, TMA: constexpr, HEAD_DIM: constexpr, BLOCK_D: constexpr,
+              stride_q, stride_k, stride_v, stride_do, MODS, MOD: constexpr, DROPOUT: constexpr,
+              MOD_BWD: constexpr, MASK: constexpr, TMA: constexpr, HEAD_DIM: constexpr, BLOCK_D: constexpr,
               BLOCK_M: constexpr, BLOCK_N: constexpr):  # fmt: skip
     """One hop of dq for one tile of queries; bounds, state (ACC) and the last write (DQ) as in fwd_kernel."""
     tile = query_tile(HOP, ROWS, H, T, TK, GROUP_B, SET_B, MASK, BLOCK_M, BLOCK_N)
@@ -1424,17 +1751,32 @@ def dq_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DQ, ACC, HOP, ROWS, sm_scale, H, G, 
     lse, delta = tl.load(LSE_LOG2 + row), tl.load(DELTA + row)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     hk = h // G
-    qk_scale = sm_scale * LOG2E
+    qk_scale = sm_scale * LOG2E if MOD is None else LOG2E
+    hop = HOP + (b // GROUP_B) * HOP_COLUMNS
+    if MOD is not None:
+        q_idx = index_at(hop + Q_LAYOUT, offs_m, T, MODS[0])[:, None]
     for PART in tl.static_range(0, 3 if MASK == INTERVAL else 2 if MASK == CAUSAL or not TMA else 1):
         begin, end = key_part(tile, PART)
         for start_n in tl.range(begin, end, BLOCK_N):
             k = load_tile(K, stride_k, b, hk, start_n, TK, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
             v = load_tile(V, stride_v, b, hk, start_n, TK, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
             s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            if MOD is not None:
+                kv_idx = index_at(hop + K_LAYOUT, offs_n, TK, MODS[1])[None, :]
+                states = modify(s * sm_scale, b, h, q_idx, kv_idx, MODS, MOD)
+                s = states[len(MOD)]
             p = tl.math.exp2(s * qk_scale - lse[:, None])
             if PART:
-                p = tl.where(sees(tile, start_n + tl.arange(0, BLOCK_N), MASK), p, 0.0)
-            ds = p * (tl.dot(do, v.T, input_precision="ieee") - delta[:, None])
+                p = tl.where(sees(tile, offs_n, MASK), p, 0.0)
+            dp = tl.dot(do, v.T, input_precision="ieee")
+            if DROPOUT:
+                dp = dp * keep(b, h, q_idx, kv_idx, MODS)
+            ds = p * (dp - delta[:, None])
+            if MOD is not None:
+                ds = modify_bwd(ds, states, b, h, q_idx, kv_idx, MODS, MOD_BWD)
+                if PART:
+                    ds = tl.where(sees(tile, offs_n, MASK), ds, 0.0)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, D]
     offs, mask = state_tile(b, h, start_m, T, H, BLOCK_M, BLOCK_D, HEAD_DIM)
     dq = dq * sm_scale + tl.load(ACC + offs, mask=mask & (offs_m < carry)[:, None], other=0.0)
@@ -1446,8 +1788,8 @@ def dq_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DQ, ACC, HOP, ROWS, sm_scale, H, G, 
 
 @triton.jit(do_not_specialize=["H", "G", "T", "TK", "GROUP_B", "SET_B"])
 def dkv_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, COLUMNS, sm_scale, H, G, T, TK,
-               GROUP_B, SET_B, stride_q, stride_k, stride_v, stride_do,
-               MASK: constexpr, TMA: constexpr, HEAD_DIM: constexpr, BLOCK_D: constexpr,
+               GROUP_B, SET_B, stride_q, stride_k, stride_v, stride_do, MODS, MOD: constexpr,
+               DROPOUT: constexpr, MOD_BWD: constexpr, MASK: constexpr, TMA: constexpr, HEAD_DIM: constexpr, BLOCK_D: constexpr,
                BLOCK_M: constexpr, BLOCK_N: constexpr):  # fmt: skip
     """One hop of dk, dv for one tile of keys. DK_ACC, DV_ACC (B, TK, HKV, D) float32 hold what earlier ranks
     added. DK, DV are the same buffers on the way; at home they are the gradients, in their own dtype."""
@@ -1477,7 +1819,9 @@ def dkv_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, COLUMN
     v = load_tile(V, stride_v, b, h, start_n, TK, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    qk_scale = sm_scale * LOG2E
+    qk_scale = sm_scale * LOG2E if MOD is None else LOG2E
+    if MOD is not None:
+        kv_idx = index_at(hop + K_LAYOUT, offs_n, TK, MODS[1])[:, None]
     for g in tl.range(0, G):  # the query heads that share this key head
         hq = h * G + g
         row = (b * H + hq).to(tl.int64) * (tl.cdiv(T, ROW_PAD) * ROW_PAD)
@@ -1496,14 +1840,29 @@ def dkv_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, COLUMN
                 lse, delta = tl.load(LSE_LOG2 + row + offs_m), tl.load(DELTA + row + offs_m)
                 # scores come out transposed, so that both products below take them as they are
                 s = tl.dot(k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+                if MOD is not None:
+                    q_idx = index_at(hop + Q_LAYOUT, offs_m, T, MODS[0])[None, :]
+                    states = modify(s * sm_scale, b, hq, q_idx, kv_idx, MODS, MOD)
+                    s = states[len(MOD)]
                 p = tl.math.exp2(s * qk_scale - lse[None, :])
                 if PART != 1:
                     seen = offs_m[None, :] >= row_begin[:, None]
                     if MASK == INTERVAL:
                         seen = seen & (offs_m[None, :] < row_end[:, None])
                     p = tl.where(seen, p, 0.0)
-                dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, D]
-                ds = p * (tl.dot(v, do.T, input_precision="ieee") - delta[None, :])
+                kept = p
+                if DROPOUT:
+                    factor = keep(b, hq, q_idx, kv_idx, MODS)
+                    kept = p * factor
+                dv = tl.dot(kept.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, D]
+                dp = tl.dot(v, do.T, input_precision="ieee")
+                if DROPOUT:
+                    dp = dp * factor
+                ds = p * (dp - delta[None, :])
+                if MOD is not None:
+                    ds = modify_bwd(ds, states, b, hq, q_idx, kv_idx, MODS, MOD_BWD)
+                    if PART != 1:
+                        ds = tl.where(seen, ds, 0.0)
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, D]
     offs, mask = state_tile(b, h, start_n, TK, HKV, BLOCK_N, BLOCK_D, HEAD_DIM)
     dk = dk * sm_scale + tl.load(DK_ACC + offs, mask=mask & held, other=0.0)
@@ -1597,7 +1956,7 @@ def as_matrix(x, rows):
     return TensorDescriptor(x, shape, [stride_t, 1], [rows, D])
 
 
-def run_portable(kernel, name, inputs, outputs, hop, bounds, mask, sm_scale):
+def run_portable(kernel, name, inputs, outputs, hop, bounds, mask, mods, sm_scale):
     """Launch a kernel. inputs: q, k, v and perhaps do, as TMA descriptors where the GPU has TMA and no tile
     overhangs a sequence or a head, else as pointers. bounds: of the mask INTERVAL, by resident row."""
     q, k = inputs[:2]
@@ -1614,12 +1973,13 @@ def run_portable(kernel, name, inputs, outputs, hop, bounds, mask, sm_scale):
     n_programs = triton.cdiv(TK, BLOCK_N) * B * HKV if name == "dkv" else triton.cdiv(T, BLOCK_M) * B * H
     bounds, set_b = (bounds, B // len(bounds)) if mask.kind == INTERVAL.value else (None, 1)
     args = hop.table, bounds, sm_scale, H, H // HKV, T, TK, B // len(hop.rows), set_b, *strides
-    kernel[(n_programs,)](*inputs, *outputs, *args, MASK=mask.kind, TMA=tma, **config)
+    mod_args, constants, _ = mods.for_kernels(name != "fwd")
+    kernel[(n_programs,)](*inputs, *outputs, *args, mod_args, **constants, MASK=mask.kind, TMA=tma, **config)
 
 
-def triton_fwd(q, k, v, o, acc, lse, sinks, hop, mask, sm_scale):
+def triton_fwd(q, k, v, o, acc, lse, sinks, hop, mask, mods, sm_scale):
     rows = hop.bounds and hop.bounds.rows
-    run_portable(fwd_kernel, "fwd", (q, k, v), (o, acc, lse, sinks), hop, rows, mask, sm_scale)
+    run_portable(fwd_kernel, "fwd", (q, k, v), (o, acc, lse, sinks), hop, rows, mask, mods, sm_scale)
 
 
 def run_preprocess(o, do, lse, dlse, dq_acc=None, semaphores=None, n_hops=0):
@@ -1644,12 +2004,12 @@ def triton_preprocess(o, do, lse, dlse, dq, n_hops):
     return (run_preprocess(o, do, lse, dlse), accumulator(dq, torch.float32, n_hops, "triton")), None
 
 
-def triton_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, mask, sm_scale, deterministic):
+def triton_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, mask, mods, sm_scale, deterministic):
     lse_delta, dq_acc = state
     rows, columns, _ = hop.bounds or (None, None, None)
     inputs, outputs = (q, k, v, do), (*lse_delta, dk, dv, dk_acc, dv_acc)
-    run_portable(dkv_kernel, "dkv", inputs, outputs, hop, columns, mask, sm_scale)
-    run_portable(dq_kernel, "dq", inputs, (*lse_delta, dq, dq_acc), hop, rows, mask, sm_scale)
+    run_portable(dkv_kernel, "dkv", inputs, outputs, hop, columns, mask, mods, sm_scale)
+    run_portable(dq_kernel, "dq", inputs, (*lse_delta, dq, dq_acc), hop, rows, mask, mods, sm_scale)
 
 
 # =============================================================================
@@ -1974,7 +2334,8 @@ def join_lse(old, new):
 
 
 @gluon.jit
-def fwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, MASK: constexpr, HAS_SINKS: constexpr):
+def fwd_consumer(c: constexpr, out, smem, dims, MODS, HEAD_DIM: constexpr, MASK: constexpr,
+                 HAS_SINKS: constexpr, MOD: constexpr, DROPOUT: constexpr):  # fmt: skip
     o_desc, o_smem, ACC, LSE, SINKS, sm_scale = out
     CONSUMERS: constexpr = smem.q.shape[0]
     STAGES: constexpr = smem.k.shape[0]
@@ -1992,7 +2353,7 @@ def fwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, MASK: const
     q = matrix(smem.q, c)
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
     offs_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))
-    qk_scale = sm_scale * LOG2E
+    qk_scale = sm_scale * LOG2E if MOD is None else LOG2E
     n_done, tile = 0, 0
     for n in range(dims.B * dims.H // dims.L2_HEADS * dims.WAVES):
         work = fwd_work_tile(n, dims, CONSUMERS * ROWS, BLOCK_N, MASK)
@@ -2013,13 +2374,21 @@ def fwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, MASK: const
                 row_begin, row_end = load_bounds(rows, offs_m, T, dims.TK)
             else:
                 row_begin, row_end = offs_m, keys_seen(hop, offs_m, T, dims.TK, MASK)
+            if MOD is not None:
+                q_idx = index_at(hop + Q_LAYOUT, offs_m, T, MODS[0])[:, None]
             scores = warpgroup_mma_wait(0, (s_async,))  # [BLOCK_M, BLOCK_N]
             consumer_release(s, CONSUMERS)
             offs_j = start_n + offs_n
+            if MOD is not None:
+                kv_idx = index_at(hop + K_LAYOUT, offs_j, dims.TK, MODS[1])[None, :]
+                scores = modify(scores * sm_scale, work.b, work.h, q_idx, kv_idx, MODS, MOD)[len(MOD)]
             columns = offs_j, row_begin, row_end, True, MASK
             scores, m_i, shift, alpha = online_softmax_max(scores, m_i, l_i, qk_scale, *columns)
             p = gl.exp2(scores * qk_scale - shift)
             l_i = gl.sum(p, 2)
+            if DROPOUT:
+                factor = keep(work.b, work.h, q_idx, kv_idx, MODS)
+                p = by_lane(gl.convert_layout(by_row(p), s_layout) * factor)
             p = gl.convert_layout(by_row(p.to(dtype)), p_layout)
             for j in range(1, n_tiles):
                 s, last = (tile + j) % STAGES, (tile + j - 1) % STAGES
@@ -2032,6 +2401,9 @@ def fwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, MASK: const
                 offs_j, masked = start_n - j * BLOCK_N + offs_n, j < work.n_head
                 if MASK == INTERVAL:
                     masked = masked | (j >= n_tiles - work.n_tail)
+                if MOD is not None:
+                    kv_idx = index_at(hop + K_LAYOUT, offs_j, dims.TK, MODS[1])[None, :]
+                    scores = modify(scores * sm_scale, work.b, work.h, q_idx, kv_idx, MODS, MOD)[len(MOD)]
                 columns = offs_j, row_begin, row_end, masked, MASK
                 scores, m_i, shift, alpha = online_softmax_max(scores, m_i, l_i, qk_scale, *columns)
                 if EARLY:
@@ -2046,6 +2418,9 @@ def fwd_consumer(c: constexpr, out, smem, dims, HEAD_DIM: constexpr, MASK: const
                 if not EARLY:
                     p_new = gl.exp2(scores * qk_scale - shift)
                     l_i = l_i * alpha + gl.sum(p_new, 2)
+                if DROPOUT:
+                    factor = keep(work.b, work.h, q_idx, kv_idx, MODS)
+                    p_new = by_lane(gl.convert_layout(by_row(p_new), s_layout) * factor)
                 p = gl.convert_layout(by_row(p_new.to(dtype)), p_layout)
                 acc = rescale(acc, alpha)
             tile += n_tiles
@@ -2105,8 +2480,9 @@ def tiles_like(desc, N: constexpr):
 
 @gluon.jit(do_not_specialize=["B", "H", "G", "T", "TK", "GROUP_B", "SET_B", "L2_HEADS", "WAVES"])
 def hopper_fwd_kernel(q_desc, k_desc, v_desc, o_desc, ACC, LSE, SINKS, HOP, ROWS, TILES, sm_scale,
-                      B, H, G, T, TK, GROUP_B, SET_B, L2_HEADS, WAVES, HEAD_DIM: constexpr, MASK: constexpr,
-                      CONSUMERS: constexpr, STAGES: constexpr, HAS_SINKS: constexpr):  # fmt: skip
+                      B, H, G, T, TK, GROUP_B, SET_B, L2_HEADS, WAVES, MODS, HEAD_DIM: constexpr,
+                      MASK: constexpr, CONSUMERS: constexpr, STAGES: constexpr, HAS_SINKS: constexpr,
+                      MOD: constexpr, DROPOUT: constexpr):  # fmt: skip
     q, k, v = tiles_like(q_desc, CONSUMERS), tiles_like(k_desc, STAGES), tiles_like(v_desc, STAGES)
     full, empty = barriers(CONSUMERS), barriers(CONSUMERS)
     smem = FwdBuffers(q, k, v, full, empty, barriers(STAGES), barriers(STAGES))
@@ -2114,15 +2490,15 @@ def hopper_fwd_kernel(q_desc, k_desc, v_desc, o_desc, ACC, LSE, SINKS, HOP, ROWS
     descs, out = (q_desc, k_desc, v_desc), (o_desc, tiles_like(o_desc, CONSUMERS), ACC, LSE, SINKS, sm_scale)
     if CONSUMERS == 2:  # registers: 240 for a consumer's thread, 24 for the producer's
         gl.warp_specialize([
-            (fwd_consumer, (0, out, smem, dims, HEAD_DIM, MASK, HAS_SINKS)),
-            (fwd_consumer, (1, out, smem, dims, HEAD_DIM, MASK, HAS_SINKS)),
+            (fwd_consumer, (0, out, smem, dims, MODS, HEAD_DIM, MASK, HAS_SINKS, MOD, DROPOUT)),
+            (fwd_consumer, (1, out, smem, dims, MODS, HEAD_DIM, MASK, HAS_SINKS, MOD, DROPOUT)),
             (fwd_producer, (descs, smem, dims, MASK)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (fwd_consumer, (0, out, smem, dims, HEAD_DIM, MASK, HAS_SINKS)),
-            (fwd_consumer, (1, out, smem, dims, HEAD_DIM, MASK, HAS_SINKS)),
-            (fwd_consumer, (2, out, smem, dims, HEAD_DIM, MASK, HAS_SINKS)),
+            (fwd_consumer, (0, out, smem, dims, MODS, HEAD_DIM, MASK, HAS_SINKS, MOD, DROPOUT)),
+            (fwd_consumer, (1, out, smem, dims, MODS, HEAD_DIM, MASK, HAS_SINKS, MOD, DROPOUT)),
+            (fwd_consumer, (2, out, smem, dims, MODS, HEAD_DIM, MASK, HAS_SINKS, MOD, DROPOUT)),
             (fwd_producer, (descs, smem, dims, MASK)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
@@ -2311,11 +2687,12 @@ def unknown_zero():
 
 
 @gluon.jit
-def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start_m, bounds, offs_n, T, TK, G, qk_scale,
-              MASK: constexpr):  # fmt: skip
+def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start_m, bounds, offs_n, T, TK, G, qk_scale, at, MODS,
+              MOD: constexpr, DROPOUT: constexpr, MOD_BWD: constexpr, MASK: constexpr):  # fmt: skip
     """n streamed tiles, the first being the tile-th of this program, with the queries from start_m on: G
     heads' of the same queries, then of the queries before. bounds: Bounds.columns if MASK is INTERVAL; the
-    first query that sees each key if CAUSAL; unused if FULL, which masks nothing."""
+    first query that sees each key if CAUSAL; unused if FULL, which masks nothing. at: HopRow, batch, the
+    first of the heads, sm_scale, which only MODS need."""
     STAGES: constexpr = smem.q.shape[0]
     BLOCK_M: constexpr = smem.q.shape[2]
     BLOCK_D: constexpr = smem.q.shape[4]
@@ -2324,6 +2701,9 @@ def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start_m, bounds, offs_n, T, T
     dtype: constexpr = smem.q.dtype
     zero = gl.zeros([64, BLOCK_M], gl.float32, s_layout)
     zero_dq = gl.zeros([64, 64], gl.float32, product_layout(64))
+    if MOD is not None:
+        hop, b, head, sm_scale = at
+        kv_idx = index_at(hop + K_LAYOUT, offs_n, TK, MODS[1])[:, None]
     for i in range(tile, tile + n):
         s, phase, both = i % STAGES, i // STAGES & 1, i % 2
         here = unknown_zero()
@@ -2336,10 +2716,15 @@ def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start_m, bounds, offs_n, T, T
         mbarrier.wait(smem.do_full.index(s), phase)
         dp_async = warpgroup_mma(v, do.permute((1, 0)), zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(1, (s_async,))  # [64 keys, BLOCK_M queries]
-        p = gl.exp2(scores * qk_scale - lse)
-        if MASK != FULL:
+        if MASK != FULL or MOD is not None:
             offs_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))[None, :]
             first = start_m - (i - tile) // G * BLOCK_M
+        if MOD is not None:
+            h, q_idx = head + (i - tile) % G, index_at(hop + Q_LAYOUT, first + offs_m, T, MODS[0])
+            states = modify(scores * sm_scale, b, h, q_idx, kv_idx, MODS, MOD)
+            scores = states[len(MOD)]
+        p = gl.exp2(scores * qk_scale - lse)
+        if MASK != FULL:
             if MASK == INTERVAL:
                 begin, end = load_bounds(
                     bounds, offs_n, TK, T
@@ -2349,10 +2734,20 @@ def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start_m, bounds, offs_n, T, T
                 seen = offs_m >= (bounds - first)[:, None]
             p = gl.where(seen, p, 0.0)
         dp = warpgroup_mma_wait(0, (dp_async,))
-        ds = (p * (dp - lse_delta.slice(1, 1).load(s_layout))).to(dtype)
+        kept = p
+        if DROPOUT:
+            factor = keep(b, h, q_idx, kv_idx, MODS)
+            dp = dp * factor
+            kept = p * factor
+        ds = p * (dp - lse_delta.slice(1, 1).load(s_layout))
+        if MOD is not None:
+            ds = modify_bwd(ds, states, b, h, q_idx, kv_idx, MODS, MOD_BWD)
+            if MASK != FULL:
+                ds = gl.where(seen, ds, 0.0)
+        ds = ds.to(dtype)
         # two buffers: the other consumer may still read the last one
         smem.ds.index(both).slice(c * 64, 64, 1).permute((1, 0)).store(ds)
-        dv_async = warpgroup_mma(gl.convert_layout(p.to(dtype), p_layout), do, dv, is_async=True)
+        dv_async = warpgroup_mma(gl.convert_layout(kept.to(dtype), p_layout), do, dv, is_async=True)
         fence_async_shared()
         bar_sync(DQ_FREE + c, 160)
         mbarrier.arrive(smem.ds_full.index(0), count=1)
@@ -2375,14 +2770,16 @@ def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start_m, bounds, offs_n, T, T
 
 
 @gluon.jit
-def bwd_consumer(c: constexpr, out, smem, dims, n_work, HEAD_DIM: constexpr, MASK: constexpr):
+def bwd_consumer(c: constexpr, out, smem, dims, n_work, MODS, HEAD_DIM: constexpr, MASK: constexpr,
+                 MOD: constexpr, DROPOUT: constexpr, MOD_BWD: constexpr):  # fmt: skip
     DK, DV, DK_ACC, DV_ACC, COMING, dk_desc, dv_desc, sm_scale = out
     BLOCK_M: constexpr = smem.q.shape[2]
     BLOCK_D: constexpr = smem.q.shape[4]
     dtype: constexpr = smem.q.dtype
     o_layout: constexpr = product_layout(BLOCK_D)
     row_s: constexpr = gl.SliceLayout(1, product_layout(BLOCK_M))
-    heads, T, TK, qk_scale = dims.H // dims.G, dims.T, dims.TK, sm_scale * LOG2E
+    heads, T, TK = dims.H // dims.G, dims.T, dims.TK
+    qk_scale = sm_scale * LOG2E if MOD is None else LOG2E
     n_done, tile = 0, 0
     n = next_number(smem, n_done, 4)
     while n < n_work:
@@ -2399,16 +2796,19 @@ def bwd_consumer(c: constexpr, out, smem, dims, n_work, HEAD_DIM: constexpr, MAS
         mbarrier.wait(smem.kv_full.index(0), n_done & 1)
         n_outer, G = query_heads(dims, MASK)
         n, args = work.n_tiles - work.n_head - work.n_tail, (bounds, offs_n, T, TK, G, qk_scale)
-        for _ in range(n_outer):
-            at = work.first * BLOCK_M
+        for outer in range(n_outer):
+            start_m, at = work.first * BLOCK_M, (work.hop, work.b, work.h * dims.G + outer, sm_scale)
             if MASK == INTERVAL:  # loops of their own: a branch in one would cost registers
-                dk, dv = bwd_tiles(c, dk, dv, smem, tile, work.n_head * G, at, *args, MASK)
+                dk, dv = bwd_tiles(c, dk, dv, smem, tile, work.n_head * G, start_m, *args, at, MODS,
+                                   MOD, DROPOUT, MOD_BWD, MASK)  # fmt: skip
                 tile += work.n_head * G
-            dk, dv = bwd_tiles(c, dk, dv, smem, tile, n * G, at, *args, FULL)
+            dk, dv = bwd_tiles(c, dk, dv, smem, tile, n * G, start_m, *args, at, MODS,
+                               MOD, DROPOUT, MOD_BWD, FULL)  # fmt: skip
             tile += n * G
             if MASK != FULL:
-                at -= (work.n_head + n) * BLOCK_M
-                dk, dv = bwd_tiles(c, dk, dv, smem, tile, work.n_tail * G, at, *args, MASK)
+                start_m -= (work.n_head + n) * BLOCK_M
+                dk, dv = bwd_tiles(c, dk, dv, smem, tile, work.n_tail * G, start_m, *args, at, MODS,
+                                   MOD, DROPOUT, MOD_BWD, MASK)  # fmt: skip
                 tile += work.n_tail * G
         n_done += 1
         dk = dk * sm_scale
@@ -2436,9 +2836,9 @@ def bwd_consumer(c: constexpr, out, smem, dims, n_work, HEAD_DIM: constexpr, MAS
 @gluon.jit(do_not_specialize=["B", "H", "G", "T", "TK", "GROUP_B", "SET_B", "L2_HEADS", "WAVES", "OUTER"])
 def hopper_bwd_kernel(q_desc, k_desc, v_desc, do_desc, lse_delta_desc, dq_desc, dk_desc, dv_desc,
                       DK, DV, DK_ACC, DV_ACC, DQ_SEMAPHORE, HOP, COLUMNS, TILES, sm_scale,
-                      B, H, G, T, TK, GROUP_B, SET_B, L2_HEADS, WAVES, OUTER, HEAD_DIM: constexpr,
-                      MASK: constexpr, STAGES: constexpr,
-                      DETERMINISTIC: constexpr):  # fmt: skip
+                      B, H, G, T, TK, GROUP_B, SET_B, L2_HEADS, WAVES, OUTER, MODS, HEAD_DIM: constexpr,
+                      MASK: constexpr, STAGES: constexpr, DETERMINISTIC: constexpr, MOD: constexpr,
+                      DROPOUT: constexpr, MOD_BWD: constexpr):  # fmt: skip
     BLOCK_M: constexpr = q_desc.block_type.shape[1]
     ds_layout: constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BWD_ROWS], q_desc.dtype)
     ds = gl.allocate_shared_memory(q_desc.dtype, [2, BLOCK_M, BWD_ROWS], ds_layout)
@@ -2458,8 +2858,8 @@ def hopper_bwd_kernel(q_desc, k_desc, v_desc, do_desc, lse_delta_desc, dq_desc, 
     COUNTER = DQ_SEMAPHORE + B * H * (gl.cdiv(T, ROW_PAD) * (ROW_PAD // 64))  # behind those of dq
     out = (DK, DV, DK_ACC, DV_ACC, COUNTER + 1, dk_desc, dv_desc, sm_scale)
     gl.warp_specialize([
-        (bwd_consumer, (0, out, smem, dims, n_work, HEAD_DIM, MASK)),
-        (bwd_consumer, (1, out, smem, dims, n_work, HEAD_DIM, MASK)),
+        (bwd_consumer, (0, out, smem, dims, n_work, MODS, HEAD_DIM, MASK, MOD, DROPOUT, MOD_BWD)),
+        (bwd_consumer, (1, out, smem, dims, n_work, MODS, HEAD_DIM, MASK, MOD, DROPOUT, MOD_BWD)),
         (bwd_producer, (descs, smem, dims, COUNTER, n_work, MASK)),
         (bwd_reducer, (dq_desc, smem, dims, DQ_SEMAPHORE, n_work, DETERMINISTIC, MASK)),
     ], [4, 1, 1], [240, 24, 24])  # fmt: skip
@@ -2551,16 +2951,28 @@ def hopper_bounds(hop, resident, mask):
     return hop.table[None], hop.table
 
 
-def hopper_fwd(q, k, v, o, acc, lse, sinks, hop, mask, sm_scale):
+def hopper_fwd(q, k, v, o, acc, lse, sinks, hop, mask, mods, sm_scale):
     bounds = hopper_bounds(hop, 0, mask)
     config = hopper_config("fwd", q.shape, k.shape, q.device, len(hop.rows), len(bounds[0]), mask.kind)
     resident, streamed, dims, grid, constants, options = config
     tiles = tma_descriptor(q, resident), tma_descriptor(k, streamed), tma_descriptor(v, streamed)
     has_sinks = sinks is not None
     sinks = sinks if has_sinks else lse  # any pointer
-    args = (*tiles, tma_descriptor(o, resident), acc, lse, sinks, hop.table, *bounds, sm_scale, *dims)
-    depends = q.dtype, streamed, sinks.dtype, *(x.data_ptr() % 16 == 0 for x in (sinks, bounds[0]))
-    constants = dict(constants, HAS_SINKS=has_sinks)
+    mod_args, of_mods, also = mods.for_kernels()
+    args = (
+        *tiles,
+        tma_descriptor(o, resident),
+        acc,
+        lse,
+        sinks,
+        hop.table,
+        *bounds,
+        sm_scale,
+        *dims,
+        mod_args,
+    )
+    depends = q.dtype, streamed, sinks.dtype, *(x.data_ptr() % 16 == 0 for x in (sinks, bounds[0])), also
+    constants = dict(constants, HAS_SINKS=has_sinks, **of_mods)
     launch(hopper_fwd_kernel, q.device, depends, grid, args, constants, **options)
 
 
@@ -2573,7 +2985,7 @@ def hopper_preprocess(o, do, lse, dlse, dq, n_hops):
     return (run_preprocess(o, do, lse, dlse, dq_acc, semaphores, n_hops), dq_acc, semaphores), coming
 
 
-def hopper_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, mask, sm_scale, deterministic):
+def hopper_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, mask, mods, sm_scale, deterministic):
     lse_delta, dq_acc, semaphores = state
     bounds = hopper_bounds(hop, 1, mask)
     config = hopper_config("bwd", q.shape, k.shape, q.device, len(hop.rows), len(bounds[0]), mask.kind)
@@ -2584,9 +2996,10 @@ def hopper_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, mask, sm_
     outs = [tma_descriptor(x, half) if x.dtype == q.dtype else rows for x in (dk, dv)]
     outs += dk, dv, dk_acc, dv_acc, semaphores[j], hop.table, *bounds
     outer = q.shape[2] // k.shape[2] if mask.left < INT_MAX else 1  # see query_heads
-    args = (*inputs, rows, dq_tiles, *outs, sm_scale, *dims, outer)
-    depends = q.dtype, dk.dtype, dk_acc.dtype, streamed, bounds[0].data_ptr() % 16 == 0
-    constants = dict(constants, DETERMINISTIC=deterministic)
+    mod_args, of_mods, also = mods.for_kernels(backward=True)
+    args = (*inputs, rows, dq_tiles, *outs, sm_scale, *dims, outer, mod_args)
+    depends = q.dtype, dk.dtype, dk_acc.dtype, streamed, bounds[0].data_ptr() % 16 == 0, also
+    constants = dict(constants, DETERMINISTIC=deterministic, **of_mods)
     launch(hopper_bwd_kernel, q.device, depends, grid, args, constants, **options)
 
 
@@ -3085,38 +3498,40 @@ def dense(q, k, v, ring):
     return q, k, v
 
 
-def run_hops(hops, tensors, sinks, cu_seqlens, ring, schedule, causal, window, seq_len, sm_scale, backend,
-             *options):  # fmt: skip
+def run_hops(hops, tensors, extras, ring, schedule, causal, window, seq_len, sm_scale, backend, transport,
+             softcap, dropout_p, functions, *options):  # fmt: skip
     q, k, ring_object = *tensors[:2], ring_numbered(ring)
     backend = best_backend(q) if backend is None else backend
     n_virtual = ring_object.n_ranks if ring < 0 else 1
     T, TK = q.shape[1] // n_virtual, k.shape[1] // n_virtual
     S = max(T, TK) * ring_object.n_ranks
-    sinks = sinks if sinks is None else sinks.contiguous()
+    extras = Extras.of(extras)
+    extras = Extras(*(x if x is None else x.contiguous() for x in extras[:-1]), extras.aux)
     window = window if window is None else tuple(window)
-    mask = make_mask(S, causal, window, seq_len, documents_of(cu_seqlens, S), T == TK)
-    if backend == "gluon" and hops is backward_hops and TK % BWD_ROWS.value:
-        # elsewhere hopper_bwd_kernel does not mask keys past the end in a tile that all queries see. They are
-        # 0, but ds, with p = exp(-lse), may be infinite in 16 bits, and dq nan
+    mask = make_mask(S, causal, window, seq_len, documents_of(extras.cu_seqlens, S), T == TK)
+    backward = hops is backward_hops
+    # elsewhere hopper_bwd_kernel does not mask keys past the end in a tile that all queries see. They are 0,
+    # but ds, with p = exp(-lse), may be infinite in 16 bits, and dq nan
+    overhangs = backend == "gluon" and TK % BWD_ROWS.value
+    if backward and (overhangs or options[-1]):  # bias_grad: its loop wants tables
         mask = mask._replace(kind=INTERVAL.value)
+    local = tensors[0][:, :T], tensors[1][:, :TK]
+    mods = make_mods(*local, ring_object.n_ranks, mask, extras, softcap, dropout_p, functions)
     kind, plain = q.device.type, contextlib.nullcontext()  # the state stays in float32, also under autocast
     no_casts = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else plain
     with torch.cuda.device_of(q), no_casts:
-        return ring_object.run(
-            hops, (*tensors, sinks, cu_seqlens), schedule, mask, sm_scale, backend, *options
-        )
+        args = schedule, mask, mods, sm_scale, backend, transport, *options
+        return ring_object.run(hops, tensors, extras, *args)
 
 
-def forward_real(q, k, v, sinks, cu_seqlens, ring, schedule, causal, window, seq_len, sm_scale, backend,
-                 transport, *for_backward):  # fmt: skip
-    options = ring, schedule, causal, window, seq_len, sm_scale, backend, transport
-    return run_hops(forward_hops, dense(q, k, v, ring), sinks, cu_seqlens, *options)
+def forward_real(q, k, v, extras, *args):
+    return run_hops(forward_hops, dense(q, k, v, args[0]), extras, *args[:N_COMMON])
 
 
-def forward_checked(q, k, v, sinks, cu_seqlens, ring, *args):
+def forward_checked(q, k, v, extras, ring, *args):
     """Checks when a compiled graph runs, as it was made before its tensors were there."""
-    check_once(q, k, v, sinks, cu_seqlens, ring_numbered(ring), *args)
-    return forward_real(q, k, v, sinks, cu_seqlens, ring, *args)
+    check_once(q, k, v, extras, ring_numbered(ring), *args)
+    return forward_real(q, k, v, extras, ring, *args)
 
 
 def forward_fake(q, k, v, *args):
@@ -3124,17 +3539,20 @@ def forward_fake(q, k, v, *args):
     return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def backward_real(do, dlse, q, k, v, o, lse, sinks, cu_seqlens, ring, *args):
+def backward_real(do, dlse, q, k, v, o, lse, extras, ring, *args):
     do = torch.zeros_like(o) if do is None else do.to(o.dtype).contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     tensors = *dense(q, k, v, ring), o, lse, do, dlse
-    *grads, dsinks = run_hops(backward_hops, tensors, sinks, cu_seqlens, ring, *args)
-    return *grads, dsinks if sinks is None else dsinks.to(sinks.dtype)
+    *grads, dsinks, dbias = run_hops(backward_hops, tensors, extras, ring, *args)
+    given = Extras.of(extras)
+    of_extras = ((dx, x) for dx, x in ((dsinks, given.sinks), (dbias, given.bias)))
+    return *grads, *(dx if x is None else dx.to(x.dtype) for dx, x in of_extras)
 
 
-def backward_fake(do, dlse, q, k, v, o, lse, sinks, *args):
-    dsinks = lse.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
-    return *(x.new_empty(x.shape) for x in (q, k, v)), dsinks
+def backward_fake(do, dlse, q, k, v, o, lse, extras, *args):
+    sinks, bias = extras[0], extras[2] if args[-1] else None
+    of_extras = (lse.new_empty(0) if x is None else x.new_empty(x.shape) for x in (sinks, bias))
+    return *(x.new_empty(x.shape) for x in (q, k, v)), *of_extras
 
 
 class FirstDerivative(torch.autograd.Function):
@@ -3162,39 +3580,48 @@ def once(f, *inputs):
 
 class RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, cu_seqlens, run, args):
+    def forward(ctx, q, k, v, run, args, *extras):
         q, k, v = dense(q, k, v, args[0])  # here already, as these are kept for the backward
         if can_skip_dispatcher(q, k, v):
-            o, lse = run(q, k, v, sinks, cu_seqlens, *args)
+            o, lse = run(q, k, v, extras, *args)
         else:
             with torch._C._AutoDispatchBelowAutograd():  # the same operator, below autograd
-                o, lse = torch.ops.ring_attn.forward.default(q, k, v, sinks, cu_seqlens, *args)
-        ctx.save_for_backward(q, k, v, o, lse, sinks, cu_seqlens)
-        ctx.args, ctx.ring = args[:9], ring_numbered(args[0])  # the ring lives until the backward
+                o, lse = torch.ops.ring_attn.forward.default(q, k, v, extras, *args)
+        ctx.save_for_backward(q, k, v, o, lse, *extras)
+        ctx.args, ctx.ring = args, ring_numbered(args[0])  # the ring lives until the backward
         ctx.set_materialize_grads(False)
         return o, lse
 
     @staticmethod
     def backward(ctx, do, dlse):
-        saved = ctx.saved_tensors
-        skip = can_skip_dispatcher(*saved[:5])
-        backward = backward_real if skip else torch.ops.ring_attn.backward.default
-        *grads, dsinks = once(lambda: backward(do, dlse, *saved, *ctx.args), do, dlse, *saved[:3], saved[5])
-        return *grads, dsinks if saved[5] is not None else None, None, None, None
+        saved, extras = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        need_sinks, _, need_bias, *_ = ctx.needs_input_grad[5:]
+        backward = backward_real if can_skip_dispatcher(*saved) else torch.ops.ring_attn.backward.default
+        args = *ctx.args[: N_COMMON + 1], need_bias
+        inputs = do, dlse, *saved[:3], extras[0], extras[2]
+        *grads, dsinks, dbias = once(lambda: backward(do, dlse, *saved, extras, *args), *inputs)
+        of_extras = dsinks if need_sinks else None, None, dbias if need_bias else None
+        return *grads, None, None, *of_extras, *(None for _ in extras[3:])
 
 
 LIBRARY = torch.library.Library("ring_attn", "DEF")
-TENSORS, MORE = "Tensor q, Tensor k, Tensor v", "Tensor? sinks, Tensor? cu_seqlens"
-OPTIONS = (
-    "int ring, str schedule, bool causal, SymInt[]? window, SymInt? seq_len, float sm_scale, str? backend"
-)
-OPTIONS += ", str? transport, bool deterministic"
-RESULTS = "(Tensor, Tensor, Tensor, Tensor)"
-LIBRARY.define(f"forward({TENSORS}, {MORE}, {OPTIONS}, bool backward, str? problem) -> (Tensor, Tensor)")
+TENSORS = "Tensor q, Tensor k, Tensor v"
+OPTIONS = "int ring, str schedule, bool causal, SymInt[]? window, SymInt? seq_len, float sm_scale"
+OPTIONS += ", str? backend, str? transport, float softcap, float dropout_p, int functions"
+N_COMMON = OPTIONS.count(",") + 1  # of these; then, for the forward and the backward
+OPTIONS += ", bool deterministic"
 LIBRARY.define(
-    f"backward(Tensor? do, Tensor? dlse, {TENSORS}, Tensor o, Tensor lse, {MORE}, {OPTIONS}) -> {RESULTS}"
+    f"forward({TENSORS}, Tensor?[] extras, {OPTIONS}, bool backward, str? problem) -> (Tensor, Tensor)"
 )
-LIBRARY.impl("forward", lambda *args: RingAttention.apply(*args[:5], forward_checked, args[5:]), "Autograd")
+LIBRARY.define(
+    f"backward(Tensor? do, Tensor? dlse, {TENSORS}, Tensor o, Tensor lse, Tensor?[] extras, {OPTIONS},"
+    " bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+LIBRARY.impl(
+    "forward",
+    lambda q, k, v, extras, *args: RingAttention.apply(q, k, v, forward_checked, args, *extras),
+    "Autograd",
+)
 LIBRARY.impl("forward", forward_checked, "CompositeExplicitAutograd")  # on any device; checks refuse some
 LIBRARY.impl("backward", backward_real, "CompositeExplicitAutograd")
 torch.library.register_fake("ring_attn::forward", forward_fake, lib=LIBRARY)
@@ -3214,39 +3641,63 @@ class Unshard(torch.autograd.Function):
         return *once(lambda: (shard(dx, *ctx.args),), dx), None, None
 
 
-def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse=False, backend=None, transport=None,
-           deterministic=True, window=None, cu_seqlens=None, sinks=None, seq_len=None, debug=False,
-           problem=None):  # fmt: skip
+def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse=False, *, backend=None, transport=None,
+           deterministic=True, window=None, cu_seqlens=None, sinks=None, seq_len=None, softcap=None, bias=None,
+           alibi_slopes=None, score_mod=None, score_mod_bwd=None, aux=(), dropout_p=0.0, dropout_seed=None,
+           debug=False, problem=None):  # fmt: skip
     """What all public functions call. problem: what the caller found wrong, to be raised on every rank."""
     has_shape = isinstance(q, torch.Tensor) and not q.is_nested and q.ndim > 0
     if sm_scale is None:
         sm_scale = max(q.shape[-1], 1) ** -0.5 if has_shape else 1.0
     if has_shape and q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type):
         q, k, v = autocast(q, k, v)
-    backward = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (q, k, v, sinks))
-    tensors = q, k, v, sinks, cu_seqlens
-    if torch.compiler.is_compiling():  # the operator checks when it runs, but it only takes pairs
-        problem = problem or window_problem(window, causal)
-    else:
-        options = causal, window, seq_len, sm_scale, backend, transport, deterministic, backward, problem
-        check_once(*tensors, ring_numbered(ring.number), schedule, *options, debug)
+    aux_problem = None if isinstance(aux, tuple) else f"aux is a {type(aux).__name__}; it must be a tuple"
+    problem = problem or aux_problem or seed_problem(dropout_seed) or window_problem(window, causal)
+    if problem is None and dropout_p and has_shape and not isinstance(dropout_seed, torch.Tensor):
+        dropout_seed = make_seed(dropout_seed, ring, q.device)
+    seed = dropout_seed if isinstance(dropout_seed, torch.Tensor) and dropout_p else None
+    extras = [sinks, cu_seqlens, bias, alibi_slopes, seed, *(aux if aux_problem is None else ())]
+    learn = q, k, v, sinks, bias
+    backward = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in learn)
+    softcap, dropout_p = softcap or 0.0, dropout_p or 0.0
+    functions = number_of_functions(score_mod, score_mod_bwd)
+    options = sm_scale, backend, transport, softcap, dropout_p, functions, deterministic, backward, problem
+    if not torch.compiler.is_compiling():  # else the operator checks when it runs
+        check_once(
+            q, k, v, extras, ring_numbered(ring.number), schedule, causal, window, seq_len, *options, debug
+        )
         if debug and cu_seqlens is not None:
             check_values(cu_seqlens, ring, seq_len, q)
     pair = None if window is None or problem else window_pair(window)
-    options = bool(causal), pair, seq_len, float(sm_scale), backend, transport, bool(deterministic)
-    args = ring.number, schedule, *options, backward, problem
+    options = float(sm_scale), *options[1:3], float(softcap), float(dropout_p), functions, bool(deterministic)
+    args = ring.number, schedule, bool(causal), pair, seq_len, *options, backward, problem
     unseen = k.shape[1] - q.shape[1] - (pair[0] if pair and pair[0] >= 0 else k.shape[1])
-    if ring.n_ranks == 1 and unseen > 0 and cu_seqlens is None and seq_len is None:
-        # the keys before the first query's window
-        tensors = q, k[:, unseen:], v[:, unseen:], *tensors[3:]
-    if can_skip_dispatcher(q, k, v):
-        if backward:
-            o, lse = RingAttention.apply(*tensors, forward_real, args)
-        else:
-            o, lse = forward_real(*tensors, *args)
+    modified = softcap or dropout_p or functions or bias is not None or alibi_slopes is not None
+    if ring.n_ranks == 1 and unseen > 0 and cu_seqlens is None and seq_len is None and not modified:
+        k, v = k[:, unseen:], v[:, unseen:]  # the others are before the first query's window
+    if not can_skip_dispatcher(q, k, v):
+        o, lse = torch.ops.ring_attn.forward.default(q, k, v, extras, *args)
+    elif backward:
+        o, lse = RingAttention.apply(q, k, v, forward_real, args, *extras)
     else:
-        o, lse = torch.ops.ring_attn.forward.default(*tensors, *args)
+        o, lse = forward_real(q, k, v, extras, *args)
     return (o, lse) if return_lse else o
+
+
+def seed_problem(seed):
+    if seed is None or isinstance(seed, torch.Tensor) or is_int(seed):
+        return None
+    return f"dropout_seed={seed!r} must be an int, an int64 tensor of one element, or None"
+
+
+def make_seed(seed, ring, device):
+    """A tensor (1,) int64. None: random, the same on the whole ring."""
+    if seed is not None:
+        return torch.full((1,), seed, dtype=torch.int64, device=device)
+    seed = torch.randint(2**62, (1,), device=device)
+    if ring.n_ranks > 1 and ring.group is not None:
+        dist.broadcast(seed, ring.processes[0], group=ring.group)
+    return seed
 
 
 def window_pair(window):
@@ -3411,9 +3862,83 @@ def check_sinks(sinks, q):
         raise ValueError(f"sinks is {summary(sinks)}; it must be {wanted}, or None")
 
 
-def check_inputs(q, k, v, sinks, cu_seqlens, schedule, ring, causal, window, seq_len, sm_scale, backend,
-                 transport, deterministic):  # fmt: skip
+def check_mods(q, k, n_ranks, extras, backend, softcap, dropout_p, functions, backward):
+    """q, k (B, T, heads, D) of one rank."""
+    (B, T, H, _), TK, device = q.shape, k.shape[1], q.device
+    if not is_number(softcap) or not 0 <= softcap < math.inf:
+        raise ValueError(f"{softcap=} must be above 0, or None or 0.0 for none")
+    if not is_number(dropout_p) or not 0 <= dropout_p < 1:
+        raise ValueError(f"{dropout_p=} must be a probability below 1")
+    bias, slopes, seed = extras.bias, extras.slopes, extras.seed
+    if bias is not None:
+        shape = B, H, n_ranks * T, n_ranks * TK
+        if not isinstance(bias, torch.Tensor):
+            order = "flash-attn takes dropout_p in this place, and softmax_scale: name them, dropout_p=, sm_scale="
+            raise ValueError(f"{bias=} must be a tensor, or None. {order}")
+        fits = bias.ndim == 4 and all(a in (1, b) for a, b in zip(bias.shape, shape))
+        if not fits or not bias.is_floating_point() or bias.device != device:
+            wanted = f"a floating point tensor on {device} of 4 dimensions that broadcasts to {shape}"
+            raise ValueError(
+                f"bias is {summary(bias)}; it must be {wanted}, the whole sequence on every rank"
+            )
+        if bias.numel() * bias.itemsize > 2**30:
+            size = f"{bias.numel() * bias.itemsize / 2**30:.1f} GiB"
+            raise ValueError(f"bias has {size}, above 1 GiB; compute it in a score_mod, from tensors in aux")
+    if slopes is not None:
+        is_tensor = isinstance(slopes, torch.Tensor) and slopes.dtype == torch.float32
+        if not is_tensor or slopes.shape not in ((H,), (B, H)) or slopes.device != device:
+            wanted = f"a float32 tensor ({H},) or {(B, H)} on {device}"
+            raise ValueError(f"alibi_slopes is {summary(slopes)}; it must be {wanted}")
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device):
+        raise ValueError(f"dropout_seed is {summary(seed)}; it must have one element, int64, on {device}")
+    for i, x in enumerate(extras.aux):
+        if not isinstance(x, torch.Tensor) or x.device != device:
+            raise ValueError(f"aux[{i}] is {summary(x)}; aux must be a tuple of tensors on {device}")
+    for name, x in dict(alibi_slopes=slopes, **{f"aux[{i}]": x for i, x in enumerate(extras.aux)}).items():
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
+            way_out = "detach it; what is learned can be a bias, or sinks"
+            raise ValueError(f"{name} requires a gradient, and gets none; {way_out}")
+    if not functions:
+        return
+    score_mod, score_mod_bwd = functions_numbered(functions)
+    check_function("score_mod", score_mod, "score, b, h, q_idx, kv_idx", len(extras.aux), backend)
+    if backend != "torch" and score_mod_bwd is not None:
+        takes = "dscore, score, b, h, q_idx, kv_idx"
+        check_function("score_mod_bwd", score_mod_bwd, takes, len(extras.aux), backend)
+    if backend != "torch" and backward and score_mod_bwd is None:
+        raise ValueError("a gradient of score_mod needs score_mod_bwd, or torch.no_grad()")
+
+
+def check_function(name, f, takes, n_aux, backend):
+    """f: a function of scores or positions, which kernels and the torch path take in their own kinds."""
+    jitted = hasattr(f, "arg_names")
+    if jitted != (backend != "torch") or not (jitted or callable(f)):
+        need = "a @triton.jit function"
+        if backend == "torch":
+            need = f"a plain function of torch tensors ({need} needs a GPU, or TRITON_INTERPRET=1)"
+        raise ValueError(f'{name}={f!r} must be {need} for backend="{backend}"')
+    takes = takes.split(", ") + [f"aux[{i}]" for i in range(n_aux)]
+    if n_arguments(f) not in (None, len(takes)):
+        given = f"is given {len(takes)}: {', '.join(takes)}"
+        raise ValueError(f"{name} takes {n_arguments(f)} arguments and {given}")
+
+
+def n_arguments(f):
+    """How many arguments a function takes; None if any number."""
+    if hasattr(f, "arg_names"):
+        return len(f.arg_names)  # of a @triton.jit function
+    kinds = [x.kind for x in inspect.signature(f).parameters.values()]
+    return None if inspect.Parameter.VAR_POSITIONAL in kinds else len(kinds)
+
+
+def is_number(x):
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def check_inputs(q, k, v, extras, schedule, ring, causal, window, seq_len, sm_scale, backend, transport,
+                 softcap, dropout_p, functions, deterministic, backward):  # fmt: skip
     """Everything that the hop loops cannot do."""
+    sinks, cu_seqlens = extras.sinks, extras.cu_seqlens
     check_common(q, k, v, sm_scale, causal, backend, BACKENDS)
     if not isinstance(deterministic, int):  # bool is one
         raise ValueError(f"{deterministic=} must be True or False")
@@ -3426,6 +3951,7 @@ def check_inputs(q, k, v, sinks, cu_seqlens, schedule, ring, causal, window, seq
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; it must be on the CPU or on {q.device}")
     if sinks is not None:
         check_sinks(sinks, q)
+    check_mods(q, k, n_others, extras, backend, softcap, dropout_p, functions, backward)
     if T != TK and n_ranks > 1 and (causal or window is not None):
         asked = f"{causal=}" if window is None else f"{window=}"
         lengths = f"{T} queries and {TK} keys a rank"
@@ -3519,9 +4045,10 @@ def kind_of(x):
     return x if x is None else (x.shape, x.dtype, x.device, x.layout)
 
 
-def check_once(q, k, v, sinks, cu_seqlens, ring, schedule, causal, window, seq_len, sm_scale, backend,
-               transport, deterministic, backward, problem, debug=False):  # fmt: skip
+def check_once(q, k, v, extras, ring, schedule, causal, window, seq_len, sm_scale, backend, transport,
+               softcap, dropout_p, functions, deterministic, backward, problem, debug=False):  # fmt: skip
     """check_inputs, and that all ranks agree, the first time that shapes and options come up."""
+    extras = Extras.of(extras)
     if backend is None:
         has_shape = isinstance(q, torch.Tensor) and not q.is_nested and q.ndim > 0
         backend = best_backend(q) if has_shape else "torch"
@@ -3529,8 +4056,10 @@ def check_once(q, k, v, sinks, cu_seqlens, ring, schedule, causal, window, seq_l
     if backward and strict_torch and isinstance(deterministic, int) and not deterministic:
         strict = "under torch.use_deterministic_algorithms(True); leave one of the two out"
         problem = problem or f"{deterministic=} {strict}"
-    documents, tensors = None, (q, k, v, sinks, cu_seqlens)
-    options = schedule, causal, window, seq_len, sm_scale, backend, transport, deterministic, backward, debug
+    documents, tensors, cu_seqlens = None, (q, k, v, *extras.flat()), extras.cu_seqlens
+    options = dict(schedule=schedule, causal=causal, window=window, seq_len=seq_len, sm_scale=sm_scale)
+    options |= dict(backend=backend, transport=transport, softcap=softcap, dropout_p=dropout_p)
+    options |= dict(functions=functions, deterministic=deterministic, backward=backward)
     capturing = isinstance(q, torch.Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing()
     try:
         if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
@@ -3539,24 +4068,24 @@ def check_once(q, k, v, sinks, cu_seqlens, ring, schedule, causal, window, seq_l
             if capturing:
                 freeze = "a CUDA graph would freeze cu_seqlens that are on the CPU"
                 raise ValueError(f"{freeze}; pass them on {q.device}, and write new values there")
-        types = type(causal), type(window), type(seq_len), type(sm_scale), type(deterministic)
-        pair = repr(window) if isinstance(window, (list, tuple)) else window
-        key = *map(kind_of, tensors), schedule, causal, pair, *options[3:], types, documents, problem
+        values = [tuple(x) if isinstance(x, list) else x for x in options.values()]
+        learned = tuple(x is not None and x.requires_grad for x in tensors[3:])
+        key = *map(kind_of, tensors), learned, *values, *map(type, values), documents, problem, debug
         if key in ring.agreed:
             return
     except (AttributeError, TypeError, RuntimeError):  # an argument of a kind that will be refused
-        key = repr((*map(summary, tensors), *options, problem))
+        key = repr((*map(summary, tensors), options, problem))
     if capturing:
         raise ValueError("ranks cannot agree on options inside a CUDA graph; make this call once before it")
-    names = "schedule causal window seq_len sm_scale backend transport deterministic backward debug".split()
-    signature = dict(zip(("q", "k", "v", "sinks", "cu_seqlens"), map(summary, tensors)))
-    signature |= dict(zip(names, map(repr, options)))
+    names = "q k v".split() + [*Extras._fields[:-1], *(f"aux[{i}]" for i in range(len(extras.aux)))]
+    signature = dict(zip(names, map(summary, tensors))) | {x: repr(y) for x, y in options.items()}
+    signature["functions"] = functions and [getattr(f, "__name__", f) for f in functions_numbered(functions)]
+    signature["debug"] = repr(debug)
     if documents is not None:
         signature["cu_seqlens"] += (f"with the checksum {documents}",)
-    arguments = schedule, ring, causal, window, seq_len, sm_scale, backend, transport, deterministic
     agree_once(
         ring, key, signature, problem,
-        lambda: check_inputs(*tensors, *arguments),
+        lambda: check_inputs(q, k, v, extras, ring=ring, **options),
         lambda: ring.prepare(k, backward, transport),
     )  # fmt: skip
 
