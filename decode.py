@@ -40,24 +40,24 @@ import triton.language as tl
 from einops import einsum, rearrange
 
 import ring_attn
-from ring_attn import LOG2E, launch
+from ring_attn import LOG2E, launch, modify
 
 # -----------------------------------------------------------------------------
 # reference: plain torch. The CPU path, and the best place to start reading
 
 
-def reference_decode(q, k, v, seen, sm_scale, score_mod=None, indices=(), aux=()):
+def reference_decode(q, k, v, seen, sm_scale, mods=(), indices=()):
     """o (B, M, H, D) and lse (B, H, M), float32 or wider, of q (B, M, H, D) and k, v (B, N, HKV, D).
 
-    seen: which keys each query sees, (B, H, M, N). indices: b, h, q_idx, kv_idx for score_mod, which
-    broadcast to the same shape.
+    seen: which keys each query sees, (B, H, M, N). indices: b, h, q_idx, kv_idx for mods (ring_attn.Mod),
+    which broadcast to the same shape.
     """
     acc_dtype = torch.promote_types(q.dtype, torch.float32)
     G = q.shape[2] // k.shape[2]
     q = rearrange(q.to(acc_dtype), "b m (h g) d -> b h g m d", g=G)
     s = einsum(q, k.to(acc_dtype), "b h g m d, b n h d -> b h g m n").flatten(1, 2) * sm_scale  # (B, H, M, N)
-    if score_mod is not None:
-        s = score_mod(s, *indices, *aux).to(acc_dtype)
+    for mod in mods:
+        s = mod.in_torch(s, *indices).to(acc_dtype)
     s = s.masked_fill(~seen, -math.inf)
     lse = s.logsumexp(-1)  # (B, H, M)
     p = (s - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()  # a row that sees no key: 0, not nan
@@ -206,9 +206,9 @@ def zero_unseen(v, seen):
 
 
 @triton.jit
-def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, sm_scale, sizes,
+def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, MOD_ARGS, sm_scale, sizes,
                   stride_q, stride_k, stride_v, stride_o, stride_l,
-                  SCORE_MOD: tl.constexpr, MASK_MOD: tl.constexpr, CAUSAL: tl.constexpr,
+                  MOD: tl.constexpr, MASK_MOD: tl.constexpr, CAUSAL: tl.constexpr,
                   WINDOWED: tl.constexpr, TILES_PER_BLOCK: tl.constexpr, MAX_GROUPS: tl.constexpr,
                   PDL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
                   BLOCK_N: tl.constexpr):  # fmt: skip
@@ -298,8 +298,8 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, sm_
             s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
             kv_pos = sizes.RANK + sizes.N_RANKS * j
             kv_idx = tl.maximum(tl.minimum(kv_pos, L - 1), 0)[None, :]
-            if SCORE_MOD is not None:
-                s = SCORE_MOD(s * sm_scale, b, head[:, None], q_idx, kv_idx, *AUX) * LOG2E
+            if MOD is not None:
+                s = modify(s * sm_scale, b, head[:, None], q_idx, kv_idx, MOD_ARGS, MOD)[len(MOD)] * LOG2E
             else:
                 s *= sm_scale * LOG2E
             seen = exists[None, :] & (kv_pos[None, :] < (q_end[:, None] if CAUSAL else q_end))
@@ -418,6 +418,17 @@ class Call(NamedTuple):
     block_mask: Any = None
     sink: int | torch.Tensor | None = None
     page_table: torch.Tensor | None = None
+    softcap: float | None = None
+    alibi_slopes: torch.Tensor | None = None
+
+    def mods(self):
+        """ring_attn.Mods in their order."""
+        if not (self.softcap or self.alibi_slopes is not None or self.score_mod):
+            return ()
+        chain = ring_attn.make_chain(
+            self.q.shape[2], self.softcap, self.alibi_slopes, self.score_mod, aux=self.aux
+        )
+        return sum(chain, ())
 
     def n_sink(self):
         return self.sink if isinstance(self.sink, int) else 0
@@ -489,14 +500,15 @@ def make_config(call):
         call.n_splits or 0, *pages, BLOCK_SIZE,
     )  # fmt: skip
     # in the order of the kernels' parameters: `launch` passes them by position
-    constants = dict(SCORE_MOD=call.score_mod, MASK_MOD=call.mask_mod)
+    mods = ring_attn.Functions(mod.kernel for mod in call.mods())
+    constants = dict(MOD=mods or None, MASK_MOD=call.mask_mod)
     constants |= dict(CAUSAL=bool(call.causal or windowed), WINDOWED=windowed)
     shared = dict(TILES_PER_BLOCK=triton.cdiv(BLOCK_SIZE, BLOCK_N) if blocked else 0)
     shared |= dict(MAX_GROUPS=triton.next_power_of_2(GROUPS_B * GROUPS_H), PDL=pdl)
     shared |= dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
     CHUNK, num_warps = (64, 4) if merge_grid <= n_sm else (16, 2)  # few large programs, or many small ones
     options, merge_options = dict(num_warps=4, num_stages=num_stages), dict(num_warps=num_warps)
-    plain = narrow and BLOCK_D <= 128 and not (paged or blocked or call.score_mod or call.mask_mod)
+    plain = narrow and BLOCK_D <= 128 and not (paged or blocked or mods or call.mask_mod)
     if windowed and plain and BLOCK_M == 16 and not large:  # it would take 168 registers, and 20% longer
         options["maxnreg"] = 128
     if pdl:
@@ -536,8 +548,10 @@ def write_part(call, config, sink, o, lse):
     strides = o.stride(2), 0 if lse is None else lse.stride(2)
     pointers = call.q, call.k, call.v, o, lse, parts, call.cache_seqlens, call.page_table
     alignment = [x is not None and x.data_ptr() % 16 for x in (*pointers, *tables, sink, *call.aux)]
+    mod_args = tuple(mod.args for mod in call.mods())
     depends = config.number, o.dtype, lse is None, strides, tuple(alignment) if any(alignment) else None
-    args = *pointers, tables, sink, call.aux, float(call.sm_scale), config.sizes
+    depends = *depends, ring_attn.specialization(mod_args)
+    args = *pointers, tables, sink, call.aux, mod_args, float(call.sm_scale), config.sizes
     args += call.q.stride()[:3], call.k.stride()[:3], call.v.stride()[:3], *strides
     with torch.cuda.device_of(call.q):  # kernels launch on the current device
         launch(decode_kernel, o.device, depends, config.grid, args, config.constants, **config.options)
@@ -575,7 +589,7 @@ def torch_part(call, sink):
         if tables.full_kv_num_blocks is not None:
             allowed = allowed | named_blocks(*tables[2:])[:, :, None, block]
     seen, scale = (seen & allowed).expand(B, H, -1, -1), float(call.sm_scale)
-    o, lse = reference_decode(call.q, k[:, :n], v[:, :n], seen, scale, call.score_mod, indices, call.aux)
+    o, lse = reference_decode(call.q, k[:, :n], v[:, :n], seen, scale, call.mods(), indices)
     return reference_merge(o[None], lse[None], sink)
 
 
@@ -633,7 +647,16 @@ def check_decode(call):
     aux = call.aux
     if not isinstance(aux, tuple) or not all(isinstance(x, torch.Tensor) and x.device == device for x in aux):
         raise ValueError(f"aux must be a tuple of tensors on {device}, further arguments for the mods")
-    check_gradients(q=q, k=k, v=v, sink=sink, **{f"aux[{i}]": x for i, x in enumerate(aux)})
+    check_gradients(
+        q=q,
+        k=k,
+        v=v,
+        sink=sink,
+        alibi_slopes=call.alibi_slopes,
+        **{f"aux[{i}]": x for i, x in enumerate(aux)},
+    )
+    ring_attn.check_softcap(call.softcap)
+    ring_attn.check_slopes(call.alibi_slopes, q)
     if call.window is not None and not is_int(call.window, 1, NO_WINDOW - 1):
         raise ValueError(f"window={call.window!r} must be 1 to {NO_WINDOW - 1} keys, or None for all")
     if call.n_splits is not None and not is_int(call.n_splits, 1, 4096):
@@ -797,7 +820,7 @@ def merge_parts(parts, sink=None, dtype=torch.float32):
 def decode_attn(
     q, k, v, *, cache_seqlens=None, sm_scale=None, causal=True, score_mod=None, mask_mod=None, aux=(),
     block_mask=None, window=None, sink=None, page_table=None, n_splits=None, return_lse=False, backend=None,
-    debug=False,
+    softcap=None, alibi_slopes=None, debug=False,
 ):  # fmt: skip
     """Attention of the last M tokens of each sequence to its cached keys and values. Not differentiable.
 
@@ -814,6 +837,7 @@ def decode_attn(
        and decoding. @triton.jit functions (for CPU tensors, without the interpreter: plain functions of torch
        tensors). aux: tensors for them, which a @triton.jit function reads with tl.load(aux + index). What a
        query sees is what mask_mod, causal and window all allow.
+    softcap, alibi_slopes: as for ring_attn.ring_attn, before score_mod.
     block_mask: a BlockMask of flex_attention, or what has its tables, with one row of blocks for all queries
        of the call. All of its full blocks is seen, of its others what mask_mod allows.
     window: query i sees keys j with i - window < j <= i only. sink: an int, the first keys that every window
@@ -831,7 +855,7 @@ def decode_attn(
     """
     call, kind = make_call(
         q, k, v, 0, 1, backend, sm_scale, causal, window, n_splits, cache_seqlens, score_mod, mask_mod, aux,
-        block_mask, sink, page_table,
+        block_mask, sink, page_table, softcap, alibi_slopes,
     )  # fmt: skip
     config = config_of(call, kind)
     if debug or not q.is_cuda:
@@ -953,12 +977,13 @@ class KVCache:
         T = min(k.shape[1], self.k[layer].shape[1])
         self.k[layer][:, :T], self.v[layer][:, :T] = k[:, :T], v[:, :T]
 
-    def attend(self, layer, q, sm_scale, window=None, sink=None):
-        """Attention of q (B, M, H, D), the last M tokens, to the cache: (B, M, H, D). window, sink: as for
-        decode_attn."""
+    def attend(self, layer, q, sm_scale, window=None, sink=None, softcap=None):
+        """Attention of q (B, M, H, D), the last M tokens, to the cache: (B, M, H, D). window, sink, softcap:
+        as for decode_attn."""
         k, v = self.k[layer], self.v[layer]
         window = window and min(window, NO_WINDOW - 1)  # a model's window may be longer than any cache
         options = dict(cache_seqlens=self.lengths, sm_scale=sm_scale, window=window, sink=sink)
+        options["softcap"] = softcap
         if self.ring.n_ranks > 1:
             return sharded_decode_attn(q.to(k.dtype), k, v, group=self.ring, **options).to(q.dtype)
         return decode_attn(q.to(k.dtype), k, v, **options).to(q.dtype)

@@ -65,14 +65,15 @@ class Attention(nn.Module):
     dim: width of x, a multiple of dim_per_head. n_kv_heads: key/value heads (default: one per query head).
     rope_theta: base of the rotary embedding; None for none. dropout: of the projected output.
     group: process group or Ring (default: all processes); copies share it, a pickle leaves it out.
-    window, transport, deterministic: as for ring_attn.ring_attn. sinks: learn those of ring_attn, 0 at first.
+    window, softcap, transport, deterministic: as for ring_attn.ring_attn; SDPA has no softcap. sinks: learn
+    those of ring_attn, 0 at first.
     attn_type may be changed at any time: weights do not depend on it.
     Raises ValueError for values that do not fit together.
     """
 
     def __init__(self, dim, dim_per_head, seq_len, rank, n_ranks, dropout, causal,
                  attn_type=AttentionType.FLASH, *, n_kv_heads=None, rope_theta=None, window=None, sinks=False,
-                 group=None, transport=None, deterministic=True):  # fmt: skip
+                 softcap=None, group=None, transport=None, deterministic=True):  # fmt: skip
         super().__init__()
         if not isinstance(attn_type, AttentionType):
             raise ValueError(f"{attn_type=} must be an AttentionType: {', '.join(map(str, AttentionType))}")
@@ -85,6 +86,7 @@ class Attention(nn.Module):
         if rope_theta is not None and dim_per_head % 2:
             raise ValueError(f"{dim_per_head=} must be even for rotary embeddings, or rope_theta=None")
         ring_attn.check_mask(causal, window, None, None, 1, seq_len, seq_len)
+        ring_attn.check_softcap(softcap)
         self.n_heads = dim // dim_per_head
         self.n_kv_heads = self.n_heads if n_kv_heads is None else n_kv_heads
         if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
@@ -94,7 +96,7 @@ class Attention(nn.Module):
         self.rank, self.n_ranks, self.transport = rank, n_ranks, transport
         self.group = group and ring_attn.resolve_ring(group)  # without a group, before init_process_group too
         self.causal, self.attn_type, self.rope_theta = causal, attn_type, rope_theta
-        self.window, self.deterministic = window, deterministic
+        self.window, self.softcap, self.deterministic = window, softcap, deterministic
         self.qkv_proj = nn.Linear(dim, (self.n_heads + 2 * self.n_kv_heads) * dim_per_head, bias=False)
         self.o_proj = nn.Linear(dim, dim, bias=False)
         self.o_drop = nn.Dropout(dropout)
@@ -164,8 +166,10 @@ class Attention(nn.Module):
             cache.write(layer, k, v)
         masks = dict(window=self.window, cu_seqlens=cu_seqlens, sinks=self.sinks)
         if cache is not None and not prefill:
-            o = cache.attend(layer, q, sm_scale, self.window, self.sinks)
+            o = cache.attend(layer, q, sm_scale, self.window, self.sinks, self.softcap)
         elif self.attn_type is AttentionType.SDPA:
+            if self.softcap:
+                raise ValueError(f"softcap={self.softcap}, which SDPA has not; use FLASH")
             options, bias = dict(scale=sm_scale, enable_gqa=self.n_heads != self.n_kv_heads), None
             if any(x is not None for x in masks.values()):
                 bias = self.dense_mask(B, T, cu_seqlens, q.dtype, x.device)
@@ -176,12 +180,14 @@ class Attention(nn.Module):
             o = F.scaled_dot_product_attention(qt, kt, vt, **options).transpose(1, 2)
         elif self.attn_type is AttentionType.FLASH:
             args = None, self.causal, sm_scale
-            o = ring_attn.flash_attn_func(q, k, v, *args, deterministic=self.deterministic, **masks)
+            options = dict(deterministic=self.deterministic, softcap=self.softcap)
+            o = ring_attn.flash_attn_func(q, k, v, *args, **options, **masks)
         else:
             R, r, func = self.n_ranks, self.rank, ring_attn.ATTN_FUNCS[self.attn_type.value]
             args = R, r, (r - 1) % R, (r + 1) % R, None, self.causal, sm_scale
             masks["seq_len"] = seq_len or self.true_length(T)
             options = dict(group=self.group, transport=self.transport, deterministic=self.deterministic)
+            options["softcap"] = self.softcap
             o = func(q, k, v, *args, **options, **masks)
         return self.o_drop(self.o_proj(rearrange(o, "b t h d -> b t (h d)")))
 
@@ -201,6 +207,7 @@ class Config:
     deterministic: bool = True  # as for ring_attn.ring_attn
     window: int | None = None  # tokens that a token sees, itself included; None: all
     sinks: bool = False  # a learned logit for each head in the softmax's denominator
+    softcap: float | None = None  # scores s become softcap * tanh(s / softcap)
 
 
 class Block(nn.Module):
@@ -208,7 +215,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn_norm, self.mlp_norm = nn.RMSNorm(c.dim), nn.RMSNorm(c.dim)
         options |= dict(n_kv_heads=c.n_kv_heads, rope_theta=c.rope_theta, deterministic=c.deterministic)
-        options |= dict(window=c.window, sinks=c.sinks)
+        options |= dict(window=c.window, sinks=c.sinks, softcap=c.softcap)
         self.attn = Attention(c.dim, c.dim_per_head, c.seq_len, *args, **options)
         up, down = nn.Linear(c.dim, 4 * c.dim, bias=False), nn.Linear(4 * c.dim, c.dim, bias=False)
         self.mlp = nn.Sequential(up, nn.GELU(), down, nn.Dropout(c.dropout))

@@ -477,15 +477,18 @@ class Mod(NamedTuple):
 
     in_torch: Callable  # without args; autograd differentiates it
     kernel: Any  # @triton.jit
-    kernel_bwd: Any  # @triton.jit, g(dscore, score, b, h, q_idx, kv_idx, *args): the gradient of f's score
+    kernel_bwd: (
+        Any  # @triton.jit, g(dscore, score, b, h, q_idx, kv_idx, *args): the gradient of f's score, if
+    )
+    # it is another one than dscore
     args: tuple = ()  # of the kernels: tensors and numbers
 
 
 class Functions(tuple):
-    """@triton.jit functions, as a constant of a kernel. Triton keeps compiled kernels by their constants, but
-    of the functions in a tuple it would only look at the names."""
+    """@triton.jit functions, or None, as a constant of a kernel. Triton keeps compiled kernels by their
+    constants, but of the functions in a tuple it would only look at the names."""
 
-    cache_key = property(lambda self: "".join(f.cache_key for f in self))
+    cache_key = property(lambda self: ".".join("" if f is None else f.cache_key for f in self))
 
 
 class Mods(NamedTuple):
@@ -540,30 +543,36 @@ def specialization(x):
     return (x == 1, x % 16 == 0) if isinstance(x, int) else None
 
 
+def make_chain(H, softcap=None, slopes=None, score_mod=None, score_mod_bwd=None, aux=(), bias=()):
+    """Mods in their order, for H query heads: those up to bias (a Mod in a tuple), and the others."""
+    before, after = bias, ()
+    if softcap:
+        capped = functools.partial(softcap_in_torch, softcap)
+        before = Mod(capped, softcap_mod, softcap_mod_bwd, (float(softcap), 1.0 / softcap)), *bias
+    if slopes is not None:
+        slopes = slopes.view(-1, H)
+        in_torch = functools.partial(alibi_in_torch, slopes)
+        after = (Mod(in_torch, alibi_mod, None, (slopes, H if len(slopes) > 1 else 0)),)
+    if score_mod is not None:
+        in_torch = lambda s, *at: score_mod(s, *at, *aux)
+        after = *after, Mod(in_torch, score_mod, score_mod_bwd, aux)
+    return before, after
+
+
 def make_mods(q, k, n_ranks, mask, extras, softcap, dropout_p, functions):
     """The Mods of a call, from what operators take."""
     if not softcap and not dropout_p and not functions and extras.bias is None and extras.slopes is None:
         return Mods()
-    (_, T, H, _), TK, before, after = q.shape, k.shape[1], [], []
+    (B, T, H, _), TK, bias = q.shape, k.shape[1], ()
     ends = [mask.length if n_ranks == 1 or T == TK else n_ranks * n for n in (T, TK)]
-    if softcap:
-        capped = functools.partial(softcap_in_torch, softcap)
-        before.append(Mod(capped, softcap_mod, softcap_mod_bwd, (float(softcap), 1.0 / softcap)))
     if extras.bias is not None:
         shift = (max(TK - T, 0), max(T - TK, 0)) if n_ranks == 1 else (0, 0)  # to the first row and column
-        shape = len(q), H, *(end - first for end, first in zip(ends, shift))
-        bias = extras.bias.detach().expand(shape)
-        in_torch = functools.partial(bias_in_torch, bias, shift)
-        before.append(Mod(in_torch, bias_mod, same_bwd, (bias, *bias.stride(), *shift)))
-    if extras.slopes is not None:
-        slopes = extras.slopes.view(-1, H)
-        in_torch = functools.partial(alibi_in_torch, slopes)
-        after.append(Mod(in_torch, alibi_mod, same_bwd, (slopes, H if len(slopes) > 1 else 0)))
-    if functions:
-        score_mod, score_mod_bwd = functions_numbered(functions)
-        in_torch = lambda s, *at: score_mod(s, *at, *extras.aux)
-        after.append(Mod(in_torch, score_mod, score_mod_bwd, extras.aux))
-    return Mods(tuple(before), tuple(after), dropout_p, extras.seed, tuple(end - 1 for end in ends))
+        whole = extras.bias.detach().expand(B, H, *(end - first for end, first in zip(ends, shift)))
+        in_torch = functools.partial(bias_in_torch, whole, shift)
+        bias = (Mod(in_torch, bias_mod, None, (whole, *whole.stride(), *shift)),)
+    pair = functions_numbered(functions) if functions else (None, None)
+    before, after = make_chain(H, softcap, extras.slopes, *pair, extras.aux, bias)
+    return Mods(before, after, dropout_p, extras.seed, tuple(end - 1 for end in ends))
 
 
 def softcap_in_torch(softcap, s, *at):
@@ -575,7 +584,7 @@ def bias_in_torch(bias, shift, s, b, h, q_idx, kv_idx):
 
 
 def alibi_in_torch(slopes, s, b, h, q_idx, kv_idx):
-    return s - slopes[b % len(slopes), h] * (q_idx - kv_idx).abs()
+    return s - slopes[b % len(slopes), h].to(s.dtype) * (q_idx - kv_idx).abs()
 
 
 def dropout_numbers(p):
@@ -584,19 +593,22 @@ def dropout_numbers(p):
     return threshold, 2**24 / (2**24 - threshold)
 
 
-PHILOX = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85)  # multipliers; what is added to the keys
+# what Philox multiplies by, and adds to its keys
+PHILOX_M0, PHILOX_M1, PHILOX_W0, PHILOX_W1 = map(constexpr, (0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85))
 
 
 def philox(seed, b, h, q_idx, kv_idx, n_rounds=7):
     """24 random bits for each score: Philox4x32 with 7 rounds (Salmon et al., 2011). See philox_bits."""
-    mask, keys = 0xFFFFFFFF, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
+    mask, key0, key1 = 0xFFFFFFFF, seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
     c0, c1, c2, c3 = h, kv_idx, q_idx, b
-    for i in range(n_rounds):
-        key0, key1 = (key + i * step & mask for key, step in zip(keys, PHILOX[1]))
-        x, y = PHILOX[0][0] * c0, PHILOX[0][1] * c2  # modulo 2**64
+    for _ in range(n_rounds):
+        x, y = PHILOX_M0.value * c0, PHILOX_M1.value * c2  # modulo 2**64
         c0, c1, c2, c3 = (y >> 32) & mask ^ c1 ^ key0, y & mask, (x >> 32) & mask ^ c3 ^ key1, x & mask
+        key0, key1 = key0 + PHILOX_W0.value & mask, key1 + PHILOX_W1.value & mask
     return c0 >> 8
 
+
+MAX_BIAS = 2**30  # bytes
 
 FUNCTIONS = {}  # (score_mod, score_mod_bwd) by number, which operators take; the latest used are last
 FUNCTION_NUMBERS = itertools.count(1)
@@ -672,11 +684,11 @@ def constant(numbers, device):
     return torch.tensor(numbers, device=device)
 
 
-def bounds_tile(backend, q, direction):
+def bounds_tile(backend, q, direction, modified):
     """Rows of a resident and of a streamed tile of a Hopper kernel; None for other backends."""
     if backend != "gluon":
         return None
-    consumers, streamed, _ = HOPPER_TILES["fwd" if direction > 0 else "bwd"][padded_head_dim(q.shape[-1])]
+    consumers, streamed, _ = hopper_tiles("fwd" if direction > 0 else "bwd", q.shape[-1], modified)
     return (64 * consumers if direction > 0 else BWD_ROWS.value), streamed
 
 
@@ -756,7 +768,7 @@ def forward_hops(ring, q, k, v, extras, schedule, mask, mods, sm_scale, backend,
     lse = torch.empty(B, H, T, dtype=acc_dtype, device=q.device)
     acc = accumulator(o, acc_dtype, ring.n_ranks, backend)
     link = ring.link(transport, schedule, k, v, T, mask, 1)
-    for j, hop in enumerate(ring.on_device(link.hops, q, k, extras.cu_seqlens, mask, 1, backend)):
+    for j, hop in enumerate(ring.on_device(link.hops, q, k, extras.cu_seqlens, mask, 1, backend, mods)):
         k_hop, v_hop = link.keys(j)
         if hop.visible:
             first = extras.sinks if j == 0 else None  # they are in the state from the first hop on
@@ -781,7 +793,7 @@ def backward_hops(ring, q, k, v, o, lse, do, dlse, extras, schedule, mask, mods,
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     state, coming = kernels.preprocess(o, do, lse, dlse, dq, R)
     link = ring.link(transport, schedule, k, v, T, mask, -1, acc_dtype)
-    hops = ring.on_device(link.hops, q, k, extras.cu_seqlens, mask, -1, backend)
+    hops = ring.on_device(link.hops, q, k, extras.cu_seqlens, mask, -1, backend, mods)
     dbias = lse.new_zeros(extras.bias.shape if bias_grad else 0)
     link.keys(0)  # the next rank's are on their way
     yield
@@ -1003,10 +1015,10 @@ class VirtualRing:
         self.rank, self.prev_rank, self.next_rank = 0, n_ranks - 1, 1 % n_ranks
         self.agreed, self.tables, self.recent, self.in_graphs = {}, {}, {}, {}
 
-    def on_device(self, hops, q, k, cu_seqlens, mask, direction, backend):
+    def on_device(self, hops, q, k, cu_seqlens, mask, direction, backend, modified=False):
         """hops with their tables on the device. The ring keeps what CUDA graphs go on reading, and of Bounds
         besides the latest, as there may be new documents in every step."""
-        (B, T), TK, tile = q.shape[:2], k.shape[1], bounds_tile(backend, q, direction)
+        (B, T), TK, tile = q.shape[:2], k.shape[1], bounds_tile(backend, q, direction, modified)
         key = hops, mask, B, T, TK, direction, backend, tile, q.device
         if (tables := self.tables.get(key)) is None and not isinstance(mask.documents, tuple):
             tables = self.tables[key] = on_device(hops, q.device)  # small
@@ -1287,7 +1299,8 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     softcap: s becomes softcap * tanh(s / softcap); above 0; None or 0.0: off.
     bias: a floating point tensor that broadcasts to (B, H, S, S), or (B, H, queries, keys), in global order
        and whole on every rank, up to 1 GiB; added to scores. Its gradient, if it requires one, is the part of
-       this rank's queries, as that of sinks; it is computed in plain torch, which takes its time.
+       this rank's queries, as that of sinks; it is computed in plain torch, which takes its time, and not
+       beside a score_mod in kernels.
     alibi_slopes: (H,) or (B, H) float32; adds -slope * |i - j| (ALiBi, arXiv 2108.12409). No gradient.
     score_mod: f(score, b, h, q_idx, kv_idx, *aux), the new score, as in decode_attn: a @triton.jit function
        for the kernels, a plain one for the torch path. A score_mod may return -inf, as a mask does, but for
@@ -1476,9 +1489,8 @@ def index_at(layout, i, T, last):
 
 
 @triton.jit
-def modify(s, b, h, q_idx, kv_idx, MODS, MOD: constexpr):
+def modify(s, b, h, q_idx, kv_idx, ARGS, MOD: constexpr):
     """Scores in natural units before the first function, after it, ..., after the last one."""
-    _, _, ARGS, _ = MODS
     states = (s,)
     for i in tl.static_range(len(MOD)):
         states = states + (MOD[i](states[i], b, h, q_idx, kv_idx, *ARGS[i]).to(tl.float32),)
@@ -1486,19 +1498,18 @@ def modify(s, b, h, q_idx, kv_idx, MODS, MOD: constexpr):
 
 
 @triton.jit
-def modify_bwd(ds, states, b, h, q_idx, kv_idx, MODS, MOD_BWD: constexpr):
+def modify_bwd(ds, states, b, h, q_idx, kv_idx, ARGS, MOD_BWD: constexpr):
     """The gradient of the first of the states, from that of the last."""
-    _, _, ARGS, _ = MODS
     for i in tl.static_range(len(MOD_BWD) - 1, -1, -1):
-        ds = MOD_BWD[i](ds, states[i], b, h, q_idx, kv_idx, *ARGS[i]).to(tl.float32)
+        if MOD_BWD[i] is not None:
+            ds = MOD_BWD[i](ds, states[i], b, h, q_idx, kv_idx, *ARGS[i]).to(tl.float32)
     return ds
 
 
 @triton.jit
 def keep(b, h, q_idx, kv_idx, MODS):
     """What dropout multiplies probabilities, and their gradients, by: 0 or 1 / (1 - dropout_p)."""
-    _, _, _, dropout = MODS
-    SEED, threshold, scale = dropout
+    SEED, threshold, scale = MODS[3]
     return tl.where(philox_bits(tl.load(SEED), b, h, q_idx, kv_idx) >= threshold, scale, 0.0)
 
 
@@ -1506,16 +1517,12 @@ def keep(b, h, q_idx, kv_idx, MODS):
 def philox_bits(seed, b, h, q_idx, kv_idx):
     """`philox` of scores. In the order of its counters the first rounds cost least: those of b, h, q_idx alone
     are computed once for a row."""
-    M0: constexpr = PHILOX[0][0]
-    M1: constexpr = PHILOX[0][1]
-    STEP0: constexpr = PHILOX[1][0]
-    STEP1: constexpr = PHILOX[1][1]
     key0, key1 = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     c0, c1, c2, c3 = h.to(tl.uint32), kv_idx.to(tl.uint32), q_idx.to(tl.uint32), b.to(tl.uint32)
     for _ in tl.static_range(7):
-        x, y = tl.umulhi(c0, M0), tl.umulhi(c2, M1)
-        c0, c1, c2, c3 = y ^ c1 ^ key0, c2 * M1, x ^ c3 ^ key1, c0 * M0
-        key0, key1 = key0 + STEP0, key1 + STEP1
+        x, y = tl.umulhi(c0, PHILOX_M0), tl.umulhi(c2, PHILOX_M1)
+        c0, c1, c2, c3 = y ^ c1 ^ key0, c2 * PHILOX_M1, x ^ c3 ^ key1, c0 * PHILOX_M0
+        key0, key1 = key0 + PHILOX_W0, key1 + PHILOX_W1
     return (c0 >> 8).to(tl.int32)
 
 
@@ -1547,11 +1554,6 @@ def bias_mod(s, b, h, q_idx, kv_idx, BIAS, stride_b, stride_h, stride_q, stride_
 @triton.jit
 def alibi_mod(s, b, h, q_idx, kv_idx, SLOPES, stride_b):
     return s - tl.load(SLOPES + b * stride_b + h) * tl.abs(q_idx.to(tl.float32) - kv_idx.to(tl.float32))
-
-
-@triton.jit
-def same_bwd(ds, s, b, h, q_idx, kv_idx, *args):
-    return ds
 
 
 @triton.jit
@@ -1678,7 +1680,7 @@ def fwd_kernel(Q, K, V, O, ACC, LSE, SINKS, HOP, ROWS, sm_scale, H, G, T, TK, GR
             if MOD is not None:
                 offs_n = start_n + tl.arange(0, BLOCK_N)
                 kv_idx = index_at(hop + K_LAYOUT, offs_n, TK, MODS[1])[None, :]
-                s = modify(s * sm_scale, b, h, q_idx, kv_idx, MODS, MOD)[len(MOD)]
+                s = modify(s * sm_scale, b, h, q_idx, kv_idx, MODS[2], MOD)[len(MOD)]
             if PART:
                 s = tl.where(sees(tile, start_n + tl.arange(0, BLOCK_N), MASK), s, -float("inf"))
             m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
@@ -1764,7 +1766,7 @@ def dq_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DQ, ACC, HOP, ROWS, sm_scale, H, G, 
             offs_n = start_n + tl.arange(0, BLOCK_N)
             if MOD is not None:
                 kv_idx = index_at(hop + K_LAYOUT, offs_n, TK, MODS[1])[None, :]
-                states = modify(s * sm_scale, b, h, q_idx, kv_idx, MODS, MOD)
+                states = modify(s * sm_scale, b, h, q_idx, kv_idx, MODS[2], MOD)
                 s = states[len(MOD)]
             p = tl.math.exp2(s * qk_scale - lse[:, None])
             if PART:
@@ -1774,7 +1776,7 @@ def dq_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DQ, ACC, HOP, ROWS, sm_scale, H, G, 
                 dp = dp * keep(b, h, q_idx, kv_idx, MODS)
             ds = p * (dp - delta[:, None])
             if MOD is not None:
-                ds = modify_bwd(ds, states, b, h, q_idx, kv_idx, MODS, MOD_BWD)
+                ds = modify_bwd(ds, states, b, h, q_idx, kv_idx, MODS[2], MOD_BWD)
                 if PART:
                     ds = tl.where(sees(tile, offs_n, MASK), ds, 0.0)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, D]
@@ -1842,7 +1844,7 @@ def dkv_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, COLUMN
                 s = tl.dot(k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
                 if MOD is not None:
                     q_idx = index_at(hop + Q_LAYOUT, offs_m, T, MODS[0])[None, :]
-                    states = modify(s * sm_scale, b, hq, q_idx, kv_idx, MODS, MOD)
+                    states = modify(s * sm_scale, b, hq, q_idx, kv_idx, MODS[2], MOD)
                     s = states[len(MOD)]
                 p = tl.math.exp2(s * qk_scale - lse[None, :])
                 if PART != 1:
@@ -1860,7 +1862,7 @@ def dkv_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, COLUMN
                     dp = dp * factor
                 ds = p * (dp - delta[None, :])
                 if MOD is not None:
-                    ds = modify_bwd(ds, states, b, hq, q_idx, kv_idx, MODS, MOD_BWD)
+                    ds = modify_bwd(ds, states, b, hq, q_idx, kv_idx, MODS[2], MOD_BWD)
                     if PART != 1:
                         ds = tl.where(seen, ds, 0.0)
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, D]
@@ -2381,7 +2383,7 @@ def fwd_consumer(c: constexpr, out, smem, dims, MODS, HEAD_DIM: constexpr, MASK:
             offs_j = start_n + offs_n
             if MOD is not None:
                 kv_idx = index_at(hop + K_LAYOUT, offs_j, dims.TK, MODS[1])[None, :]
-                scores = modify(scores * sm_scale, work.b, work.h, q_idx, kv_idx, MODS, MOD)[len(MOD)]
+                scores = modify(scores * sm_scale, work.b, work.h, q_idx, kv_idx, MODS[2], MOD)[len(MOD)]
             columns = offs_j, row_begin, row_end, True, MASK
             scores, m_i, shift, alpha = online_softmax_max(scores, m_i, l_i, qk_scale, *columns)
             p = gl.exp2(scores * qk_scale - shift)
@@ -2403,7 +2405,7 @@ def fwd_consumer(c: constexpr, out, smem, dims, MODS, HEAD_DIM: constexpr, MASK:
                     masked = masked | (j >= n_tiles - work.n_tail)
                 if MOD is not None:
                     kv_idx = index_at(hop + K_LAYOUT, offs_j, dims.TK, MODS[1])[None, :]
-                    scores = modify(scores * sm_scale, work.b, work.h, q_idx, kv_idx, MODS, MOD)[len(MOD)]
+                    scores = modify(scores * sm_scale, work.b, work.h, q_idx, kv_idx, MODS[2], MOD)[len(MOD)]
                 columns = offs_j, row_begin, row_end, masked, MASK
                 scores, m_i, shift, alpha = online_softmax_max(scores, m_i, l_i, qk_scale, *columns)
                 if EARLY:
@@ -2721,7 +2723,7 @@ def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start_m, bounds, offs_n, T, T
             first = start_m - (i - tile) // G * BLOCK_M
         if MOD is not None:
             h, q_idx = head + (i - tile) % G, index_at(hop + Q_LAYOUT, first + offs_m, T, MODS[0])
-            states = modify(scores * sm_scale, b, h, q_idx, kv_idx, MODS, MOD)
+            states = modify(scores * sm_scale, b, h, q_idx, kv_idx, MODS[2], MOD)
             scores = states[len(MOD)]
         p = gl.exp2(scores * qk_scale - lse)
         if MASK != FULL:
@@ -2741,7 +2743,7 @@ def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start_m, bounds, offs_n, T, T
             kept = p * factor
         ds = p * (dp - lse_delta.slice(1, 1).load(s_layout))
         if MOD is not None:
-            ds = modify_bwd(ds, states, b, h, q_idx, kv_idx, MODS, MOD_BWD)
+            ds = modify_bwd(ds, states, b, h, q_idx, kv_idx, MODS[2], MOD_BWD)
             if MASK != FULL:
                 ds = gl.where(seen, ds, 0.0)
         ds = ds.to(dtype)
@@ -2887,6 +2889,12 @@ def padded_head_dim(D):
     return max(64, triton.next_power_of_2(D))
 
 
+def hopper_tiles(kernel, D, modified):
+    """Of HOPPER_TILES. With score mods two consumers have more registers than three, and need them."""
+    consumers, streamed, stages = HOPPER_TILES[kernel][padded_head_dim(D)]
+    return 2 if modified else consumers, streamed, stages
+
+
 def hopper_takes(D, dtype):
     """Are there Hopper kernels for this head dim and dtype? TMA wants rows of a multiple of 16 bytes."""
     return D <= max(HOPPER_TILES["fwd"]) and D % 8 == 0 and dtype in (torch.bfloat16, torch.float16)
@@ -2921,11 +2929,11 @@ def tma_descriptor(x, block):
 
 
 @functools.lru_cache(maxsize=1024)
-def hopper_config(kernel, shape, k_shape, device, n_groups, n_sets, mask_kind):
+def hopper_config(kernel, shape, k_shape, device, n_groups, n_sets, mask_kind, modified):
     """Of a launch: shapes of resident and streamed tiles, integers of Dims, grid, constants, options."""
     (B, T, H, D), (_, TK, HKV, _) = shape, k_shape
     BLOCK_D = padded_head_dim(D)
-    consumers, streamed, stages = HOPPER_TILES[kernel][BLOCK_D]
+    consumers, streamed, stages = hopper_tiles(kernel, D, modified)
     n_sm = torch.cuda.get_device_properties(device).multi_processor_count
     n_resident, n_streamed = (TK, T) if kernel == "bwd" else (T, TK)
     shared = 1 if kernel == "bwd" else H // HKV  # heads that stream the same tiles
@@ -2953,7 +2961,9 @@ def hopper_bounds(hop, resident, mask):
 
 def hopper_fwd(q, k, v, o, acc, lse, sinks, hop, mask, mods, sm_scale):
     bounds = hopper_bounds(hop, 0, mask)
-    config = hopper_config("fwd", q.shape, k.shape, q.device, len(hop.rows), len(bounds[0]), mask.kind)
+    config = hopper_config(
+        "fwd", q.shape, k.shape, q.device, len(hop.rows), len(bounds[0]), mask.kind, bool(mods)
+    )
     resident, streamed, dims, grid, constants, options = config
     tiles = tma_descriptor(q, resident), tma_descriptor(k, streamed), tma_descriptor(v, streamed)
     has_sinks = sinks is not None
@@ -2988,7 +2998,9 @@ def hopper_preprocess(o, do, lse, dlse, dq, n_hops):
 def hopper_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, mask, mods, sm_scale, deterministic):
     lse_delta, dq_acc, semaphores = state
     bounds = hopper_bounds(hop, 1, mask)
-    config = hopper_config("bwd", q.shape, k.shape, q.device, len(hop.rows), len(bounds[0]), mask.kind)
+    config = hopper_config(
+        "bwd", q.shape, k.shape, q.device, len(hop.rows), len(bounds[0]), mask.kind, bool(mods)
+    )
     resident, streamed, dims, grid, constants, options = config
     half, resident = resident, (1, BWD_ROWS.value, 1, resident[3])
     inputs = [tma_descriptor(x, b) for x, b in ((q, streamed), (k, resident), (v, half), (do, streamed))]
@@ -3659,7 +3671,7 @@ def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse=False, *, backe
     extras = [sinks, cu_seqlens, bias, alibi_slopes, seed, *(aux if aux_problem is None else ())]
     learn = q, k, v, sinks, bias
     backward = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in learn)
-    softcap, dropout_p = softcap or 0.0, dropout_p or 0.0
+    softcap, dropout_p = 0.0 if softcap is None else softcap, 0.0 if dropout_p is None else dropout_p
     functions = number_of_functions(score_mod, score_mod_bwd)
     options = sm_scale, backend, transport, softcap, dropout_p, functions, deterministic, backward, problem
     if not torch.compiler.is_compiling():  # else the operator checks when it runs
@@ -3865,8 +3877,7 @@ def check_sinks(sinks, q):
 def check_mods(q, k, n_ranks, extras, backend, softcap, dropout_p, functions, backward):
     """q, k (B, T, heads, D) of one rank."""
     (B, T, H, _), TK, device = q.shape, k.shape[1], q.device
-    if not is_number(softcap) or not 0 <= softcap < math.inf:
-        raise ValueError(f"{softcap=} must be above 0, or None or 0.0 for none")
+    check_softcap(softcap)
     if not is_number(dropout_p) or not 0 <= dropout_p < 1:
         raise ValueError(f"{dropout_p=} must be a probability below 1")
     bias, slopes, seed = extras.bias, extras.slopes, extras.seed
@@ -3881,14 +3892,10 @@ def check_mods(q, k, n_ranks, extras, backend, softcap, dropout_p, functions, ba
             raise ValueError(
                 f"bias is {summary(bias)}; it must be {wanted}, the whole sequence on every rank"
             )
-        if bias.numel() * bias.itemsize > 2**30:
-            size = f"{bias.numel() * bias.itemsize / 2**30:.1f} GiB"
-            raise ValueError(f"bias has {size}, above 1 GiB; compute it in a score_mod, from tensors in aux")
-    if slopes is not None:
-        is_tensor = isinstance(slopes, torch.Tensor) and slopes.dtype == torch.float32
-        if not is_tensor or slopes.shape not in ((H,), (B, H)) or slopes.device != device:
-            wanted = f"a float32 tensor ({H},) or {(B, H)} on {device}"
-            raise ValueError(f"alibi_slopes is {summary(slopes)}; it must be {wanted}")
+        if (size := bias.numel() * bias.itemsize) > MAX_BIAS:
+            way_out = "compute it in a score_mod, from tensors in aux"
+            raise ValueError(f"bias has {size} bytes, above {MAX_BIAS}; {way_out}")
+    check_slopes(slopes, q)
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device):
         raise ValueError(f"dropout_seed is {summary(seed)}; it must have one element, int64, on {device}")
     for i, x in enumerate(extras.aux):
@@ -3905,8 +3912,24 @@ def check_mods(q, k, n_ranks, extras, backend, softcap, dropout_p, functions, ba
     if backend != "torch" and score_mod_bwd is not None:
         takes = "dscore, score, b, h, q_idx, kv_idx"
         check_function("score_mod_bwd", score_mod_bwd, takes, len(extras.aux), backend)
+    if backend != "torch" and backward and bias is not None and bias.requires_grad:
+        alone = "beside a score_mod in kernels: its gradient is computed in plain torch"
+        raise ValueError(f'bias requires a gradient {alone}; detach one of them, or pass backend="torch"')
     if backend != "torch" and backward and score_mod_bwd is None:
         raise ValueError("a gradient of score_mod needs score_mod_bwd, or torch.no_grad()")
+
+
+def check_softcap(softcap):
+    if softcap and not (is_number(softcap) and 0 < softcap < math.inf):
+        raise ValueError(f"{softcap=} must be above 0, or None or 0.0 for none")
+
+
+def check_slopes(slopes, q):
+    (B, _, H, _), device = q.shape, q.device
+    is_tensor = isinstance(slopes, torch.Tensor) and slopes.dtype == torch.float32
+    if slopes is not None and not (is_tensor and slopes.shape in ((H,), (B, H)) and slopes.device == device):
+        wanted = f"a float32 tensor ({H},) or {(B, H)} on {device}, or None"
+        raise ValueError(f"alibi_slopes is {summary(slopes)}; it must be {wanted}")
 
 
 def check_function(name, f, takes, n_aux, backend):

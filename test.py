@@ -1638,6 +1638,265 @@ def fuzz(n, seed):
 
 
 # -----------------------------------------------------------------------------
+# score mods and dropout, against dense attention in float64, in whose dtype-at-hand twin the yardstick is
+
+
+@triton.jit
+def stretch_jit(score, b, h, q_idx, kv_idx, scales, shifts):
+    return score * tl.load(scales + h) + tl.load(shifts + kv_idx) * (q_idx + b)
+
+
+@triton.jit
+def stretch_bwd_jit(dscore, score, b, h, q_idx, kv_idx, scales, shifts):
+    return dscore * tl.load(scales + h)
+
+
+def stretch(score, b, h, q_idx, kv_idx, scales, shifts):
+    return score * scales[h] + shifts[kv_idx] * (q_idx + b)
+
+
+def dense_modified(q, k, v, do, sinks, seen, softcap=None, bias=None, alibi_slopes=None, aux=(), dropout_p=0,
+                   dropout_seed=0):  # fmt: skip
+    """o, dq, dk, dv and, where there are such, dsinks and dbias, by the formula in the dtype of q. bias,
+    alibi_slopes: with as many queries and keys. aux: of stretch."""
+    leaves = [x if x is None else x.detach().to(q.dtype).requires_grad_() for x in (q, k, v, sinks, bias)]
+    q, k, v, sinks, bias = leaves
+    (B, T, H, D), TK, device = q.shape, k.shape[1], q.device
+    at = [
+        torch.arange(n, device=device).view(-1, *[1] * dims) for n, dims in ((B, 3), (H, 2), (T, 1), (TK, 0))
+    ]
+    b, h, i, j = at[0], at[1], at[2] + max(TK - T, 0), at[3] + max(T - TK, 0)
+    k, v = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v))
+    s = torch.einsum("b m h d, b n h d -> b h m n", q, k) * D**-0.5
+    s = softcap * (s / softcap).tanh() if softcap else s
+    s = s if bias is None else s + bias
+    if alibi_slopes is not None:
+        s = s - alibi_slopes.view(-1, H)[b % (alibi_slopes.numel() // H), h].to(s.dtype) * (i - j).abs()
+    if aux:
+        s = stretch(s, b, h, i, j, *(x.to(s.dtype) for x in aux))
+    sink = s.new_full((B, H, T, 1), -inf) if sinks is None else sinks[:, None, None].expand(B, H, T, 1)
+    s = torch.cat([s.masked_fill(~seen, -inf), sink], -1)
+    p = s.softmax(-1).nan_to_num()[..., :-1].masked_fill(~seen, 0.0)
+    if dropout_p:
+        threshold, scale = ring_attn.dropout_numbers(dropout_p)
+        p = p * (ring_attn.philox(dropout_seed, b, h, i, j) >= threshold) * scale
+    o = torch.einsum("b h m n, b n h d -> b m h d", p, v)
+    return o.detach(), *torch.autograd.grad(o, [x for x in leaves if x is not None], do.to(o.dtype))
+
+
+def draw_mods(rng, g, B, T, TK, H, backend):
+    """Options of ring_attn, and what a gradient of bias is wanted beside."""
+
+    def randn(*shape):
+        return torch.randn(shape, generator=g).to(DEVICE)
+
+    options = {}
+    if rng.random() < 0.4:
+        options["softcap"] = rng.choice((0.5, 3.0, 50.0))
+    if rng.random() < 0.5:
+        options["bias"] = randn(*(rng.choice((1, n)) for n in (B, H, T, TK)))
+    if rng.random() < 0.4:
+        options["alibi_slopes"] = randn(*rng.choice(((H,), (B, H)))).abs() / 4
+    if rng.random() < 0.4:
+        wide = f64 if backend == "torch" else f32
+        options["aux"] = (randn(H) + 1).to(wide), (randn(max(T, TK)) / 100).to(wide)
+    if rng.random() < 0.4:
+        options |= dict(dropout_p=0.3, dropout_seed=rng.randint(-(2**63), 2**63 - 1))
+    return options
+
+
+def check_mods(seed, ring=None):
+    rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    backend = rng.choices(
+        ("torch", "triton", "gluon"), (1, 2, 4) if HOPPER else (1, 3, 0) if GPU else (3, 1, 0)
+    )[0]
+    interpreted, schedule = backend == "triton" and not GPU, rng.choice([*SCHEDULES])
+    n_ranks = ring.n_ranks if ring else rng.randint(1, 4 if interpreted else 8)
+    B, T = fit(schedule, 1 if interpreted else 2, rng.randint(1, (40 if interpreted else 600) // n_ranks))
+    S, (H, HKV) = n_ranks * T, rng.choice(((2, 1), (2, 2), (6, 2)))
+    SK = rng.randint(1, 300) if n_ranks == 1 and not interpreted and rng.random() < 0.3 else S
+    D = rng.choice(
+        dict(torch=(8, 24), triton=(16, 64, 128), gluon=(40, 64, 128))[backend][: 1 if interpreted else 3]
+    )
+    low = (bf16, f16) if backend == "gluon" else (f32, f16) if interpreted else (f32, bf16)
+    dtype, causal = f64 if backend == "torch" else rng.choice(low), rng.random() < 0.6
+    shapes = (B, S, H, D), (B, SK, HKV, D), (B, SK, HKV, D), (B, S, H, D)
+    q, k, v, do = (torch.randn(shape, generator=g).to(DEVICE, dtype) for shape in shapes)
+    mods = draw_mods(rng, g, B, S, SK, H, backend)
+    window = rng.randint(1, S) if causal and rng.random() < 0.3 else None
+    sinks = torch.randn(H, generator=g).to(DEVICE) if rng.random() < 0.3 else None
+    seen = seen_by_position(S, SK, causal, window)
+    wants_bias = "bias" in mods and (backend == "torch" or "aux" not in mods)
+    inputs, options = (q, k, v, do, sinks, seen), dict(mods)
+    if "bias" in mods:
+        options["bias"] = mods["bias"].clone().requires_grad_(wants_bias)
+    if "aux" in mods:
+        jitted = dict(score_mod=stretch_jit, score_mod_bwd=stretch_bwd_jit)
+        options |= dict(score_mod=stretch) if backend == "torch" else jitted
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, sinks) if x is not None]
+    options |= dict(causal=causal, window=window, backend=backend, deterministic=rng.random() < 0.8)
+    try:
+        if ring:
+            at = schedule, ring.rank, ring.n_ranks
+            mine = [shard(x, *at) for x in leaves[:3]]
+            o = ring_attn.ring_attn(
+                *mine, schedule, ring, sinks=leaves[3] if sinks is not None else None, **options
+            )
+            loss = (o * shard(do, *at)).sum()
+        else:
+            o = ring_attn.ring_attn(
+                *leaves[:3], schedule, VirtualRing(n_ranks), sinks=(*leaves, None)[3], **options
+            )
+            loss = (o * do).sum()
+        grads = [*torch.autograd.grad(loss, leaves + ([options["bias"]] if wants_bias else []))]
+        if ring:
+            o = unshard(o, schedule, ring)
+            for x in grads:  # each rank has the part of its queries
+                dist.all_reduce(x, group=ring.group)
+        truth = dense_modified(
+            *(x if x is None or x.dtype == torch.bool else x.double() for x in inputs), **mods
+        )
+        peer = dense_modified(*inputs, **mods) if dtype.itemsize == 2 else truth
+    except Exception as failure:
+        raise AssertionError(f"seed {seed}: {type(failure).__name__}: {failure}") from failure
+    names, rows = ["o", "dq", "dk", "dv", *["dsinks"] * (sinks is not None), "dbias"], []
+    for name, a, t, p in zip(names, (o, *grads), truth, peer):
+        exact = 1e-12 if dtype == f64 and name[1:] not in ("sinks", "bias") else 2e-5
+        rows.append((name, error(a, t), 3 * error(p, t) + exact * max(1, t.abs().max().item())))
+    try:
+        return worst(rows)
+    except AssertionError as bad:
+        options = {x: y for x, y in options.items() if not isinstance(y, (torch.Tensor, tuple))}
+        case = dict(schedule=schedule, n_ranks=n_ranks, S=S, SK=SK, H=H, HKV=HKV, D=D, dtype=dtype)
+        raise AssertionError(
+            f"seed {seed}, {case}, {options}, {[*mods]}, {sinks is not None=}: {bad}"
+        ) from bad
+
+
+def check_mod_seeds(first, n, ring=None):
+    return max((check_mods(seed, ring) for seed in range(first, first + n)), key=lambda row: row[1] / row[2])
+
+
+for first in range(0, 100 if GPU else 40, 10):
+    local(check_mod_seeds, f"score mods drawn at random, seeds {first} to {first + 9}", first, 10)
+for size in (2, 4):
+    real(
+        lambda ring: check_mod_seeds(0, 12, ring),
+        f"score mods drawn at random on a ring of {size}",
+        ring=size,
+    )
+
+
+@local
+def dropout_is_philox():
+    """The known answer of Random123, a share of entries kept, and a scale that keeps the mean; the same entries
+    whatever the backend; another seed drops others; a seed may be a tensor."""
+    zero = torch.zeros((), dtype=torch.int64)
+    assert int(ring_attn.philox(0, zero, zero, zero, zero)) == 0x5F6FB709 >> 8
+    S, (B, H) = 64 if not GPU else 1024, (1, 2)
+    q, v = (
+        torch.zeros(B, S, H, S, device=DEVICE),
+        torch.eye(S, device=DEVICE).expand(B, H, S, S).transpose(1, 2),
+    )
+    options, kept = dict(causal=False, dropout_p=0.25), {}
+    for backend in ring_attn.BACKENDS if HOPPER else ("torch", "triton"):
+        D = dict(torch=S, triton=64, gluon=64)[backend]
+        low = f16 if backend == "gluon" else f32
+        args = q[..., :D].to(low), q[..., :D].to(low), v[..., :D].contiguous().to(low)
+        o = ring_attn.flash_attn_func(*args, backend=backend, dropout_seed=7, **options)
+        kept[backend] = o[..., :64] > 0
+        same = ring_attn.flash_attn_func(
+            *args, backend=backend, dropout_seed=torch.tensor([7], device=DEVICE), **options
+        )
+        same_bits(o, same, "a seed in a tensor")
+    for backend, x in kept.items():
+        assert torch.equal(x, kept["torch"]), f"{backend} and torch drop other entries"
+    o = ring_attn.flash_attn_func(q, q, v, backend="torch", dropout_seed=7, **options)
+    share, deviation = (o > 0).float().mean().item(), (0.25 * 0.75 / o.numel()) ** 0.5
+    assert abs(share - 0.75) < 4 * deviation, f"{share} of the entries are kept, not 0.75"
+    assert (o[o > 0] * S - 1 / 0.75).abs().max() < 1e-5, "what is kept is not divided by 0.75"
+    other = ring_attn.flash_attn_func(q, q, v, backend="torch", dropout_seed=8, **options)
+    assert 0.3 < ((o > 0) != (other > 0)).float().mean() < 0.45, "another seed drops what the first one did"
+    torch.manual_seed(0)
+    first, second = (ring_attn.flash_attn_func(q, q, v, backend="torch", **options) for _ in range(2))
+    assert not torch.equal(first, second), "every call without a seed drops the same"
+    torch.manual_seed(0)
+    same_bits(first, ring_attn.flash_attn_func(q, q, v, backend="torch", **options), "torch.manual_seed")
+
+
+@local(name="errors of score mods")
+def check_mod_errors():
+    x = torch.randn(2, 8, 4, 16, device=DEVICE)
+
+    def call(**options):
+        return ring_attn.ring_attn(x, x, x, group=alone(), **dict(backend="torch") | options)
+
+    refused, learned = partial(raises, call), x.clone().requires_grad_()
+    for softcap in (-1.0, "x", inf, True):
+        refused(f"softcap={softcap!r}", softcap=softcap)
+    for p in (1.0, -0.1, "x"):
+        refused(f"dropout_p={p!r}", dropout_p=p)
+    refused("dropout_seed='x'", dropout_p=0.1, dropout_seed="x")
+    refused("dropout_seed", "int64", dropout_p=0.1, dropout_seed=torch.zeros(1, device=DEVICE))
+    raises(lambda: ring_attn.flash_attn_func(x, x, x, 0.1), "bias=0.1", "dropout_p=", "sm_scale=")
+    refused("bias", "(2, 4, 8, 8)", bias=torch.zeros(2, 4, 8, 7, device=DEVICE))
+    refused("bias", "4 dimensions", bias=torch.zeros(8, 8, device=DEVICE))
+    with replaced(ring_attn, "MAX_BIAS", 255):
+        refused("bias has", "score_mod", bias=torch.zeros(1, 1, 8, 8, device=DEVICE))
+    refused("alibi_slopes", "(4,)", "(2, 4)", alibi_slopes=torch.zeros(3, device=DEVICE))
+    refused(
+        "alibi_slopes", "requires a gradient", alibi_slopes=torch.ones(4, device=DEVICE, requires_grad=True)
+    )
+    plain = dict(score_mod=stretch, aux=(x[0, 0, :, 0], x[0, 0, 0]))
+    refused("aux is a list", **dict(plain, aux=[x, x]))
+    refused("aux[1] is NoneType", **dict(plain, aux=(x, None)))
+    refused("aux[0] requires a gradient", "bias", **dict(plain, aux=(learned, x)))
+    refused("score_mod takes 7 arguments and is given 6", **dict(plain, aux=(x,)))
+    refused("@triton.jit", **dict(plain, score_mod=stretch_jit))
+    jitted = dict(plain, score_mod=stretch_jit, backend="triton")
+    refused("must be a @triton.jit function", **dict(jitted, score_mod=stretch))
+    with torch.enable_grad():
+        words = "score_mod_bwd", "no_grad"
+        raises(lambda: ring_attn.ring_attn(learned, x, x, group=alone(), **jitted), *words)
+        bias = torch.zeros(1, 1, 8, 8, device=DEVICE, requires_grad=True)
+        both = dict(jitted, score_mod_bwd=stretch_bwd_jit, bias=bias)
+        raises(lambda: ring_attn.ring_attn(x, x, x, group=alone(), **both), "bias", "beside a score_mod")
+    number = ring_attn.number_of_functions(stretch, None)
+    for i in range(1100):
+        ring_attn.number_of_functions(lambda s, *at: s, None)
+    assert len(ring_attn.FUNCTIONS) <= 1024
+    raises(lambda: ring_attn.functions_numbered(number), "1024", kind=RuntimeError)
+    assert call(**plain).isfinite().all()
+
+
+@local(name="compiled, with score mods")
+def check_compiled_mods():
+    """One graph, results and gradients as in eager."""
+    backend, compiler = ("triton", "inductor") if GPU else ("torch", "aot_eager")
+    leaves = [
+        x.requires_grad_()
+        for x in (*make(2, 24, 4, 2, 16, f32)[:3], torch.randn(1, 4, 24, 24, device=DEVICE))
+    ]
+    slopes, seed = torch.rand(4, device=DEVICE), torch.tensor([5], device=DEVICE)
+    scales, shifts = torch.rand(4, device=DEVICE), torch.rand(24, device=DEVICE)
+    mods = dict(score_mod=stretch) if not GPU else dict(score_mod=stretch_jit, score_mod_bwd=stretch_bwd_jit)
+
+    def attn(q, k, v, bias, with_bias):
+        options = dict(softcap=3.0, alibi_slopes=slopes, dropout_p=0.2, dropout_seed=seed, backend=backend)
+        options |= dict(bias=bias) if with_bias else dict(mods, aux=(scales, shifts))
+        return ring_attn.ring_attn(2 * q, k, v, "zigzag", VirtualRing(2), **options).square().sum()
+
+    compiled, rows = torch.compile(attn, fullgraph=True, backend=compiler), []
+    for with_bias in (True, False):
+        results = []
+        for f in (attn, compiled):
+            loss = f(*leaves, with_bias)
+            results.append((loss / 1000, *torch.autograd.grad(loss, leaves[: 3 + with_bias])))
+        rows.append(compare(("loss", "dq", "dk", "dv", "dbias")[: 4 + with_bias], *results, 1e-4))
+    return worst(rows)
+
+
+# -----------------------------------------------------------------------------
 # decoding, against flex_attention: eager, in float64 for the truth and in the dtype at hand for the yardstick
 
 
