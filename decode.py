@@ -425,9 +425,7 @@ class Call(NamedTuple):
         """ring_attn.Mods in their order."""
         if not (self.softcap or self.alibi_slopes is not None or self.score_mod):
             return ()
-        chain = ring_attn.make_chain(
-            self.q.shape[2], self.softcap, self.alibi_slopes, self.score_mod, aux=self.aux
-        )
+        chain = ring_attn.make_chain(self.q, self.softcap, self.alibi_slopes, self.score_mod, aux=self.aux)
         return sum(chain, ())
 
     def n_sink(self):

@@ -87,6 +87,8 @@ class Attention(nn.Module):
             raise ValueError(f"{dim_per_head=} must be even for rotary embeddings, or rope_theta=None")
         ring_attn.check_mask(causal, window, None, None, 1, seq_len, seq_len)
         ring_attn.check_softcap(softcap)
+        if softcap and attn_type is AttentionType.SDPA:
+            raise ValueError(f"{softcap=}, which SDPA has not; use AttentionType.FLASH")
         self.n_heads = dim // dim_per_head
         self.n_kv_heads = self.n_heads if n_kv_heads is None else n_kv_heads
         if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
@@ -169,7 +171,7 @@ class Attention(nn.Module):
             o = cache.attend(layer, q, sm_scale, self.window, self.sinks, self.softcap)
         elif self.attn_type is AttentionType.SDPA:
             if self.softcap:
-                raise ValueError(f"softcap={self.softcap}, which SDPA has not; use FLASH")
+                raise ValueError(f"softcap={self.softcap}, which SDPA has not; use AttentionType.FLASH")
             options, bias = dict(scale=sm_scale, enable_gqa=self.n_heads != self.n_kv_heads), None
             if any(x is not None for x in masks.values()):
                 bias = self.dense_mask(B, T, cu_seqlens, q.dtype, x.device)

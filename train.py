@@ -17,7 +17,7 @@ Every rank holds all weights, or with --fsdp a part of them; gradients are summe
 
 A sequence is a stretch of the joined files, of any length. With --documents a token sees its own file only,
 positions restart at 0 in each, and no loss is counted from one to the next; a sequence cuts the files at its
-ends. --window and --sinks also change what a token sees, in training and in generation.
+ends. --window, --sinks and --softcap change attention in training and in generation alike.
 
 Batches and dropout masks follow from --seed and the number of the step. So a checkpoint holds just weights,
 optimizer, step and flags. A resumed run repeats the losses to the bit; it may use other ranks and rings.
@@ -61,9 +61,10 @@ from model import IGNORED, AttentionType, Config, Transformer
 
 RANK = int(os.environ.get("RANK", 0))
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "4090": 165e12}
-MODEL = "n_layers", "dim", "dim_per_head", "n_kv_heads", "seq_len", "dropout", "window", "sinks"
+MODEL = "n_layers", "dim", "dim_per_head", "n_kv_heads", "seq_len", "dropout", "window", "sinks", "softcap"
 FIXED = *MODEL, "documents", "batch_size", "seed"  # flags that a resumed run cannot change
-LATER = dict(free_order=False, window=None, sinks=False, documents=False)  # flags that old checkpoints lack
+# flags that old checkpoints lack
+LATER = dict(free_order=False, window=None, sinks=False, softcap=None, documents=False)
 # flags that only --generate reads, and all that it reads
 TEXT_ONLY = {"generate", "prompt_file", "max_tokens", "cache_tokens"}
 TEXT = TEXT_ONLY | {"temperature", "top_k", "out", "seed", "device", "dtype", "timeout"}
@@ -122,6 +123,7 @@ def parse(argv=None):
     flag(g, "dropout", float, "on the outputs of attention and MLP", 0.0)
     flag(g, "window", int, "tokens that a token sees, itself included (all)")
     flag(g, "sinks", bool, "learn a logit for each head in the denominator of the softmax")
+    flag(g, "softcap", float, "scores s become softcap * tanh(s / softcap) (off)")
     kinds = [t.value for t in AttentionType]
     flag(g, "schedule", str, "the first two without rings", "zigzag", kinds)
     flag(g, "lr", float, "peak learning rate", (2e-3, 6e-4))
@@ -704,6 +706,7 @@ def train(args, group=None):
         log(f"passed over: {problem}")
     size = f"{args.schedule}, {args.seq_len} tokens x {args.batch_size}, {args.dtype}"
     size += (f", window {args.window}" if args.window else "") + ", sinks" * args.sinks
+    size += f", softcap {args.softcap}" if args.softcap else ""
     log(f"{n_ranks} x {name} | torch {torch.__version__} | {size}")
     if n_rings > 1 or sharded:
         shards = f" | weights and optimizer sharded over {n_ranks}" * sharded
