@@ -900,9 +900,9 @@ def torch_blocks(q, k, hop, mods, block=512):
         layouts = Layout(*row[:3]), Layout(*row[3:6])
         q_idx, k_idx = (layout_positions(x, n, device) for x, n in zip(layouts, (T, TK)))
         sequences = torch.arange(b.start, b.stop, device=device).view(-1, 1, 1, 1, 1)
-        T = int((q_idx <= mods.last[0]).sum()) if mods else T  # the others are padding
-        for start in range(0, T, block):
-            m = slice(start, min(start + block, T))
+        n_real = int((q_idx <= mods.last[0]).sum()) if mods else T  # the others are padding
+        for start in range(0, n_real, block):
+            m = slice(start, min(start + block, n_real))
             begin, end, _ = rows[:, m, None]  # (M, 1)
             n = slice(int(begin.min()), int(end.max()))
             if n.start < n.stop:
@@ -1309,9 +1309,9 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     Scores change in this order: sm_scale * q k^T, softcap, bias, alibi_slopes, score_mod, masks, sinks,
     softmax, dropout. Positions are global; where one GPU has T queries and TK keys, aligned at their ends.
     softcap: s becomes softcap * tanh(s / softcap); above 0; None or 0.0: off.
-    bias: a floating point tensor that broadcasts to (B, H, S, S), or (B, H, queries, keys), in global order
-       and whole on every rank, up to 1 GiB; added to scores. Its gradient, if it requires one, is the part of
-       this rank's queries, as that of sinks; it is computed in plain torch, which takes its time, and not
+    bias: a floating point tensor that broadcasts to (B, H, S, S), or (B, H, queries, keys), in global order,
+       without padding, and whole on every rank, up to 1 GiB; added to scores. Its gradient, if it requires
+       one, is the part of this rank's queries, as that of sinks; it is computed in plain torch, which takes its time, and not
        beside a score_mod in kernels.
     alibi_slopes: (H,) or (B, H) float32; adds -slope * |i - j| (ALiBi, arXiv 2108.12409). No gradient.
     score_mod: f(score, b, h, q_idx, kv_idx, *aux), the new score, as in decode_attn: a @triton.jit function
@@ -3661,7 +3661,8 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, dlse):
-        saved, extras = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        q, k, v, o, lse, *extras = ctx.saved_tensors  # once: under checkpointing it computes them again
+        saved = q, k, v, o, lse
         need_sinks, _, need_bias, *_ = ctx.needs_input_grad[5:]
         backward = backward_real if can_skip_dispatcher(*saved) else torch.ops.ring_attn.backward.default
         args = *ctx.args[: N_COMMON + 1], need_bias
@@ -3930,7 +3931,7 @@ def check_sinks(sinks, q):
         raise ValueError(f"sinks is {summary(sinks)}; it must be {wanted}, or None")
 
 
-def check_mods(q, k, n_ranks, extras, backend, softcap, dropout_p, functions, backward):
+def check_mods(q, k, n_ranks, seq_len, extras, backend, softcap, dropout_p, functions, backward):
     """q, k (B, T, heads, D) of one rank."""
     (B, T, H, _), TK, device = q.shape, k.shape[1], q.device
     check_softcap(softcap)
@@ -3938,7 +3939,7 @@ def check_mods(q, k, n_ranks, extras, backend, softcap, dropout_p, functions, ba
         raise ValueError(f"{dropout_p=} must be a probability below 1")
     bias, slopes, seed = extras.bias, extras.slopes, extras.seed
     if bias is not None:
-        shape = B, H, n_ranks * T, n_ranks * TK
+        shape = B, H, *(n_ranks * n if seq_len is None else seq_len for n in (T, TK))
         if not isinstance(bias, torch.Tensor):
             order = "flash-attn has dropout_p in this place, then softmax_scale: name dropout_p=, sm_scale="
             raise ValueError(f"{bias=} must be a tensor, or None. {order}")
@@ -4030,7 +4031,7 @@ def check_inputs(q, k, v, extras, schedule, ring, causal, window, seq_len, sm_sc
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; it must be on the CPU or on {q.device}")
     if sinks is not None:
         check_sinks(sinks, q)
-    check_mods(q, k, n_others, extras, backend, softcap, dropout_p, functions, backward)
+    check_mods(q, k, n_others, seq_len, extras, backend, softcap, dropout_p, functions, backward)
     if T != TK and n_ranks > 1 and (causal or window is not None):
         asked = f"{causal=}" if window is None else f"{window=}"
         lengths = f"{T} queries and {TK} keys a rank"

@@ -945,19 +945,24 @@ def buffers_per_rank():
 @local
 def operators_under_opcheck():
     """Schemas, fakes (shapes, dtypes, strides) and autograd of both operators."""
-    documents = torch.tensor([0, 3, 8], dtype=torch.int32)
-    masks = dict(window=[2, 0], seq_len=7, sinks=torch.randn(4, device=DEVICE), cu_seqlens=documents)
-    for group, dtype, given in ((alone(), f64, {}), (VirtualRing(2), f16, {}), (VirtualRing(2), f32, masks)):
-        q, k, v, do = (permuted(x, 1, 2) for x in make(2, 8, 4, 2, 16, dtype))
-        mask = given.get("window"), given.get("seq_len")
-        options = ring_attn.resolve_ring(group).number, "zigzag", True, *mask, 0.25, "torch", None, True
-        leaves = [x if x is None else x.requires_grad_() for x in (q, k, v, given.get("sinks"))]
-        tensors = *leaves, given.get("cu_seqlens")
-        torch.library.opcheck(torch.ops.ring_attn.forward.default, (*tensors, *options, True, None))
-        results = torch.ops.ring_attn.forward(*tensors, *options, True, None)
-        saved = [x if x is None else x.detach() for x in (*tensors[:3], *results, *tensors[3:])]
-        for grads in ((do, None), (None, saved[4])):
-            torch.library.opcheck(torch.ops.ring_attn.backward.default, (*grads, *saved, *options))
+    documents, seed = torch.tensor([0, 3, 8], dtype=torch.int32), torch.tensor([1], device=DEVICE)
+    randn = partial(torch.randn, device=DEVICE)
+    masked = dict(sinks=randn(4), cu_seqlens=documents, seed=seed)
+    for group, dtype, given in ((alone(), f64, {}), (VirtualRing(2), f16, {}), (VirtualRing(2), f32, masked)):
+        leaves = [permuted(x, 1, 2).requires_grad_() for x in make(2, 8, 4, 2, 16, dtype)]
+        (*qkv, do), mods = leaves, (0.0, 0.1 if given else 0.0, 0)
+        if given:
+            given["sinks"].requires_grad_()
+        extras, mask = ring_attn.Extras(**given).flat(), ([2, 0], 7) if given else (None, None)
+        number = ring_attn.resolve_ring(group).number
+        options = number, "zigzag", True, *mask, 0.25, "torch", None, *mods, True
+        torch.library.opcheck(torch.ops.ring_attn.forward.default, (*qkv, extras, *options, True, None))
+        results = torch.ops.ring_attn.forward(*qkv, extras, *options, True, None)
+        saved = [x.detach() for x in (*qkv, *results)]
+        detached = [x if x is None else x.detach() for x in extras]
+        for grads in ((do.detach(), None), (None, saved[4])):
+            args = *grads, *saved, detached, *options, False
+            torch.library.opcheck(torch.ops.ring_attn.backward.default, args)
 
 
 @local
@@ -1185,7 +1190,7 @@ def dealt(kernel, n_sm, B, T, H, HKV):
     """hopper_config of a causal problem on a GPU of n_sm multiprocessors: its integers, and the programs."""
     properties = SimpleNamespace(multi_processor_count=n_sm)
     with replaced(torch.cuda, "get_device_properties", lambda device, found=properties: found):
-        args = kernel, (B, T, H, 128), (B, T, HKV, 128), DEVICE, 1, 1, ring_attn.CAUSAL.value
+        args = kernel, (B, T, H, 128), (B, T, HKV, 128), DEVICE, 1, 1, ring_attn.CAUSAL.value, False
         _, _, integers, P, *_ = ring_attn.hopper_config.__wrapped__(*args)
     return integers, P
 
@@ -1251,7 +1256,9 @@ def launchers_fit_the_Hopper_kernels():
         assert expected == list(constants), f"{name}: constants {list(constants)}, not {expected}"
         for x, value in given.items():
             if value is None:
-                assert x == "DLSE", f"{name}: no {x}"
+                assert x in ("DLSE", "MODS"), f"{name}: no {x}"
+            elif x == "MODS":
+                assert [len(value), len(value[2]), len(value[3])] == [4, 1, 3], f"{name}: MODS {value}"
             else:
                 kind = "_desc" if hasattr(value, "block_shape") else isinstance(value, torch.Tensor)
                 right = "_desc" if x.endswith("_desc") else x not in integers
@@ -1268,14 +1275,16 @@ def launchers_fit_the_Hopper_kernels():
         replaced(ring_attn, "hopper_config", config),
         replaced(torch.cuda, "get_device_properties", lambda device: properties),
     ):
-        for window, sink in ((None, None), (9, sinks)):
-            mask = ring_attn.make_mask(200, window=window)
+        seed = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        modified = ring_attn.make_chain(q, 2.0)[0], (), 0.1, seed, (199, 199)
+        for window, sink, mods in ((None, None, ()), (9, sinks, modified)):
+            mask, mods = ring_attn.make_mask(200, window=window), ring_attn.Mods(*mods)
             (fwd,), (bwd,) = (ring.on_device(plan("zigzag", 0, 1, 200, mask, direction), q, k, None, mask,
-                                             direction, "gluon") for direction in (1, -1))  # fmt: skip
-            kernels.forward(q, k, v, q, q.float(), lse, sink, fwd, mask, 0.5)
+                                             direction, "gluon", mods) for direction in (1, -1))  # fmt: skip
+            kernels.forward(q, k, v, q, q.float(), lse, sink, fwd, mask, mods, 0.5)
             state, _ = kernels.preprocess(q, do, lse, None, q, 1)
             grads = k, v, k.float(), v.float()
-            kernels.backward(q, k, v, do, state, q, *grads, bwd, 0, mask, 0.5, True)
+            kernels.backward(q, k, v, do, state, q, *grads, bwd, 0, mask, mods, 0.5, True)
             kernels.postprocess(state, q, 0.5)
     backward = [("bwd_preprocess_kernel", 64), ("hopper_bwd_kernel", 8), ("bwd_postprocess_kernel", 32)]
     assert seen == [("hopper_fwd_kernel", 10), *backward] * 2, f"{seen}"
@@ -1721,7 +1730,11 @@ def check_mods(seed, ring=None):
     low = (bf16, f16) if backend == "gluon" else (f32, f16) if interpreted else (f32, bf16)
     dtype, causal = f64 if backend == "torch" else rng.choice(low), rng.random() < 0.6
     shapes = (B, S, H, D), (B, SK, HKV, D), (B, SK, HKV, D), (B, S, H, D)
-    q, k, v, do = (torch.randn(shape, generator=g).to(DEVICE, dtype) for shape in shapes)
+    q, k, v, do = padded = [torch.randn(shape, generator=g).to(DEVICE, dtype) for shape in shapes]
+    n_padding = rng.randint(1, S - 1) if 1 < S == SK and rng.random() < 0.3 else 0
+    if n_padding:  # tensors have it, and it changes nothing
+        S = SK = S - n_padding
+        q, k, v, do = (x[:, :S] for x in padded)
     mods = draw_mods(rng, g, B, S, SK, H, backend)
     window = rng.randint(1, S) if causal and rng.random() < 0.3 else None
     sinks = torch.randn(H, generator=g).to(DEVICE) if rng.random() < 0.3 else None
@@ -1733,26 +1746,25 @@ def check_mods(seed, ring=None):
     if "aux" in mods:
         jitted = dict(score_mod=stretch_jit, score_mod_bwd=stretch_bwd_jit)
         options |= dict(score_mod=stretch) if backend == "torch" else jitted
-    leaves = [x.clone().requires_grad_() for x in (q, k, v, sinks) if x is not None]
+    leaves = [x.clone().requires_grad_() for x in (*padded[:3], sinks) if x is not None]
     options |= dict(causal=causal, window=window, backend=backend, deterministic=rng.random() < 0.8)
+    options |= dict(sinks=leaves[3] if sinks is not None else None, seq_len=S if n_padding else None)
     try:
         if ring:
             at = schedule, ring.rank, ring.n_ranks
-            mine = [shard(x, *at) for x in leaves[:3]]
-            o = ring_attn.ring_attn(
-                *mine, schedule, ring, sinks=leaves[3] if sinks is not None else None, **options
-            )
-            loss = (o * shard(do, *at)).sum()
+            o = ring_attn.ring_attn(*(shard(x, *at) for x in leaves[:3]), schedule, ring, **options)
+            loss = (o * shard(padded[3], *at)).sum()
         else:
-            o = ring_attn.ring_attn(
-                *leaves[:3], schedule, VirtualRing(n_ranks), sinks=(*leaves, None)[3], **options
-            )
-            loss = (o * do).sum()
+            o = ring_attn.ring_attn(*leaves[:3], schedule, VirtualRing(n_ranks), **options)
+            loss = (o * padded[3]).sum()
         grads = [*torch.autograd.grad(loss, leaves + ([options["bias"]] if wants_bias else []))]
         if ring:
             o = unshard(o, schedule, ring)
             for x in grads:  # each rank has the part of its queries
                 dist.all_reduce(x, group=ring.group)
+        if n_padding:
+            assert not any(x[:, S:].any() for x in (o, *grads[:3])), "padding is not 0"
+            o, *grads = o[:, :S], *(x[:, :S] for x in grads[:3]), *grads[3:]
         truth = dense_modified(
             *(x if x is None or x.dtype == torch.bool else x.double() for x in inputs), **mods
         )
@@ -2610,7 +2622,7 @@ def check_errors():
     scaled = [call((dense, x, x), sm_scale=number) for number in (0.25, np.float32(0.25), np.float64(0.25))]
     same_bits(scaled[1:], scaled[:1] * 2, "sm_scale from numpy")
     for f, args, *words in (
-        (ring_attn.flash_attn_func, (x, x, x, x, True, 1.0), "bias", "None"),
+        (ring_attn.flash_attn_func, (x, x, x, x, True, 1.0), "bias", "(2, 4, 8, 8)"),
         (positions, ("zigzag", 2, 2, 8), "rank=2"),
         (positions, ("spiral", 0, 2, 8), "spiral"),
         (shard, (x, "striped", 0, 3), "seq_len=8", "n_ranks=3"),
@@ -3918,7 +3930,7 @@ def compile_kernels(few=False):
     masks = {"full": ring_attn.FULL, "causal": ring_attn.CAUSAL, "interval": ring_attn.INTERVAL}
     for (kernel, table), (mask, kind) in product(ring_attn.HOPPER_TILES.items(), masks.items()):
         for D, (consumers, rows, stages) in table.items():
-            constants = dict(HEAD_DIM=D, MASK=kind.value, STAGES=stages)
+            constants = dict(HEAD_DIM=D, MASK=kind.value, STAGES=stages, MOD=None, DROPOUT=False)
             resident, streamed = tile(64, D), tile(rows, D)
             types = dict.fromkeys(("ACC", "LSE", "SINKS", "DK_ACC", "DV_ACC"), "*fp32")
             types |= dict.fromkeys(("HOP", "ROWS", "COLUMNS", "TILES", "DQ_SEMAPHORE"), "*i32")
@@ -3930,7 +3942,7 @@ def compile_kernels(few=False):
                 types |= dict(q_desc=resident, k_desc=streamed, v_desc=streamed, o_desc=resident)
             else:
                 function = ring_attn.hopper_bwd_kernel
-                constants["DETERMINISTIC"] = True
+                constants |= dict(DETERMINISTIC=True, MOD_BWD=None)
                 types |= dict.fromkeys(("v_desc", "dk_desc", "dv_desc"), resident)
                 types |= dict(q_desc=streamed, do_desc=streamed, k_desc=tile(64 * consumers, D))
                 types["lse_delta_desc"] = tile(0, 0, "fp32", [2, 1, rows])
@@ -3939,6 +3951,13 @@ def compile_kernels(few=False):
             options = dict(num_warps=4, maxnreg={2: 168, 3: 128}[consumers])
             name = f"hopper {kernel} D{D} {mask}"
             report(name, True, function, types, constants, **options)
+            if (D, mask) == (128, "causal"):
+                types["MODS"] = "i32", "i32", (("fp32", "fp32"),), ()
+                constants["MOD"] = ring_attn.Functions([ring_attn.softcap_mod])
+                if kernel == "bwd":
+                    constants["MOD_BWD"] = ring_attn.Functions([ring_attn.softcap_mod_bwd])
+                types = {x: types[x] for x in function.arg_names if x in types}
+                report(f"{name} softcap", True, function, types, constants, **options)
     for kernel, D in product(ring_attn.TILES, (64, 128, 256)):
         BLOCK_M, BLOCK_N, num_warps, num_stages = ring_attn.TILES[kernel][D]
         function = getattr(ring_attn, f"{kernel}_kernel")
@@ -3949,7 +3968,10 @@ def compile_kernels(few=False):
             known[name] = f"tensordesc<bf16[{rows}, {D}]>"
         names = [name for name in function.arg_names if name in known or name.startswith("stride")]
         types = {name: known.get(name, ("i32",) * 3) for name in names}
-        constants = dict(MASK=ring_attn.CAUSAL.value, TMA=True, HEAD_DIM=D, BLOCK_D=D)
+        constants = dict(
+            MASK=ring_attn.CAUSAL.value, TMA=True, HEAD_DIM=D, BLOCK_D=D, MOD=None, DROPOUT=False
+        )
+        constants |= {} if kernel == "fwd" else dict(MOD_BWD=None)
         constants |= dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
         options = dict(num_warps=num_warps, num_stages=num_stages)
         report(f"portable {kernel} D{D} causal", D < 256, function, types, constants, **options)
@@ -3973,7 +3995,7 @@ def compile_kernels(few=False):
         ("partial blocks", (), 2, dict(TILES_PER_BLOCK=2)),
     ):
         constants = usual | changed
-        absent = {"AUX", "SCORE_MOD", "MASK_MOD", "SEQLENS", "PAGES", "SINK", *constants} - set(given)
+        absent = {"AUX", "MOD", "MOD_ARGS", "MASK_MOD", "SEQLENS", "PAGES", "SINK", *constants} - set(given)
         types = {x: known.get(x, "i32") for x in function.arg_names if x not in absent}
         types["blocks"] = decode.BlockTables(*["*i32"] * n_tables, *["constexpr"] * (4 - n_tables))
         options = dict(num_warps=4, num_stages=5 if "PAGES" in given else 3)
