@@ -173,7 +173,7 @@ def wants_training(args):
 
 def check_numbers(args):
     """ValueError if a number among the flags is too small, infinite (--clip may be) or nan."""
-    from_zero = "seed dropout lr warmup weight_decay clip sample_tokens profile temperature".split()
+    from_zero = "seed dropout softcap lr warmup weight_decay clip sample_tokens profile temperature".split()
     for name, value in vars(args).items():
         least = 0 if name in from_zero else 1
         fits = type(value) not in (int, float) or value >= least and (value < math.inf or name == "clip")
