@@ -40,7 +40,7 @@ import triton.language as tl
 from einops import einsum, rearrange
 
 import ring_attn
-from ring_attn import LOG2E, launch, modify
+from ring_attn import LOG2E, launch, log2_scale, modify
 
 # -----------------------------------------------------------------------------
 # reference: plain torch. The CPU path, and the best place to start reading
@@ -206,7 +206,7 @@ def zero_unseen(v, seen):
 
 
 @triton.jit
-def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, MOD_ARGS, sm_scale, sizes,
+def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, MODS, sm_scale, sizes,
                   stride_q, stride_k, stride_v, stride_o, stride_l,
                   MOD: tl.constexpr, MASK_MOD: tl.constexpr, CAUSAL: tl.constexpr,
                   WINDOWED: tl.constexpr, TILES_PER_BLOCK: tl.constexpr, MAX_GROUPS: tl.constexpr,
@@ -299,9 +299,8 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, MOD
             kv_pos = sizes.RANK + sizes.N_RANKS * j
             kv_idx = tl.maximum(tl.minimum(kv_pos, L - 1), 0)[None, :]
             if MOD is not None:
-                s = modify(s * sm_scale, b, head[:, None], q_idx, kv_idx, MOD_ARGS, MOD)[len(MOD)] * LOG2E
-            else:
-                s *= sm_scale * LOG2E
+                s = modify(s, b, head[:, None], q_idx, kv_idx, MODS, MOD)[len(MOD)]
+            s *= log2_scale(sm_scale, MODS, MOD)
             seen = exists[None, :] & (kv_pos[None, :] < (q_end[:, None] if CAUSAL else q_end))
             in_window = kv_pos[None, :] > q_pos[:, None] - sizes.WINDOW
             seen = seen & (in_window | (kv_pos < sizes.N_SINK)[None, :])
@@ -546,10 +545,11 @@ def write_part(call, config, sink, o, lse):
     strides = o.stride(2), 0 if lse is None else lse.stride(2)
     pointers = call.q, call.k, call.v, o, lse, parts, call.cache_seqlens, call.page_table
     alignment = [x is not None and x.data_ptr() % 16 for x in (*pointers, *tables, sink, *call.aux)]
-    mod_args = tuple(mod.args for mod in call.mods())
+    chain = call.mods()
+    mods = ring_attn.kernel_mods(chain, call.sm_scale) if chain else None
     depends = config.number, o.dtype, lse is None, strides, tuple(alignment) if any(alignment) else None
-    depends = *depends, ring_attn.specialization(mod_args)
-    args = *pointers, tables, sink, call.aux, mod_args, float(call.sm_scale), config.sizes
+    depends = *depends, ring_attn.specialization(mods)
+    args = *pointers, tables, sink, call.aux, mods, float(call.sm_scale), config.sizes
     args += call.q.stride()[:3], call.k.stride()[:3], call.v.stride()[:3], *strides
     with torch.cuda.device_of(call.q):  # kernels launch on the current device
         launch(decode_kernel, o.device, depends, config.grid, args, config.constants, **config.options)
@@ -654,7 +654,7 @@ def check_decode(call):
         **{f"aux[{i}]": x for i, x in enumerate(aux)},
     )
     ring_attn.check_softcap(call.softcap)
-    ring_attn.check_slopes(call.alibi_slopes, q)
+    ring_attn.check_slopes(call.alibi_slopes, q, backend, call.capacity())
     if call.window is not None and not is_int(call.window, 1, NO_WINDOW - 1):
         raise ValueError(f"window={call.window!r} must be 1 to {NO_WINDOW - 1} keys, or None for all")
     if call.n_splits is not None and not is_int(call.n_splits, 1, 4096):

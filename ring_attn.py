@@ -477,11 +477,10 @@ class Mod(NamedTuple):
 
     in_torch: Callable  # without args; autograd differentiates it
     kernel: Any  # @triton.jit
-    kernel_bwd: (
-        Any  # @triton.jit, g(dscore, score, b, h, q_idx, kv_idx, *args): the gradient of f's score, if
-    )
-    # it is another one than dscore
+    # @triton.jit, g(dscore, score, b, h, q_idx, kv_idx, *args): the gradient of f's score. None: it is dscore
+    kernel_bwd: Any
     args: tuple = ()  # of the kernels: tensors and numbers
+    unit: float | None = None  # of the scores that kernels take, if this is the first, and return, if the last
 
 
 class Functions(tuple):
@@ -489,6 +488,11 @@ class Functions(tuple):
     constants, but of the functions in a tuple it would only look at the names."""
 
     cache_key = property(lambda self: ".".join("" if f is None else f.cache_key for f in self))
+
+
+# what kernels know of Mods, their argument MODS: positions of the last query and key; what products are
+# multiplied by before the first function; the unit of what the last one returns; arguments of each; of dropout
+KernelMods = namedtuple("KernelMods", "last_q last_k scale unit args dropout")
 
 
 class Mods(NamedTuple):
@@ -517,13 +521,13 @@ class Mods(NamedTuple):
         threshold, scale = dropout_numbers(self.dropout_p)
         return p * (philox(int(self.seed), *self.at) >= threshold) * scale
 
-    def for_kernels(self, backward=False):
+    def for_kernels(self, sm_scale, backward=False):
         """Of a launch: the argument MODS, constants, what else the compiled code depends on."""
         if not self:
             return None, NO_MODS_BWD if backward else NO_MODS_FWD, ()
         chain = self.before + self.after
         dropout = (self.seed, *dropout_numbers(self.dropout_p)) if self.dropout_p else ()
-        args = *self.last, tuple(mod.args for mod in chain), dropout
+        args = kernel_mods(chain, sm_scale, self.last, dropout)
         constants = dict(MOD=Functions(mod.kernel for mod in chain), DROPOUT=bool(dropout))
         if backward:
             constants["MOD_BWD"] = Functions(mod.kernel_bwd for mod in chain)
@@ -540,7 +544,13 @@ def specialization(x):
         return tuple(map(specialization, x))
     if isinstance(x, torch.Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
-    return (x == 1, x % 16 == 0) if isinstance(x, int) else None
+    return (x == 1, x % 16 == 0) if isinstance(x, int) else x is None
+
+
+def kernel_mods(chain, sm_scale, last=(0, 0), dropout=()):
+    """KernelMods of a chain of Mods."""
+    scale, unit = (sm_scale / (chain[0].unit or 1.0), chain[-1].unit) if chain else (sm_scale, None)
+    return KernelMods(*last, scale, unit, tuple(mod.args for mod in chain), dropout)
 
 
 def make_chain(q, softcap=None, slopes=None, score_mod=None, score_mod_bwd=None, aux=(), bias=()):
@@ -551,7 +561,8 @@ def make_chain(q, softcap=None, slopes=None, score_mod=None, score_mod_bwd=None,
         if q.dtype.itemsize > 2:
             in_kernels = exact_softcap_mod, exact_softcap_mod_bwd
         capped = functools.partial(softcap_in_torch, softcap)
-        before = Mod(capped, *in_kernels, (float(softcap), 1.0 / softcap)), *bias
+        alone = not bias and slopes is None and score_mod is None
+        before = Mod(capped, *in_kernels, (None if alone else float(softcap),), float(softcap)), *bias
     if slopes is not None:
         slopes = slopes.view(-1, H)
         in_torch = functools.partial(alibi_in_torch, slopes)
@@ -612,6 +623,7 @@ def philox(seed, b, h, q_idx, kv_idx, n_rounds=7):
 
 
 MAX_BIAS = 2**30  # bytes
+MAX_ALIBI = 2**23  # tokens: see alibi_mod
 
 FUNCTIONS = {}  # (score_mod, score_mod_bwd) by number, which operators take; the latest used are last
 FUNCTION_NUMBERS = itertools.count(1)
@@ -1489,8 +1501,7 @@ def held_and_written(hop, j):
     return held, fill & ((tl.load(hop + HOME) > 0) | (held == 0))
 
 
-# Mods in kernels. MODS: position of the last query, of the last key, arguments of each function, of dropout.
-# MOD, MOD_BWD: Functions. DROPOUT: whether there is any
+# Mods in kernels. MODS: KernelMods. MOD, MOD_BWD: Functions. DROPOUT: whether there is any
 
 INTERPRETED = constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")  # the interpreter knows no PTX
 
@@ -1508,27 +1519,36 @@ def index_at(layout, i, T, last):
 
 
 @triton.jit
-def modify(s, b, h, q_idx, kv_idx, ARGS, MOD: constexpr):
-    """Scores in natural units before the first function, after it, ..., after the last one."""
-    states = (s,)
+def log2_scale(sm_scale, MODS, MOD: constexpr):
+    """What brings products, or what `modify` returns last, to units of log 2."""
+    if MOD is None:
+        return sm_scale * LOG2E
+    else:
+        return LOG2E if MODS.unit is None else MODS.unit * LOG2E
+
+
+@triton.jit
+def modify(s, b, h, q_idx, kv_idx, MODS, MOD: constexpr):
+    """Scores before the first function, after it, ..., after the last one, from products of q and k."""
+    states = (s * MODS.scale,)
     for i in tl.static_range(len(MOD)):
-        states = states + (MOD[i](states[i], b, h, q_idx, kv_idx, *ARGS[i]).to(tl.float32),)
+        states = states + (MOD[i](states[i], b, h, q_idx, kv_idx, *MODS.args[i]).to(tl.float32),)
     return states
 
 
 @triton.jit
-def modify_bwd(ds, states, b, h, q_idx, kv_idx, ARGS, MOD_BWD: constexpr):
+def modify_bwd(ds, states, b, h, q_idx, kv_idx, MODS, MOD_BWD: constexpr):
     """The gradient of the first of the states, from that of the last."""
     for i in tl.static_range(len(MOD_BWD) - 1, -1, -1):
         if MOD_BWD[i] is not None:
-            ds = MOD_BWD[i](ds, states[i], b, h, q_idx, kv_idx, *ARGS[i]).to(tl.float32)
+            ds = MOD_BWD[i](ds, states[i], b, h, q_idx, kv_idx, *MODS.args[i]).to(tl.float32)
     return ds
 
 
 @triton.jit
 def keep(b, h, q_idx, kv_idx, MODS):
     """What dropout multiplies probabilities, and their gradients, by: 0 or 1 / (1 - dropout_p)."""
-    SEED, threshold, scale = MODS[3]
+    SEED, threshold, scale = MODS.dropout
     return tl.where(philox_bits(tl.load(SEED), b, h, q_idx, kv_idx) >= threshold, scale, 0.0)
 
 
@@ -1565,34 +1585,39 @@ def philox_bits(seed, b, h, q_idx, kv_idx):
 
 @triton.jit
 def tanh(x, EXACT: constexpr):
-    """EXACT: within some 2**-23, else, by the GPU's own instruction, within 2**-11 of it: results of 16-bit
+    """EXACT: within some 2**-22 of it, else, by the GPU's own instruction, within 2**-11: results of 16-bit
     inputs are then as near the truth as those of flex_attention's exact one, at softcap 50 and scores up to
     that (one H100: the largest errors are equal, the root mean squares within 2%). 16% faster."""
     if EXACT or INTERPRETED:
-        return 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2E)))
+        y = x * x  # near 0 the other formula would lose digits
+        near = x + x * y * (-0.33333148 + y * (0.13325987 + y * (-0.05305295 + y * 0.01725699)))
+        return tl.where(y < 0.25, near, 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2E))))
     else:
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
 
 
-@triton.jit
-def softcap_mod(s, b, h, q_idx, kv_idx, softcap, inverse):
-    return tanh(s * inverse, False) * softcap
+# softcap in kernels: scores in units of softcap. After it in those of the next function, if there is one
 
 
 @triton.jit
-def softcap_mod_bwd(ds, s, b, h, q_idx, kv_idx, softcap, inverse):
-    ratio = tanh(s * inverse, False)
+def softcap_mod(s, b, h, q_idx, kv_idx, softcap):
+    return tanh(s, False) if softcap is None else tanh(s, False) * softcap
+
+
+@triton.jit
+def softcap_mod_bwd(ds, s, b, h, q_idx, kv_idx, softcap):
+    ratio = tanh(s, False)
     return ds - ds * ratio * ratio
 
 
 @triton.jit
-def exact_softcap_mod(s, b, h, q_idx, kv_idx, softcap, inverse):
-    return tanh(s * inverse, True) * softcap
+def exact_softcap_mod(s, b, h, q_idx, kv_idx, softcap):
+    return tanh(s, True) if softcap is None else tanh(s, True) * softcap
 
 
 @triton.jit
-def exact_softcap_mod_bwd(ds, s, b, h, q_idx, kv_idx, softcap, inverse):
-    ratio = tanh(s * inverse, True)
+def exact_softcap_mod_bwd(ds, s, b, h, q_idx, kv_idx, softcap):
+    ratio = tanh(s, True)
     return ds - ds * ratio * ratio
 
 
@@ -1604,7 +1629,10 @@ def bias_mod(s, b, h, q_idx, kv_idx, BIAS, stride_b, stride_h, stride_q, stride_
 
 @triton.jit
 def alibi_mod(s, b, h, q_idx, kv_idx, SLOPES, stride_b):
-    return s - tl.load(SLOPES + b * stride_b + h) * tl.abs(q_idx.to(tl.float32) - kv_idx.to(tl.float32))
+    # 2**23 + i is the float32 with the bits of i below its own: cheaper than a conversion, if i < MAX_ALIBI
+    q = (q_idx | 0x4B000000).to(tl.float32, bitcast=True)
+    k = (kv_idx | 0x4B000000).to(tl.float32, bitcast=True)
+    return s - tl.load(SLOPES + b * stride_b + h) * tl.abs(q - k)
 
 
 @triton.jit
@@ -1718,10 +1746,10 @@ def fwd_kernel(Q, K, V, O, ACC, LSE, SINKS, HOP, ROWS, sm_scale, H, G, T, TK, GR
         m_i = tl.zeros([BLOCK_M], tl.float32) + tl.load(SINKS + h).to(tl.float32) * LOG2E
     l_i = tl.full([BLOCK_M], 1.0, tl.float32)  # without a carry the first key rescales this to 0
     hk = h // G
-    qk_scale = sm_scale * LOG2E if MOD is None else LOG2E
+    qk_scale = log2_scale(sm_scale, MODS, MOD)
     hop = HOP + (b // GROUP_B) * HOP_COLUMNS
     if MOD is not None:
-        q_idx = index_at(load_layout(hop + Q_LAYOUT), offs_m, T, MODS[0])[:, None]
+        q_idx = index_at(load_layout(hop + Q_LAYOUT), offs_m, T, MODS.last_q)[:, None]
         k_layout = load_layout(hop + K_LAYOUT)
     # bare tiles first. With TMA no tile overhangs
     for PART in tl.static_range(0, 3 if MASK == INTERVAL else 2 if MASK == CAUSAL or not TMA else 1):
@@ -1731,8 +1759,8 @@ def fwd_kernel(Q, K, V, O, ACC, LSE, SINKS, HOP, ROWS, sm_scale, H, G, T, TK, GR
             s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
             if MOD is not None:
                 offs_n = start_n + tl.arange(0, BLOCK_N)
-                kv_idx = index_at(k_layout, offs_n, TK, MODS[1])[None, :]
-                s = modify(s * sm_scale, b, h, q_idx, kv_idx, MODS[2], MOD)[len(MOD)]
+                kv_idx = index_at(k_layout, offs_n, TK, MODS.last_k)[None, :]
+                s = modify(s, b, h, q_idx, kv_idx, MODS, MOD)[len(MOD)]
             if PART:
                 s = tl.where(sees(tile, start_n + tl.arange(0, BLOCK_N), MASK), s, -float("inf"))
             m_new = tl.maximum(m_i, tl.max(s, 1) * qk_scale)
@@ -1805,10 +1833,10 @@ def dq_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DQ, ACC, HOP, ROWS, sm_scale, H, G, 
     lse, delta = tl.load(LSE_LOG2 + row), tl.load(DELTA + row)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     hk = h // G
-    qk_scale = sm_scale * LOG2E if MOD is None else LOG2E
+    qk_scale = log2_scale(sm_scale, MODS, MOD)
     hop = HOP + (b // GROUP_B) * HOP_COLUMNS
     if MOD is not None:
-        q_idx = index_at(load_layout(hop + Q_LAYOUT), offs_m, T, MODS[0])[:, None]
+        q_idx = index_at(load_layout(hop + Q_LAYOUT), offs_m, T, MODS.last_q)[:, None]
         k_layout = load_layout(hop + K_LAYOUT)
     for PART in tl.static_range(0, 3 if MASK == INTERVAL else 2 if MASK == CAUSAL or not TMA else 1):
         begin, end = key_part(tile, PART)
@@ -1818,8 +1846,8 @@ def dq_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DQ, ACC, HOP, ROWS, sm_scale, H, G, 
             s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
             offs_n = start_n + tl.arange(0, BLOCK_N)
             if MOD is not None:
-                kv_idx = index_at(k_layout, offs_n, TK, MODS[1])[None, :]
-                states = modify(s * sm_scale, b, h, q_idx, kv_idx, MODS[2], MOD)
+                kv_idx = index_at(k_layout, offs_n, TK, MODS.last_k)[None, :]
+                states = modify(s, b, h, q_idx, kv_idx, MODS, MOD)
                 s = states[len(MOD)]
             p = tl.math.exp2(s * qk_scale - lse[:, None])
             if PART:
@@ -1830,7 +1858,7 @@ def dq_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DQ, ACC, HOP, ROWS, sm_scale, H, G, 
             dp = tl.dot(do, v.T, input_precision="ieee")
             ds = kept * dp - p * delta[:, None] if DROPOUT else p * (dp - delta[:, None])
             if MOD is not None:
-                ds = modify_bwd(ds, states, b, h, q_idx, kv_idx, MODS[2], MOD_BWD)
+                ds = modify_bwd(ds, states, b, h, q_idx, kv_idx, MODS, MOD_BWD)
                 if PART:
                     ds = tl.where(sees(tile, offs_n, MASK), ds, 0.0)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, D]
@@ -1876,9 +1904,9 @@ def dkv_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, COLUMN
     v = load_tile(V, stride_v, b, h, start_n, TK, BLOCK_N, BLOCK_D, HEAD_DIM, TMA)  # [BLOCK_N, D]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    qk_scale = sm_scale * LOG2E if MOD is None else LOG2E
+    qk_scale = log2_scale(sm_scale, MODS, MOD)
     if MOD is not None:
-        kv_idx = index_at(load_layout(hop + K_LAYOUT), offs_n, TK, MODS[1])[:, None]
+        kv_idx = index_at(load_layout(hop + K_LAYOUT), offs_n, TK, MODS.last_k)[:, None]
         q_layout = load_layout(hop + Q_LAYOUT)
     for g in tl.range(0, G):  # the query heads that share this key head
         hq = h * G + g
@@ -1899,8 +1927,8 @@ def dkv_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, COLUMN
                 # scores come out transposed, so that both products below take them as they are
                 s = tl.dot(k, q.T, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
                 if MOD is not None:
-                    q_idx = index_at(q_layout, offs_m, T, MODS[0])[None, :]
-                    states = modify(s * sm_scale, b, hq, q_idx, kv_idx, MODS[2], MOD)
+                    q_idx = index_at(q_layout, offs_m, T, MODS.last_q)[None, :]
+                    states = modify(s, b, hq, q_idx, kv_idx, MODS, MOD)
                     s = states[len(MOD)]
                 p = tl.math.exp2(s * qk_scale - lse[None, :])
                 if PART != 1:
@@ -1915,7 +1943,7 @@ def dkv_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, COLUMN
                 dp = tl.dot(v, do.T, input_precision="ieee")
                 ds = kept * dp - p * delta[None, :] if DROPOUT else p * (dp - delta[None, :])
                 if MOD is not None:
-                    ds = modify_bwd(ds, states, b, hq, q_idx, kv_idx, MODS[2], MOD_BWD)
+                    ds = modify_bwd(ds, states, b, hq, q_idx, kv_idx, MODS, MOD_BWD)
                     if PART != 1:
                         ds = tl.where(seen, ds, 0.0)
                 dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, D]
@@ -2028,7 +2056,7 @@ def run_portable(kernel, name, inputs, outputs, hop, bounds, mask, mods, sm_scal
     n_programs = triton.cdiv(TK, BLOCK_N) * B * HKV if name == "dkv" else triton.cdiv(T, BLOCK_M) * B * H
     bounds, set_b = (bounds, B // len(bounds)) if mask.kind == INTERVAL.value else (None, 1)
     args = hop.table, bounds, sm_scale, H, H // HKV, T, TK, B // len(hop.rows), set_b, *strides
-    mod_args, constants, _ = mods.for_kernels(name != "fwd")
+    mod_args, constants, _ = mods.for_kernels(sm_scale, name != "fwd")
     kernel[(n_programs,)](*inputs, *outputs, *args, mod_args, **constants, MASK=mask.kind, TMA=tma, **config)
 
 
@@ -2403,12 +2431,13 @@ def fwd_consumer(c: constexpr, out, smem, dims, MODS, HEAD_DIM: constexpr, MASK:
     row_s: constexpr = gl.SliceLayout(1, s_layout)
     row_o: constexpr = gl.SliceLayout(1, o_layout)
     dtype: constexpr = smem.k.dtype
-    EARLY: constexpr = CONSUMERS == 3 and MASK == FULL  # exponentials under p v: 4% faster there, else slower
+    # exponentials under p v: 4% faster there, 6% with softcap; slower without either
+    EARLY: constexpr = MOD is not None or CONSUMERS == 3 and MASK == FULL
     T = dims.T
     q = matrix(smem.q, c)
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, s_layout)
     offs_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))
-    qk_scale = sm_scale * LOG2E if MOD is None else LOG2E
+    qk_scale = log2_scale(sm_scale, MODS, MOD)
     n_done, tile = 0, 0
     for n in range(dims.B * dims.H // dims.L2_HEADS * dims.WAVES):
         work = fwd_work_tile(n, dims, CONSUMERS * ROWS, BLOCK_N, MASK)
@@ -2430,14 +2459,14 @@ def fwd_consumer(c: constexpr, out, smem, dims, MODS, HEAD_DIM: constexpr, MASK:
             else:
                 row_begin, row_end = offs_m, keys_seen(hop, offs_m, T, dims.TK, MASK)
             if MOD is not None:
-                q_idx = index_at(load_layout(hop + Q_LAYOUT), offs_m, T, MODS[0])[:, None]
+                q_idx = index_at(load_layout(hop + Q_LAYOUT), offs_m, T, MODS.last_q)[:, None]
                 k_layout = load_layout(hop + K_LAYOUT)
             scores = warpgroup_mma_wait(0, (s_async,))  # [BLOCK_M, BLOCK_N]
             consumer_release(s, CONSUMERS)
             offs_j = start_n + offs_n
             if MOD is not None:
-                kv_idx = index_at(k_layout, offs_j, dims.TK, MODS[1])[None, :]
-                scores = modify(scores * sm_scale, work.b, work.h, q_idx, kv_idx, MODS[2], MOD)[len(MOD)]
+                kv_idx = index_at(k_layout, offs_j, dims.TK, MODS.last_k)[None, :]
+                scores = modify(scores, work.b, work.h, q_idx, kv_idx, MODS, MOD)[len(MOD)]
             columns = offs_j, row_begin, row_end, True, MASK
             scores, m_i, shift, alpha = online_softmax_max(scores, m_i, l_i, qk_scale, *columns)
             p = gl.exp2(scores * qk_scale - shift)
@@ -2458,8 +2487,8 @@ def fwd_consumer(c: constexpr, out, smem, dims, MODS, HEAD_DIM: constexpr, MASK:
                 if MASK == INTERVAL:
                     masked = masked | (j >= n_tiles - work.n_tail)
                 if MOD is not None:
-                    kv_idx = index_at(k_layout, offs_j, dims.TK, MODS[1])[None, :]
-                    scores = modify(scores * sm_scale, work.b, work.h, q_idx, kv_idx, MODS[2], MOD)[len(MOD)]
+                    kv_idx = index_at(k_layout, offs_j, dims.TK, MODS.last_k)[None, :]
+                    scores = modify(scores, work.b, work.h, q_idx, kv_idx, MODS, MOD)[len(MOD)]
                 columns = offs_j, row_begin, row_end, masked, MASK
                 scores, m_i, shift, alpha = online_softmax_max(scores, m_i, l_i, qk_scale, *columns)
                 if EARLY:
@@ -2748,7 +2777,7 @@ def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start_m, bounds, offs_n, T, T
     """n streamed tiles, the first being the tile-th of this program, with the queries from start_m on: G
     heads' of the same queries, then of the queries before. bounds: Bounds.columns if MASK is INTERVAL; the
     first query that sees each key if CAUSAL; unused if FULL, which masks nothing. at: HopRow, batch, the
-    first of the heads, sm_scale, which only MODS need."""
+    first of the heads, which only MODS need."""
     STAGES: constexpr = smem.q.shape[0]
     BLOCK_M: constexpr = smem.q.shape[2]
     BLOCK_D: constexpr = smem.q.shape[4]
@@ -2758,8 +2787,8 @@ def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start_m, bounds, offs_n, T, T
     zero = gl.zeros([64, BLOCK_M], gl.float32, s_layout)
     zero_dq = gl.zeros([64, 64], gl.float32, product_layout(64))
     if MOD is not None:
-        hop, b, head, sm_scale = at
-        kv_idx = index_at(load_layout(hop + K_LAYOUT), offs_n, TK, MODS[1])[:, None]
+        hop, b, head = at
+        kv_idx = index_at(load_layout(hop + K_LAYOUT), offs_n, TK, MODS.last_k)[:, None]
         q_layout = load_layout(hop + Q_LAYOUT)
     for i in range(tile, tile + n):
         s, phase, both = i % STAGES, i // STAGES & 1, i % 2
@@ -2777,8 +2806,8 @@ def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start_m, bounds, offs_n, T, T
             offs_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, s_layout))[None, :]
             first = start_m - (i - tile) // G * BLOCK_M
         if MOD is not None:
-            h, q_idx = head + (i - tile) % G, index_at(q_layout, first + offs_m, T, MODS[0])
-            states = modify(scores * sm_scale, b, h, q_idx, kv_idx, MODS[2], MOD)
+            h, q_idx = head + (i - tile) % G, index_at(q_layout, first + offs_m, T, MODS.last_q)
+            states = modify(scores, b, h, q_idx, kv_idx, MODS, MOD)
             scores = states[len(MOD)]
         p = gl.exp2(scores * qk_scale - lse)
         if MASK != FULL:
@@ -2797,7 +2826,7 @@ def bwd_tiles(c: constexpr, dk, dv, smem, tile, n, start_m, bounds, offs_n, T, T
         delta = lse_delta.slice(1, 1).load(s_layout)
         ds = kept * dp - p * delta if DROPOUT else p * (dp - delta)
         if MOD is not None:
-            ds = modify_bwd(ds, states, b, h, q_idx, kv_idx, MODS[2], MOD_BWD)
+            ds = modify_bwd(ds, states, b, h, q_idx, kv_idx, MODS, MOD_BWD)
             if MASK != FULL:
                 ds = gl.where(seen, ds, 0.0)
         ds = ds.to(dtype)
@@ -2835,7 +2864,7 @@ def bwd_consumer(c: constexpr, out, smem, dims, n_work, MODS, HEAD_DIM: constexp
     o_layout: constexpr = product_layout(BLOCK_D)
     row_s: constexpr = gl.SliceLayout(1, product_layout(BLOCK_M))
     heads, T, TK = dims.H // dims.G, dims.T, dims.TK
-    qk_scale = sm_scale * LOG2E if MOD is None else LOG2E
+    qk_scale = log2_scale(sm_scale, MODS, MOD)
     n_done, tile = 0, 0
     n = next_number(smem, n_done, 4)
     while n < n_work:
@@ -2853,7 +2882,7 @@ def bwd_consumer(c: constexpr, out, smem, dims, n_work, MODS, HEAD_DIM: constexp
         n_outer, G = query_heads(dims, MASK)
         n, args = work.n_tiles - work.n_head - work.n_tail, (bounds, offs_n, T, TK, G, qk_scale)
         for outer in range(n_outer):
-            start_m, at = work.first * BLOCK_M, (work.hop, work.b, work.h * dims.G + outer, sm_scale)
+            start_m, at = work.first * BLOCK_M, (work.hop, work.b, work.h * dims.G + outer)
             if MASK == INTERVAL:  # loops of their own: a branch in one would cost registers
                 dk, dv = bwd_tiles(c, dk, dv, smem, tile, work.n_head * G, start_m, *args, at, MODS,
                                    MOD, DROPOUT, MOD_BWD, MASK)  # fmt: skip
@@ -3023,7 +3052,7 @@ def hopper_fwd(q, k, v, o, acc, lse, sinks, hop, mask, mods, sm_scale):
     tiles = tma_descriptor(q, resident), tma_descriptor(k, streamed), tma_descriptor(v, streamed)
     has_sinks = sinks is not None
     sinks = sinks if has_sinks else lse  # any pointer
-    mod_args, of_mods, also = mods.for_kernels()
+    mod_args, of_mods, also = mods.for_kernels(sm_scale)
     args = (
         *tiles,
         tma_descriptor(o, resident),
@@ -3063,7 +3092,7 @@ def hopper_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, mask, mod
     outs = [tma_descriptor(x, half) if x.dtype == q.dtype else rows for x in (dk, dv)]
     outs += dk, dv, dk_acc, dv_acc, semaphores[j], hop.table, *bounds
     outer = q.shape[2] // k.shape[2] if mask.left < INT_MAX else 1  # see query_heads
-    mod_args, of_mods, also = mods.for_kernels(backward=True)
+    mod_args, of_mods, also = mods.for_kernels(sm_scale, backward=True)
     args = (*inputs, rows, dq_tiles, *outs, sm_scale, *dims, outer, mod_args)
     depends = q.dtype, dk.dtype, dk_acc.dtype, streamed, bounds[0].data_ptr() % 16 == 0, also
     constants = dict(constants, DETERMINISTIC=deterministic, **of_mods)
@@ -3952,7 +3981,7 @@ def check_mods(q, k, n_ranks, seq_len, extras, backend, softcap, dropout_p, func
         if (size := bias.numel() * bias.itemsize) > MAX_BIAS:
             way_out = "compute it in a score_mod, from tensors in aux"
             raise ValueError(f"bias has {size} bytes, above {MAX_BIAS}; {way_out}")
-    check_slopes(slopes, q)
+    check_slopes(slopes, q, backend, n_ranks * max(T, TK))
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device):
         raise ValueError(f"dropout_seed is {summary(seed)}; it must have one element, int64, on {device}")
     for i, x in enumerate(extras.aux):
@@ -3981,8 +4010,11 @@ def check_softcap(softcap):
         raise ValueError(f"{softcap=} must be above 0, or None or 0.0 for none")
 
 
-def check_slopes(slopes, q):
+def check_slopes(slopes, q, backend, length):
     (B, _, H, _), device = q.shape, q.device
+    if slopes is not None and backend != "torch" and length > MAX_ALIBI:
+        way_out = "compute it in a score_mod"
+        raise ValueError(f"alibi_slopes are for up to {MAX_ALIBI} tokens, and here are {length}: {way_out}")
     is_tensor = isinstance(slopes, torch.Tensor) and slopes.dtype == torch.float32
     if slopes is not None and not (is_tensor and slopes.shape in ((H,), (B, H)) and slopes.device == device):
         wanted = f"a float32 tensor ({H},) or {(B, H)} on {device}, or None"

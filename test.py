@@ -1258,7 +1258,7 @@ def launchers_fit_the_Hopper_kernels():
             if value is None:
                 assert x in ("DLSE", "MODS"), f"{name}: no {x}"
             elif x == "MODS":
-                assert [len(value), len(value[2]), len(value[3])] == [4, 1, 3], f"{name}: MODS {value}"
+                assert [len(value), len(value.args), len(value.dropout)] == [6, 1, 3], f"{name}: MODS {value}"
             else:
                 kind = "_desc" if hasattr(value, "block_shape") else isinstance(value, torch.Tensor)
                 right = "_desc" if x.endswith("_desc") else x not in integers
@@ -3952,7 +3952,7 @@ def compile_kernels(few=False):
             name = f"hopper {kernel} D{D} {mask}"
             report(name, True, function, types, constants, **options)
             if (D, mask) == (128, "causal"):
-                types["MODS"] = "i32", "i32", (("fp32", "fp32"),), ()
+                types["MODS"] = ring_attn.KernelMods("i32", "i32", "fp32", "fp32", (("constexpr",),), ())
                 constants["MOD"] = ring_attn.Functions([ring_attn.softcap_mod])
                 if kernel == "bwd":
                     constants["MOD_BWD"] = ring_attn.Functions([ring_attn.softcap_mod_bwd])
@@ -3995,7 +3995,7 @@ def compile_kernels(few=False):
         ("partial blocks", (), 2, dict(TILES_PER_BLOCK=2)),
     ):
         constants = usual | changed
-        absent = {"AUX", "MOD", "MOD_ARGS", "MASK_MOD", "SEQLENS", "PAGES", "SINK", *constants} - set(given)
+        absent = {"AUX", "MOD", "MODS", "MASK_MOD", "SEQLENS", "PAGES", "SINK", *constants} - set(given)
         types = {x: known.get(x, "i32") for x in function.arg_names if x not in absent}
         types["blocks"] = decode.BlockTables(*["*i32"] * n_tables, *["constexpr"] * (4 - n_tables))
         options = dict(num_warps=4, num_stages=5 if "PAGES" in given else 3)
