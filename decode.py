@@ -18,7 +18,7 @@ L - M + m, key j of rank r of R at r + R * j. Parallelism: one program per split
 from the lengths on the device: a ragged batch costs about its bytes, and a CUDA graph can be replayed after
 the lengths have changed.
 
-Not here: gradients, quantised caches, dropout.
+Not here: gradients, dropout.
 
 Sources: Flash-Decoding (Dao et al. 2023), FlexAttention and its flex_decoding (PyTorch), PagedAttention
 (arXiv 2309.06180), attention sinks (2309.17453), tree attention (2408.04093).
@@ -40,10 +40,22 @@ import triton.language as tl
 from einops import einsum, rearrange
 
 import ring_attn
-from ring_attn import LOG2E, launch, log2_scale, modify
+from ring_attn import INTERPRETED, LOG2E, launch, log2_scale, modify
 
 # -----------------------------------------------------------------------------
 # reference: plain torch. The CPU path, and the best place to start reading
+
+
+def dequantized(x, scale, dtype):
+    """x (..., D) in dtype, each row times its scale (...); x itself for None."""
+    return x if scale is None else x.to(dtype) * scale[..., None].to(dtype)
+
+
+def quantized(x, dtype=torch.float8_e4m3fn):
+    """x (..., D) as float8, and a scale (...) float32, by which each row is to be multiplied."""
+    scale = x.abs().amax(-1).float() / torch.finfo(dtype).max
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (x.float() / scale[..., None]).to(dtype), scale
 
 
 def reference_decode(q, k, v, seen, sm_scale, mods=(), indices=()):
@@ -198,6 +210,31 @@ def load_pages(PAGES, start, n, sizes, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def cache_rows(start, page, offs_n, stride, PAGES, sizes):
+    """Offsets of the keys from `start` on, or of those in their pages, from the first of the head."""
+    if PAGES is None:
+        return start.to(tl.int64) * stride[1] + offs_n * stride[1]
+    else:
+        return page * stride[0] + (start + offs_n) % sizes.PAGE_SIZE * stride[1]
+
+
+@triton.jit
+def from_float8(x, dtype):
+    """Even and odd columns of x, int16: pairs of float8. A product's operand of 16-bit pairs is, number for
+    number, where those of its halves have to be; operands of bytes would go through shared memory again."""
+    if INTERPRETED:
+        even, odd = x.to(tl.uint8), (x >> 8).to(tl.uint8)
+        even, odd = (even.to(tl.float8e4nv, bitcast=True), odd.to(tl.float8e4nv, bitcast=True))
+    else:
+        asm: tl.constexpr = """{ .reg .b16 a, b; .reg .b32 x, y; mov.b32 {a, b}, $2;
+            cvt.rn.f16x2.e4m3x2 x, a; cvt.rn.f16x2.e4m3x2 y, b;
+            prmt.b32 $0, x, y, 0x5410; prmt.b32 $1, x, y, 0x7632; }"""
+        kinds: tl.constexpr = (tl.float16, tl.float16)
+        even, odd = tl.inline_asm_elementwise(asm, "=r,=r,r", [x], dtype=kinds, is_pure=True, pack=2)
+    return even.to(dtype), odd.to(dtype)
+
+
+@triton.jit
 def zero_unseen(v, seen):
     """v [BLOCK_N, BLOCK_D], with zeros for the keys that no row of seen [BLOCK_M, BLOCK_N] sees."""
     BITS: tl.constexpr = tl.int16 if v.dtype.primitive_bitwidth == 16 else tl.int32
@@ -206,8 +243,8 @@ def zero_unseen(v, seen):
 
 
 @triton.jit
-def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, MODS, sm_scale, sizes,
-                  stride_q, stride_k, stride_v, stride_o, stride_l,
+def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, K_SCALE, V_SCALE, blocks, SINK, AUX, MODS, sm_scale,
+                  sizes, stride_q, stride_k, stride_v, stride_ks, stride_vs, stride_o, stride_l,
                   MOD: tl.constexpr, MASK_MOD: tl.constexpr, CAUSAL: tl.constexpr,
                   WINDOWED: tl.constexpr, TILES_PER_BLOCK: tl.constexpr, MAX_GROUPS: tl.constexpr,
                   PDL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -254,21 +291,36 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, MOD
     q_idx = tl.maximum(tl.minimum(q_pos, L - 1), 0)[:, None]  # mods may load at an index: it must exist
     q_end = q_pos + 1 if CAUSAL else L
     seq = 0 if PAGES is not None else b.to(tl.int64)
-    K += seq * stride_k[0] + (h // sizes.SETS_PER_KV).to(tl.int64) * stride_k[2] + offs_d[None, :]
-    V += seq * stride_v[0] + (h // sizes.SETS_PER_KV).to(tl.int64) * stride_v[2] + offs_d[None, :]
+    hk = (h // sizes.SETS_PER_KV).to(tl.int64)
+    if K_SCALE is not None:
+        offs_d = tl.arange(0, BLOCK_D // 2)
+        in_d = (offs_d < HEAD_DIM // 2)[None, :]
+    K += seq * stride_k[0] + hk * stride_k[2] + offs_d[None, :]
+    V += seq * stride_v[0] + hk * stride_v[2] + offs_d[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if K_SCALE is not None:  # k and v come as pairs of numbers
+        K_SCALE += seq * stride_ks[0] + hk * stride_ks[2]
+        V_SCALE += seq * stride_vs[0] + hk * stride_vs[2]
+        if q.dtype.primitive_bitwidth == 16:
+            q = q.to(tl.float16)  # into which float8 converts in one instruction
+        q, q_odd = tl.split(q.reshape(BLOCK_M, BLOCK_D // 2, 2))
+        acc, acc_odd = tl.split(acc.reshape(BLOCK_M, BLOCK_D // 2, 2))
 
     m_i, l_i = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin, end = tiles * split // splits, tiles * (split + 1) // splits
     if PAGES is not None:
         PAGES += b * sizes.MAX_PAGES
     for AGAIN in tl.static_range(1 if MASK_MOD is None else 2):
         if AGAIN:  # an unseen value was nan or inf, and 0 * nan is nan: start over, with zeros in its place
             again = tl.max((acc != acc).to(tl.int32)) > 0
+            if K_SCALE is not None:
+                again = again | (tl.max((acc_odd != acc_odd).to(tl.int32)) > 0)
+                acc_odd = tl.where(again, 0.0, acc_odd)
             begin = tl.where(again, begin, end)
             m_i = tl.where(again, -float("inf"), m_i)
             l_i = tl.where(again, 0.0, l_i)
             acc = tl.where(again, 0.0, acc)
+        page = 0
         if PAGES is not None:
             start = first_key(begin, group, n_full, sink, skipped, blocks, sizes, TILES_PER_BLOCK, BLOCK_N)
             page = load_pages(PAGES, start, n, sizes, BLOCK_N)
@@ -278,13 +330,14 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, MOD
             exists = (j >= 0) & (j < n)
             if TILES_PER_BLOCK > 0:
                 exists = exists & (j < (start // sizes.BLOCK_SIZE + 1) * sizes.BLOCK_SIZE)
-            if PAGES is None:
-                k_row = start.to(tl.int64) * stride_k[1] + offs_n * stride_k[1]
-                v_row = start.to(tl.int64) * stride_v[1] + offs_n * stride_v[1]
-            else:
+            if PAGES is not None:
                 page = tl.maximum(tl.minimum(page, sizes.N_PAGES - 1), 0).to(tl.int64)  # one that exists
-                k_row = page * stride_k[0] + j % sizes.PAGE_SIZE * stride_k[1]
-                v_row = page * stride_v[0] + j % sizes.PAGE_SIZE * stride_v[1]
+            k_row = cache_rows(start, page, offs_n, stride_k, PAGES, sizes)
+            v_row = cache_rows(start, page, offs_n, stride_v, PAGES, sizes)
+            if K_SCALE is not None:
+                k_scale = K_SCALE + cache_rows(start, page, offs_n, stride_ks, PAGES, sizes)
+                v_scale = V_SCALE + cache_rows(start, page, offs_n, stride_vs, PAGES, sizes)
+            if PAGES is not None:
                 # load the next tile's pages now: otherwise the copies of its keys would wait for them
                 next_t = tl.minimum(t + 1, end - 1)
                 start = first_key(
@@ -295,7 +348,14 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, MOD
                 exists = exists & ((j >= window_begin) | (j < n_before(sizes.N_SINK, sizes)))
             k = tl.load(K + k_row[:, None], mask=exists[:, None] & in_d, other=0.0)  # [BLOCK_N, BLOCK_D]
             v = tl.load(V + v_row[:, None], mask=exists[:, None] & in_d, other=0.0)  # [BLOCK_N, BLOCK_D]
+            if K_SCALE is not None:
+                k_scale = tl.load(k_scale, mask=exists, other=0.0)
+                v_scale = tl.load(v_scale, mask=exists, other=0.0)
+                k, k_odd = from_float8(k, q.dtype)
+                v, v_odd = from_float8(v, q.dtype)
             s = tl.dot(q, k.T, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            if K_SCALE is not None:
+                s = tl.dot(q_odd, k_odd.T, s, input_precision="ieee") * k_scale[None, :]
             kv_pos = sizes.RANK + sizes.N_RANKS * j
             kv_idx = tl.maximum(tl.minimum(kv_pos, L - 1), 0)[None, :]
             if MOD is not None:
@@ -311,14 +371,26 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, blocks, SINK, AUX, MOD
                 seen = seen & allowed
             if AGAIN:
                 v = zero_unseen(v, seen)
+                if K_SCALE is not None:
+                    v_odd = zero_unseen(v_odd, seen)
             s = tl.where(seen, s, -float("inf"))
             m_new = tl.maximum(m_i, tl.max(s, 1))
             shift = tl.where(m_new == -float("inf"), 0.0, m_new)  # no key seen yet: exp2(-inf) = 0, not nan
             p = tl.math.exp2(s - shift[:, None])
             alpha = tl.math.exp2(m_i - shift)
             l_i = l_i * alpha + tl.sum(p, 1)
-            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # [BLOCK_M, BLOCK_D]
+            acc *= alpha[:, None]
+            if V_SCALE is None:
+                acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
+            else:  # in units of the tile's largest scale: below it float16 has room enough for p
+                v_scale = tl.where(tl.max(seen.to(tl.int32), 0) > 0, v_scale, 0.0)
+                most = tl.max(v_scale, 0)
+                p = tl.where(seen, p * (v_scale / tl.where(most > 0, most, 1.0))[None, :], 0.0).to(v.dtype)
+                acc += tl.dot(p, v, input_precision="ieee") * most
+                acc_odd = acc_odd * alpha[:, None] + tl.dot(p, v_odd, input_precision="ieee") * most
             m_i = m_new
+    if K_SCALE is not None:
+        acc = tl.interleave(acc, acc_odd)
 
     if splits == 1:
         row = (b * sizes.M + m) * sizes.H + head
@@ -419,6 +491,8 @@ class Call(NamedTuple):
     page_table: torch.Tensor | None = None
     softcap: float | None = None
     alibi_slopes: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
     def mods(self):
         """ring_attn.Mods in their order."""
@@ -452,6 +526,7 @@ class LaunchConfig(NamedTuple):
     merge_options: dict
 
 
+FLOAT8 = (torch.float8_e4m3fn,)
 NO_WINDOW = 2**30  # above every position
 CONFIG_NUMBERS = itertools.count()
 
@@ -465,7 +540,8 @@ def make_config(call):
         GROUPS_B, GROUPS_H, N_BLOCKS, BLOCK_SIZE = mask_shape(call.block_mask)
         BLOCK_SIZE //= call.n_ranks
     HEAD_SETS, G = (H, 1) if GROUPS_H > 1 else (HKV, H // HKV)
-    BLOCK_D, narrow = max(16, triton.next_power_of_2(D)), dtype.itemsize == 2
+    float8, narrow, of_cache = call.k.dtype in FLOAT8, dtype.itemsize == 2, call.k.dtype.itemsize
+    BLOCK_D = max(32 if float8 else 16, triton.next_power_of_2(D))
     BLOCK_M = 16 if G * M <= 16 else 64 if narrow and D <= 128 else 32  # wgmma takes 64
     ROW_TILES = triton.cdiv(G * M, BLOCK_M)
     row_tiles, merge_grid = B * HEAD_SETS * ROW_TILES, B * HEAD_SETS * ROW_TILES * min(G * M, BLOCK_M)
@@ -478,12 +554,15 @@ def make_config(call):
     # memory likes few streams of large tiles; small tiles start sooner, where splits are short
     large = 4 * row_tiles > n_sm and BLOCK_M == 16
     BLOCK_N = min(128, max(16, (16384 if large else 8192) // BLOCK_D)) if narrow else max(16, 4096 // BLOCK_D)
+    N, num_warps = call.capacity() // call.n_ranks, 4
+    if float8 and narrow and BLOCK_M == 16:  # of half the bytes
+        long = large and N >= 8192
+        BLOCK_N, num_warps = (32768 if long else 16384) // max(128, BLOCK_D), 8 if long else 4
     while blocked and BLOCK_N > 16 and BLOCK_SIZE % BLOCK_N:
         BLOCK_N //= 2
     num_stages = 5 if paged and not large else 3  # loading page numbers takes stages too
-    while num_stages > 1 and 2 * (num_stages - 1) * BLOCK_N * BLOCK_D * dtype.itemsize > shared_memory:
+    while num_stages > 1 and 2 * (num_stages - 1) * BLOCK_N * BLOCK_D * of_cache > shared_memory:
         num_stages -= 1
-    N = call.capacity() // call.n_ranks
     if call.n_splits:
         grid = row_tiles * call.n_splits
     elif GROUPS_B == 1 and not blocked and not windowed:
@@ -503,8 +582,8 @@ def make_config(call):
     shared = dict(TILES_PER_BLOCK=triton.cdiv(BLOCK_SIZE, BLOCK_N) if blocked else 0)
     shared |= dict(MAX_GROUPS=triton.next_power_of_2(GROUPS_B * GROUPS_H), PDL=pdl)
     shared |= dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
-    CHUNK, num_warps = (64, 4) if merge_grid <= n_sm else (16, 2)  # few large programs, or many small ones
-    options, merge_options = dict(num_warps=4, num_stages=num_stages), dict(num_warps=num_warps)
+    CHUNK, merge_warps = (64, 4) if merge_grid <= n_sm else (16, 2)  # few large programs, or many small ones
+    options, merge_options = dict(num_warps=num_warps, num_stages=num_stages), dict(num_warps=merge_warps)
     plain = narrow and BLOCK_D <= 128 and not (paged or blocked or mods or call.mask_mod)
     if windowed and plain and BLOCK_M == 16 and not large:  # it would take 168 registers, and 20% longer
         options["maxnreg"] = 128
@@ -543,14 +622,18 @@ def write_part(call, config, sink, o, lse):
     size = config.grid * config.constants["BLOCK_M"] * 2 * config.constants["BLOCK_D"]
     parts = torch.empty(size, dtype=torch.float32, device=o.device) if split else o  # not written to
     strides = o.stride(2), 0 if lse is None else lse.stride(2)
-    pointers = call.q, call.k, call.v, o, lse, parts, call.cache_seqlens, call.page_table
+    k, v = call.k, call.v
+    if k.dtype in FLOAT8:
+        k, v = k.view(torch.int16), v.view(torch.int16)
+    pointers = call.q, k, v, o, lse, parts, call.cache_seqlens, call.page_table, call.k_scale, call.v_scale
     alignment = [x is not None and x.data_ptr() % 16 for x in (*pointers, *tables, sink, *call.aux)]
     chain = call.mods()
     mods = ring_attn.kernel_mods(chain, call.sm_scale) if chain else None
     depends = config.number, o.dtype, lse is None, strides, tuple(alignment) if any(alignment) else None
     depends = *depends, ring_attn.specialization(mods)
     args = *pointers, tables, sink, call.aux, mods, float(call.sm_scale), config.sizes
-    args += call.q.stride()[:3], call.k.stride()[:3], call.v.stride()[:3], *strides
+    args += call.q.stride()[:3], k.stride()[:3], v.stride()[:3]
+    args += *(None if x is None else x.stride() for x in (call.k_scale, call.v_scale)), *strides
     with torch.cuda.device_of(call.q):  # kernels launch on the current device
         launch(decode_kernel, o.device, depends, config.grid, args, config.constants, **config.options)
         if split:
@@ -561,7 +644,9 @@ def write_part(call, config, sink, o, lse):
 
 def torch_part(call, sink):
     """o (B, M, H, D) and lse (B, H, M), float32 or wider."""
-    (B, M, H, _), device, k, v = call.q.shape, call.q.device, call.k, call.v
+    (B, M, H, _), device = call.q.shape, call.q.device
+    acc_dtype = torch.promote_types(call.q.dtype, torch.float32)
+    k, v = dequantized(call.k, call.k_scale, acc_dtype), dequantized(call.v, call.v_scale, acc_dtype)
     if call.page_table is not None:
         pages = call.page_table.long().clamp(0, len(k) - 1)
         k, v = k[pages].flatten(1, 2), v[pages].flatten(1, 2)
@@ -630,7 +715,22 @@ def check_gradients(**tensors):
 def check_decode(call):
     """Raise ValueError, with the values and a way out, for what a call cannot do. Reads no tensor."""
     q, k, v, sink, table, backend = call.q, call.k, call.v, call.sink, call.page_table, call.backend
-    ring_attn.check_common(q, k, v, call.sm_scale, call.causal, backend, ("torch", "triton"))
+    scales, wanted = dict(k_scale=call.k_scale, v_scale=call.v_scale), tuple(getattr(k, "shape", ()))[:3]
+    is_float8 = getattr(k, "dtype", None) in FLOAT8 or any(x is not None for x in scales.values())
+    dtypes = FLOAT8 if is_float8 else ()
+    ring_attn.check_common(q, k, v, call.sm_scale, call.causal, backend, ("torch", "triton"), dtypes)
+    if is_float8 and backend == "triton" and q.is_cuda and ring_attn.capability(q.device) < (8, 9):
+        has = f"{torch.cuda.get_device_name(q.device)} has {ring_attn.capability(q.device)}"
+        raise ValueError(f'float8 needs CUDA capability (8, 9); {has}: use bfloat16, or backend="torch"')
+    for name, x in scales.items() if is_float8 else ():
+        fits = is_plain(x) and x.shape == wanted and x.dtype == torch.float32 and x.device == k.device
+        if not fits:
+            given = None if x is None else ring_attn.summary(x)
+            raise ValueError(f"{name} is {given}; need float32 {wanted} on {k.device}, and both scales")
+    for name, x in (("k", k), ("v", v)) if is_float8 and backend == "triton" else ():
+        if x.shape[3] % 2 or any(n % 2 for n in (*x.stride()[:3], x.storage_offset())):
+            given = f"head dim {x.shape[3]}, strides {x.stride()} and offset {x.storage_offset()}"
+            raise ValueError(f"{name} has {given}; for float8 all but the last stride must be even: copy it")
     B, H, device, short = len(q), q.shape[2], q.device, ring_attn.summary
     if table is None and len(k) != B:
         need = "need q (B, M, H, D), k (B, N, HKV, D), or pages and a page_table"
@@ -818,7 +918,7 @@ def merge_parts(parts, sink=None, dtype=torch.float32):
 def decode_attn(
     q, k, v, *, cache_seqlens=None, sm_scale=None, causal=True, score_mod=None, mask_mod=None, aux=(),
     block_mask=None, window=None, sink=None, page_table=None, n_splits=None, return_lse=False, backend=None,
-    softcap=None, alibi_slopes=None, debug=False,
+    softcap=None, alibi_slopes=None, k_scale=None, v_scale=None, debug=False,
 ):  # fmt: skip
     """Attention of the last M tokens of each sequence to its cached keys and values. Not differentiable.
 
@@ -827,6 +927,8 @@ def decode_attn(
     k, v: (B, N, HKV, D), room for N tokens, the first L in use; H a multiple of HKV, D up to 256. Any strides
        but the last, which is 1: (B, HKV, N, D), transposed, is as good. Or pages (P, page_size, HKV, D), with
        page_table (B, max_pages) int32. Keys and values that no query of the call may see may be nan.
+    k_scale, v_scale: float32 (B, N, HKV), or as pages (P, page_size, HKV): k and v are float8_e4m3fn, and key
+       and value vectors are k * k_scale and v * v_scale. `quantized` makes both.
     cache_seqlens: L of each sequence, (B,) int32, 0 to N; None means N. Read on the device: a CUDA graph may
        be replayed after lengths, cache and tables have changed.
     sm_scale: above 0; None means D ** -0.5. causal: query m sees keys up to its own position, else all L.
@@ -853,7 +955,7 @@ def decode_attn(
     """
     call, kind = make_call(
         q, k, v, 0, 1, backend, sm_scale, causal, window, n_splits, cache_seqlens, score_mod, mask_mod, aux,
-        block_mask, sink, page_table, softcap, alibi_slopes,
+        block_mask, sink, page_table, softcap, alibi_slopes, k_scale, v_scale,
     )  # fmt: skip
     config = config_of(call, kind)
     if debug or not q.is_cuda:
@@ -925,9 +1027,10 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 class KVCache:
     """Keys and values of every layer of a model, for B sequences of up to n_tokens tokens.
 
-    k, v: lists of n_layers tensors (B, N, n_kv_heads, D), N = n_tokens / n_ranks, rounded up. All sequences
-    have the same length. length: tokens in the cache, an int; lengths: the same as a tensor (B,) int32 on the
-    device, which kernels read. group: the process group that shares the tokens, token p on rank p % n_ranks;
+    k, v: lists of n_layers tensors (B, N, n_kv_heads, D), N = n_tokens / n_ranks, rounded up. dtype:
+    torch.float8_e4m3fn halves a 16-bit cache; each (token, head) has a scale in k_scale, v_scale, else None.
+    All sequences have the same length. length: tokens in the cache, an int; lengths: the same as a tensor
+    (B,) int32 on the device, which kernels read. group: the process group that shares the tokens, token p on rank p % n_ranks;
     None: all are here.
     """
 
@@ -940,9 +1043,14 @@ class KVCache:
         self.n_tokens, self.length = n_tokens, 0
         N = -(-n_tokens // self.ring.n_ranks)
         # room for one token more: `write` puts the tokens of other ranks there
-        kv = torch.empty(2, n_layers, B, N + 1, n_kv_heads, dim_per_head, dtype=dtype, device=device)
-        self.padded_k, self.padded_v = (list(x) for x in kv)
-        self.k, self.v = ([x[:, :N] for x in xs] for xs in (self.padded_k, self.padded_v))
+        shape = 2, n_layers, B, N + 1, n_kv_heads
+        kv = torch.empty(*shape, dim_per_head, dtype=dtype, device=device)
+        scales = torch.empty(shape, device=device) if dtype in FLOAT8 else [[None] * n_layers] * 2
+        self.padded = [list(zip(x, scale)) for x, scale in zip(kv, scales)]  # of keys, of values
+        (self.k, self.k_scale), (self.v, self.v_scale) = (
+            zip(*((x[:, :N], scale if scale is None else scale[:, :N]) for x, scale in pairs))
+            for pairs in self.padded
+        )
         self.lengths = torch.zeros(B, dtype=torch.int32, device=device)
         self.rows = torch.arange(B, device=device)[:, None]
 
@@ -967,13 +1075,22 @@ class KVCache:
         """Write k, v (B, n, HKV, D), the same on every rank, to the last n tokens."""
         pos, R = self.positions(k.shape[1]), self.ring.n_ranks
         index = torch.where(pos % R == self.ring.rank, pos // R, self.k[layer].shape[1])
-        self.padded_k[layer][self.rows, index] = k.to(self.k[layer].dtype)
-        self.padded_v[layer][self.rows, index] = v.to(self.v[layer].dtype)
+        self.put(layer, (self.rows, index), k, v)
 
     def fill(self, layer, k, v):
         """Write the rank's part k, v (B, T, HKV, D) of all tokens, and of padding that may follow."""
         T = min(k.shape[1], self.k[layer].shape[1])
-        self.k[layer][:, :T], self.v[layer][:, :T] = k[:, :T], v[:, :T]
+        self.put(layer, (slice(None), slice(T)), k[:, :T], v[:, :T])
+
+    def put(self, layer, at, k, v):
+        """Write k, v to batch rows and tokens `at`, in the dtype of the cache."""
+        for x, pairs in zip((k, v), self.padded):
+            cache, scale = pairs[layer]
+            if scale is None:
+                cache[at] = x.to(cache.dtype)
+            else:
+                x, scale[at] = quantized(x, cache.dtype)
+                cache.view(torch.uint8)[at] = x.view(torch.uint8)  # torch cannot index all float8 tensors
 
     def attend(self, layer, q, sm_scale, window=None, sink=None, softcap=None):
         """Attention of q (B, M, H, D), the last M tokens, to the cache: (B, M, H, D). window, sink, softcap:
@@ -981,10 +1098,11 @@ class KVCache:
         k, v = self.k[layer], self.v[layer]
         window = window and min(window, NO_WINDOW - 1)  # a model's window may be longer than any cache
         options = dict(cache_seqlens=self.lengths, sm_scale=sm_scale, window=window, sink=sink)
-        options["softcap"] = softcap
+        options |= dict(softcap=softcap, k_scale=self.k_scale[layer], v_scale=self.v_scale[layer])
+        dtype = q.dtype if k.dtype in FLOAT8 else k.dtype
         if self.ring.n_ranks > 1:
-            return sharded_decode_attn(q.to(k.dtype), k, v, group=self.ring, **options).to(q.dtype)
-        return decode_attn(q.to(k.dtype), k, v, **options).to(q.dtype)
+            return sharded_decode_attn(q.to(dtype), k, v, group=self.ring, **options).to(q.dtype)
+        return decode_attn(q.to(dtype), k, v, **options).to(q.dtype)
 
 
 def capture(f, warm_up=True):

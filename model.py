@@ -313,11 +313,13 @@ class Transformer(nn.Module):
             keys = ((begun**2 / 2 - begun**3 / (6 * seq_len) + (n - begun) * keys).sum() / n.sum()).item()
         return 6 * weights + 3.5 * self.config.n_layers * 4 * keys * self.config.dim
 
-    def new_cache(self, B, n_tokens):
-        """An empty KVCache for B sequences of up to n_tokens tokens, striped over the ranks of the model."""
+    def new_cache(self, B, n_tokens, dtype=None):
+        """An empty KVCache for B sequences of up to n_tokens tokens, striped over the ranks of the model.
+        dtype: None, that of the model or of autocast, or torch.float8_e4m3fn, of half the size."""
         attn, weight = self.blocks[0].attn, self.embedding.weight
         kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        autocast = torch.is_autocast_enabled(kind)
+        dtype = dtype or (torch.get_autocast_dtype(kind) if autocast else weight.dtype)
         shape = len(self.blocks), B, n_tokens, attn.n_kv_heads, attn.dim_per_head
         ring = ring_attn.resolve_ring(attn.group) if attn.n_ranks > 1 else None
         return KVCache(*shape, dtype, weight.device, ring)

@@ -480,7 +480,7 @@ class Mod(NamedTuple):
     # @triton.jit, g(dscore, score, b, h, q_idx, kv_idx, *args): the gradient of f's score. None: it is dscore
     kernel_bwd: Any
     args: tuple = ()  # of the kernels: tensors and numbers
-    unit: float | None = None  # of the scores that kernels take, if this is the first, and return, if the last
+    unit: float | None = None  # of scores that kernels take, if this is the first, and return, if the last
 
 
 class Functions(tuple):
@@ -491,7 +491,8 @@ class Functions(tuple):
 
 
 # what kernels know of Mods, their argument MODS: positions of the last query and key; what products are
-# multiplied by before the first function; the unit of what the last one returns; arguments of each; of dropout
+# multiplied by before the first function; the unit of what the last one returns; arguments of each; of
+# dropout
 KernelMods = namedtuple("KernelMods", "last_q last_k scale unit args dropout")
 
 
@@ -3845,8 +3846,9 @@ def check_transport(transport):
         raise ValueError(f"{transport=} is unknown; choose one of {', '.join(TRANSPORTS)}, or leave it out")
 
 
-def check_common(q, k, v, sm_scale, causal, backend, backends):
-    """What ring_attn and decode_attn have in common; q (B, M, H, D), k, v (B, N, HKV, D)."""
+def check_common(q, k, v, sm_scale, causal, backend, backends, kv_dtypes=()):
+    """What ring_attn and decode_attn have in common; q (B, M, H, D), k, v (B, N, HKV, D). kv_dtypes: of k and
+    v, if they are not those of q."""
     for name, x in dict(q=q, k=k, v=v).items():
         if not isinstance(x, torch.Tensor):
             raise ValueError(f"{name} must be a tensor (B, T, heads, D), not {type(x).__name__}")
@@ -3863,7 +3865,7 @@ def check_common(q, k, v, sm_scale, causal, backend, backends):
         raise ValueError(f"shapes do not fit: {shapes}; need k and v of one shape, with the D of q")
     if H % HKV:
         raise ValueError(f"{H} query heads cannot share {HKV} key/value heads: H must be a multiple of HKV")
-    if not q.dtype == k.dtype == v.dtype:
+    if k.dtype != v.dtype or k.dtype not in (kv_dtypes or (q.dtype,)):
         raise ValueError(f"dtypes differ: q {q.dtype}, k {k.dtype}, v {v.dtype}; cast them to one")
     if not q.device == k.device == v.device:
         raise ValueError(f"devices differ: q {q.device}, k {k.device}, v {v.device}; move them to one")

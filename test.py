@@ -1775,9 +1775,16 @@ def check_mods(seed, ring=None):
     # every kernel subtracts do * o with a rounded o from all of a row's gradients of scores: what dbias sums
     rounding = do.double() * (truth[0].to(dtype).double() - truth[0])
     noise = rounding.sum(-1).square().mT[..., None]  # (B, H, queries, 1)
+    if sinks is not None:  # likewise, by how much of a row's weight its sink has
+        kept = {x: y for x, y in mods.items() if "dropout" not in x}
+        ones = [x if x is None or x.dtype == torch.bool else x.double() for x in inputs]
+        ones[2] = torch.ones_like(ones[2])
+        of_sinks = 1 - dense_modified(*ones, **kept)[0][..., :1].transpose(1, 2)  # (B, H, queries, 1)
     for name, a, t, p in zip(names, (o, *grads), truth, peer):
         exact = 1e-12 if dtype == f64 and name[1:] not in ("sinks", "bias") else 2e-5
         bound = 3 * error(p, t) + exact * max(1, t.abs().max().item())
+        if name == "dsinks":
+            bound += 3 * (noise * of_sinks.square()).sum((0, 2, 3)).sqrt().max().item()
         if name == "dbias":
             summed = [dim for dim, n in enumerate(t.shape[:3]) if n == 1]
             bound += 3 * noise.sum(summed, keepdim=True).sqrt().max().item()
@@ -2056,10 +2063,20 @@ def make_qkv(dtype, B, M, N, H, HKV, D, seed=0):
     return [torch.randn(B, n, n_heads, D, generator=g).to(DEVICE, dtype) for n, n_heads in shapes]
 
 
+def in_float8(x):
+    """x as float8 and scales, powers of two, and what they stand for, exact in any dtype."""
+    x8, scale = decode.quantized(x)
+    spread = torch.randint(-6, 2, scale.shape, generator=torch.Generator().manual_seed(1)).to(scale.device)
+    scale = 2.0 ** (scale.log2().round() + spread)
+    return x8, scale, decode.dequantized(x8, scale, f32).to(x.dtype)
+
+
 def make_decode(dtype, M, H, HKV, D, lengths, causal=True, score_mod=None, mask_mod=None, aux=(), window=None,
-                sink=None, N=None, seed=0):  # fmt: skip
+                sink=None, N=None, seed=0, float8=False):  # fmt: skip
     B, N = len(lengths), N or max(lengths)
     (q, k, v), L = make_qkv(dtype, B, M, N, H, HKV, D, seed), ints(*lengths)
+    if float8:
+        (k8, k_scale, k), (v8, v_scale, v) = in_float8(k), in_float8(v)
     n_sink, logits = (0, sink) if isinstance(sink, torch.Tensor) else (sink or 0, None)
     seen, flexed = visible(L, M, H, N, causal, mask_mod, aux, window, n_sink), []
     for exact in (f64, dtype):
@@ -2083,6 +2100,10 @@ def make_decode(dtype, M, H, HKV, D, lengths, causal=True, score_mod=None, mask_
         return worst([row, ("lse", error(got, truth), lse_bound)])
 
     options = dict(causal=causal, score_mod=score_mod, mask_mod=mask_mod, aux=aux, window=window, sink=sink)
+    if float8:
+        k_scale[behind] = v_scale[behind] = nan
+        k, v = (torch.where(behind[..., None, None], nan, x.float()).to(x.dtype) for x in (k8, v8))
+        options |= dict(k_scale=k_scale, v_scale=v_scale)
     return Decode(q, k, v, L, options, judge_decode)
 
 
@@ -2167,6 +2188,57 @@ def check_pages(backend, page_size, dtype, n_ranks=1):
         parts.append(decode_part(call.q, *pages, rank, n_ranks, page_table=table, **call.given(backend)))
     merged = merge_parts(torch.stack(parts), None, dtype)
     return call.judge(*(call(backend, *pages, page_table=table) if n_ranks == 1 else merged))
+
+
+def check_float8_pages(backend, page_size, dtype):
+    """Pages of float8 and of scales, the ones that are not in use nan."""
+    call = make_decode(dtype, 2, 6, 2, 32, (200, 0, 1, 77), window=100, sink=3, float8=True)
+    scales = (call.options[name][..., None] for name in ("k_scale", "v_scale"))
+    as_bytes = (x.view(torch.uint8) for x in (call.k, call.v))  # torch cannot index all float8 tensors
+    pages, table = in_pages(*as_bytes, page_size, 0x7F, 3, seed=0)
+    (k_scale, v_scale), _ = in_pages(*scales, page_size, nan, 3, seed=0)
+    scales = dict(k_scale=k_scale[..., 0], v_scale=v_scale[..., 0])
+    return call.judge(*call(backend, *(x.view(call.k.dtype) for x in pages), page_table=table, **scales))
+
+
+def check_float8_stripes(backend, n_ranks, dtype):
+    call, parts = make_decode(dtype, 2, 6, 2, 32, (204, 0, 1, 77), float8=True), []
+    tensors = dict(call.given(backend), k=call.k, v=call.v)
+    for rank in range(n_ranks):
+        mine = {x: tensors[x][:, rank::n_ranks] for x in ("k", "v", "k_scale", "v_scale")}
+        parts.append(decode_part(call.q, rank=rank, n_ranks=n_ranks, **tensors | mine))
+    return call.judge(*merge_parts(torch.stack(parts), None, dtype))
+
+
+@local(name="a model decodes through a float8 cache")
+def check_float8_cache():
+    """Its logits after some steps are near those of a cache in the model's dtype; whose bits they are not."""
+    torch.manual_seed(3)
+    config = Config(n_layers=2, dim=64, dim_per_head=16, n_kv_heads=2, seq_len=64, vocab_size=61)
+    model, logits = Transformer(config, 0, 1, AttentionType.FLASH).to(DEVICE), []
+    tokens = torch.randint(61, (2, 40), device=DEVICE)
+    for dtype in (None, torch.float8_e4m3fn):
+        cache = model.new_cache(2, 40, dtype)
+        model.prefill(tokens[:, :30], cache)
+        logits.append(torch.cat([model.step(x, cache) for x in tokens[:, 30:].split((1, 4, 5), 1)], 1))
+    off = (logits[1] - logits[0]).norm() / logits[0].norm()
+    assert off > 0, "the cache is not in float8"
+    return "logits", off.item(), 0.05
+
+
+@local(name="float8: any scale, and what is refused")
+@on_torch_path()
+def check_float8():
+    x = torch.randn(2, 40, 3, 64, device=DEVICE) * torch.logspace(-30, 30, 40, device=DEVICE)[:, None, None]
+    x[0, 0] = 0
+    x8, scale = decode.quantized(x)
+    off = (decode.dequantized(x8, scale, f32) - x).abs() / x.abs().amax(-1, keepdim=True).clamp(min=1e-37)
+    assert off.max() <= 2**-4, f"off by {off.max():.3f} of a row's largest number"
+    q, refused = x[:, :1, :, :].bfloat16(), partial(raises, decode_attn)
+    refused("k_scale", "float32 (2, 40, 3)", q=q, k=x8, v=x8)
+    refused("v_scale", "float32 (2, 40, 3)", q=q, k=x8, v=x8, k_scale=scale, v_scale=scale[:, :5])
+    refused("dtypes differ", q=q, k=q, v=q, k_scale=scale[:, :1], v_scale=scale[:, :1])
+    return "off", off.max().item(), 2**-4
 
 
 def check_cache_layouts(backend):
@@ -2547,6 +2619,18 @@ for backend in ("torch", "triton"):
     for page_size in (7, 16, 64):
         decoding(f"pages of {page_size}", page_size, low, f=check_pages)
     decoding("pages of 16, striped over 2", 16, full, 2, f=check_pages)
+    for dtype, *args, options in (
+        (low, 1, 6, 2, 64, (200, 37, 0), {}),
+        (full, 3, 6, 2, 32, (200, 45, 3), dict(window=40, sink=5)),
+        (low, 9, 4, 2, 32, (90, 50), dict(sink=torch.ones(4, device=DEVICE))),
+        (low, 2, 6, 2, 32, (150, 20, 0), dict(n_splits=5, score_mod=softcap)),
+        (low, 3, 6, 2, 32, (200, 37, 150), docs_only),
+    ):
+        decoding(f"float8 M{args[0]} {', '.join(options)}", dtype, *args, float8=True, **options)
+    if GPU:  # large tiles
+        decoding("float8, long", low, 1, 8, 2, 128, (9000,) * 20 + (8500, 3), float8=True)
+    decoding("float8, pages of 16", 16, low, f=check_float8_pages)
+    decoding("float8, striped over 3", 3, low, f=check_float8_stripes)
     decoding("cache layouts amid nan", f=check_cache_layouts)
     decoding("wild lengths and pages", f=check_wild_values)
     single, shape, two = (full, 1, 2, 1, 16, (4,), 4), heads, (200, 150)
@@ -3978,7 +4062,7 @@ def compile_kernels(few=False):
     function = decode.decode_kernel
     known = dict.fromkeys(("SEQLENS", "PAGES"), "*i32") | dict(sm_scale="fp32")
     known |= dict.fromkeys(("Q", "K", "V", "O"), "*bf16") | dict.fromkeys(("SINK", "LSE", "PARTS"), "*fp32")
-    known |= dict.fromkeys(("stride_q", "stride_k", "stride_v"), ("i32",) * 3)
+    known |= {f"stride_{x}": ("i32",) * 3 for x in ("q", "k", "v", "ks", "vs")}
     known["sizes"] = decode.Sizes(*["i32"] * len(decode.Sizes._fields))
     usual = dict(CAUSAL=True, WINDOWED=False, TILES_PER_BLOCK=0, MAX_GROUPS=1, PDL=True)
     usual |= dict(HEAD_DIM=128, BLOCK_D=128, BLOCK_M=16, BLOCK_N=64)
@@ -3993,10 +4077,14 @@ def compile_kernels(few=False):
         ("pages", ("SEQLENS", "PAGES"), 0, dict(MAX_GROUPS=32)),
         ("blocks", (), 4, dict(TILES_PER_BLOCK=2)),
         ("partial blocks", (), 2, dict(TILES_PER_BLOCK=2)),
+        ("float8", ("K_SCALE", "V_SCALE", "stride_ks", "stride_vs"), 0, dict(BLOCK_N=128)),
     ):
         constants = usual | changed
-        absent = {"AUX", "MOD", "MODS", "MASK_MOD", "SEQLENS", "PAGES", "SINK", *constants} - set(given)
+        absent = {"AUX", "MOD", "MODS", "MASK_MOD", "SEQLENS", "PAGES", "SINK", *constants}
+        absent = (absent | {"K_SCALE", "V_SCALE", "stride_ks", "stride_vs"}) - set(given)
         types = {x: known.get(x, "i32") for x in function.arg_names if x not in absent}
+        if "K_SCALE" in given:
+            types |= dict.fromkeys(("K", "V"), "*i16") | dict.fromkeys(("K_SCALE", "V_SCALE"), "*fp32")
         types["blocks"] = decode.BlockTables(*["*i32"] * n_tables, *["constexpr"] * (4 - n_tables))
         options = dict(num_warps=4, num_stages=5 if "PAGES" in given else 3)
         report(f"decode {name}", True, function, types, constants, **options)
