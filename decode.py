@@ -754,7 +754,6 @@ def check_decode(call):
         **{f"aux[{i}]": x for i, x in enumerate(aux)},
     )
     ring_attn.check_softcap(call.softcap)
-    ring_attn.check_slopes(call.alibi_slopes, q, backend, call.capacity())
     if call.window is not None and not is_int(call.window, 1, NO_WINDOW - 1):
         raise ValueError(f"window={call.window!r} must be 1 to {NO_WINDOW - 1} keys, or None for all")
     if call.n_splits is not None and not is_int(call.n_splits, 1, 4096):
@@ -771,6 +770,7 @@ def check_decode(call):
         raise ValueError(f"page_table {short(table)} must be {need}")
     if call.capacity() >= NO_WINDOW:
         raise ValueError(f"the cache has room for {call.capacity()} tokens; the most are {NO_WINDOW - 1}")
+    ring_attn.check_slopes(call.alibi_slopes, q, backend, call.capacity())
     if call.cache_seqlens is not None and not is_ints(call.cache_seqlens, (B,), device):
         need = f"a contiguous int32 tensor ({B},) on {device}"
         raise ValueError(f"cache_seqlens {short(call.cache_seqlens)} must be {need}")
