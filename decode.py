@@ -218,6 +218,9 @@ def cache_rows(start, page, offs_n, stride, PAGES, sizes):
         return page * stride[0] + (start + offs_n) % sizes.PAGE_SIZE * stride[1]
 
 
+TWO_HALVES = tl.constexpr((tl.float16, tl.float16))  # inside a kernel Triton 3.8 would wrap each
+
+
 @triton.jit
 def from_float8(x, dtype):
     """Even and odd columns of x, int16: pairs of float8. A product's operand of 16-bit pairs is, number for
@@ -229,8 +232,7 @@ def from_float8(x, dtype):
         asm: tl.constexpr = """{ .reg .b16 a, b; .reg .b32 x, y; mov.b32 {a, b}, $2;
             cvt.rn.f16x2.e4m3x2 x, a; cvt.rn.f16x2.e4m3x2 y, b;
             prmt.b32 $0, x, y, 0x5410; prmt.b32 $1, x, y, 0x7632; }"""
-        kinds: tl.constexpr = (tl.float16, tl.float16)
-        even, odd = tl.inline_asm_elementwise(asm, "=r,=r,r", [x], dtype=kinds, is_pure=True, pack=2)
+        even, odd = tl.inline_asm_elementwise(asm, "=r,=r,r", [x], dtype=TWO_HALVES, is_pure=True, pack=2)
     return even.to(dtype), odd.to(dtype)
 
 
