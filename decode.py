@@ -51,11 +51,14 @@ def dequantized(x, scale, dtype):
     return x if scale is None else x.to(dtype) * scale[..., None].to(dtype)
 
 
-def quantized(x, dtype=torch.float8_e4m3fn):
-    """x (..., D) as float8, and a scale (...) float32, by which each row is to be multiplied."""
-    scale = x.abs().amax(-1).float() / torch.finfo(dtype).max
+FLOAT8 = torch.float8_e4m3fn
+
+
+def quantized(x):
+    """x (..., D) as float8_e4m3fn, and scales (...) float32, by which its rows are to be multiplied."""
+    scale = x.abs().amax(-1).float() / torch.finfo(FLOAT8).max
     scale = torch.where(scale > 0, scale, 1.0)
-    return (x.float() / scale[..., None]).to(dtype), scale
+    return (x.float() / scale[..., None]).to(FLOAT8), scale
 
 
 def reference_decode(q, k, v, seen, sm_scale, mods=(), indices=()):
@@ -294,13 +297,13 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, K_SCALE, V_SCALE, bloc
     q_end = q_pos + 1 if CAUSAL else L
     seq = 0 if PAGES is not None else b.to(tl.int64)
     hk = (h // sizes.SETS_PER_KV).to(tl.int64)
-    if K_SCALE is not None:
+    if K_SCALE is not None:  # K and V are pairs of float8: even and odd columns have products of their own
         offs_d = tl.arange(0, BLOCK_D // 2)
         in_d = (offs_d < HEAD_DIM // 2)[None, :]
     K += seq * stride_k[0] + hk * stride_k[2] + offs_d[None, :]
     V += seq * stride_v[0] + hk * stride_v[2] + offs_d[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if K_SCALE is not None:  # k and v come as pairs of numbers
+    if K_SCALE is not None:
         K_SCALE += seq * stride_ks[0] + hk * stride_ks[2]
         V_SCALE += seq * stride_vs[0] + hk * stride_vs[2]
         if q.dtype.primitive_bitwidth == 16:
@@ -382,7 +385,7 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, K_SCALE, V_SCALE, bloc
             alpha = tl.math.exp2(m_i - shift)
             l_i = l_i * alpha + tl.sum(p, 1)
             acc *= alpha[:, None]
-            if V_SCALE is None:
+            if K_SCALE is None:
                 acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
             else:  # in units of the tile's largest scale: below it float16 has room enough for p
                 v_scale = tl.where(tl.max(seen.to(tl.int32), 0) > 0, v_scale, 0.0)
@@ -528,7 +531,6 @@ class LaunchConfig(NamedTuple):
     merge_options: dict
 
 
-FLOAT8 = (torch.float8_e4m3fn,)
 NO_WINDOW = 2**30  # above every position
 CONFIG_NUMBERS = itertools.count()
 
@@ -542,7 +544,7 @@ def make_config(call):
         GROUPS_B, GROUPS_H, N_BLOCKS, BLOCK_SIZE = mask_shape(call.block_mask)
         BLOCK_SIZE //= call.n_ranks
     HEAD_SETS, G = (H, 1) if GROUPS_H > 1 else (HKV, H // HKV)
-    float8, narrow, of_cache = call.k.dtype in FLOAT8, dtype.itemsize == 2, call.k.dtype.itemsize
+    float8, narrow, of_cache = call.k.dtype == FLOAT8, dtype.itemsize == 2, call.k.dtype.itemsize
     BLOCK_D = max(32 if float8 else 16, triton.next_power_of_2(D))
     BLOCK_M = 16 if G * M <= 16 else 64 if narrow and D <= 128 else 32  # wgmma takes 64
     ROW_TILES = triton.cdiv(G * M, BLOCK_M)
@@ -625,7 +627,7 @@ def write_part(call, config, sink, o, lse):
     parts = torch.empty(size, dtype=torch.float32, device=o.device) if split else o  # not written to
     strides = o.stride(2), 0 if lse is None else lse.stride(2)
     k, v = call.k, call.v
-    if k.dtype in FLOAT8:
+    if k.dtype == FLOAT8:
         k, v = k.view(torch.int16), v.view(torch.int16)
     pointers = call.q, k, v, o, lse, parts, call.cache_seqlens, call.page_table, call.k_scale, call.v_scale
     alignment = [x is not None and x.data_ptr() % 16 for x in (*pointers, *tables, sink, *call.aux)]
@@ -717,14 +719,15 @@ def check_gradients(**tensors):
 def check_decode(call):
     """Raise ValueError, with the values and a way out, for what a call cannot do. Reads no tensor."""
     q, k, v, sink, table, backend = call.q, call.k, call.v, call.sink, call.page_table, call.backend
-    scales, wanted = dict(k_scale=call.k_scale, v_scale=call.v_scale), tuple(getattr(k, "shape", ()))[:3]
-    is_float8 = getattr(k, "dtype", None) in FLOAT8 or any(x is not None for x in scales.values())
-    dtypes = FLOAT8 if is_float8 else ()
-    ring_attn.check_common(q, k, v, call.sm_scale, call.causal, backend, ("torch", "triton"), dtypes)
+    scales = dict(k_scale=call.k_scale, v_scale=call.v_scale)
+    is_float8 = getattr(k, "dtype", None) == FLOAT8 or any(x is not None for x in scales.values())
+    kv_dtype = FLOAT8 if is_float8 else None
+    ring_attn.check_common(q, k, v, call.sm_scale, call.causal, backend, ("torch", "triton"), kv_dtype)
     if is_float8 and backend == "triton" and q.is_cuda and ring_attn.capability(q.device) < (8, 9):
         has = f"{torch.cuda.get_device_name(q.device)} has {ring_attn.capability(q.device)}"
         raise ValueError(f'float8 needs CUDA capability (8, 9); {has}: use bfloat16, or backend="torch"')
     for name, x in scales.items() if is_float8 else ():
+        wanted = tuple(k.shape[:3])
         fits = is_plain(x) and x.shape == wanted and x.dtype == torch.float32 and x.device == k.device
         if not fits:
             given = None if x is None else ring_attn.summary(x)
@@ -930,7 +933,8 @@ def decode_attn(
        but the last, which is 1: (B, HKV, N, D), transposed, is as good. Or pages (P, page_size, HKV, D), with
        page_table (B, max_pages) int32. Keys and values that no query of the call may see may be nan.
     k_scale, v_scale: float32 (B, N, HKV), or as pages (P, page_size, HKV): k and v are float8_e4m3fn, and key
-       and value vectors are k * k_scale and v * v_scale. `quantized` makes both.
+       and value vectors are k * k_scale and v * v_scale. `quantized` makes both. Kernels take a bfloat16 q as
+       float16: beyond 65504 it is inf. An even D, and even strides but the last.
     cache_seqlens: L of each sequence, (B,) int32, 0 to N; None means N. Read on the device: a CUDA graph may
        be replayed after lengths, cache and tables have changed.
     sm_scale: above 0; None means D ** -0.5. causal: query m sees keys up to its own position, else all L.
@@ -1032,8 +1036,8 @@ class KVCache:
     k, v: lists of n_layers tensors (B, N, n_kv_heads, D), N = n_tokens / n_ranks, rounded up. dtype:
     torch.float8_e4m3fn halves a 16-bit cache; each (token, head) has a scale in k_scale, v_scale, else None.
     All sequences have the same length. length: tokens in the cache, an int; lengths: the same as a tensor
-    (B,) int32 on the device, which kernels read. group: the process group that shares the tokens, token p on rank p % n_ranks;
-    None: all are here.
+    (B,) int32 on the device, which kernels read. group: the process group that shares the tokens, token p on
+    rank p % n_ranks; None: all are here.
     """
 
     def __init__(self, n_layers, B, n_tokens, n_kv_heads, dim_per_head, dtype=torch.bfloat16, device="cpu",
@@ -1047,12 +1051,10 @@ class KVCache:
         # room for one token more: `write` puts the tokens of other ranks there
         shape = 2, n_layers, B, N + 1, n_kv_heads
         kv = torch.empty(*shape, dim_per_head, dtype=dtype, device=device)
-        scales = torch.empty(shape, device=device) if dtype in FLOAT8 else [[None] * n_layers] * 2
-        self.padded = [list(zip(x, scale)) for x, scale in zip(kv, scales)]  # of keys, of values
-        (self.k, self.k_scale), (self.v, self.v_scale) = (
-            zip(*((x[:, :N], scale if scale is None else scale[:, :N]) for x, scale in pairs))
-            for pairs in self.padded
-        )
+        scales = torch.empty(shape, device=device) if dtype == FLOAT8 else [[None] * n_layers] * 2
+        self.padded = list(zip(kv, scales))  # of keys, of values; by layer
+        self.k, self.v = ([x[:, :N] for x in layers] for layers in kv)
+        self.k_scale, self.v_scale = ([x if x is None else x[:, :N] for x in layers] for layers in scales)
         self.lengths = torch.zeros(B, dtype=torch.int32, device=device)
         self.rows = torch.arange(B, device=device)[:, None]
 
@@ -1086,12 +1088,12 @@ class KVCache:
 
     def put(self, layer, at, k, v):
         """Write k, v to batch rows and tokens `at`, in the dtype of the cache."""
-        for x, pairs in zip((k, v), self.padded):
-            cache, scale = pairs[layer]
+        for x, (caches, scales) in zip((k, v), self.padded):
+            cache, scale = caches[layer], scales[layer]
             if scale is None:
                 cache[at] = x.to(cache.dtype)
             else:
-                x, scale[at] = quantized(x, cache.dtype)
+                x, scale[at] = quantized(x)
                 cache.view(torch.uint8)[at] = x.view(torch.uint8)  # torch cannot index all float8 tensors
 
     def attend(self, layer, q, sm_scale, window=None, sink=None, softcap=None):
@@ -1101,7 +1103,7 @@ class KVCache:
         window = window and min(window, NO_WINDOW - 1)  # a model's window may be longer than any cache
         options = dict(cache_seqlens=self.lengths, sm_scale=sm_scale, window=window, sink=sink)
         options |= dict(softcap=softcap, k_scale=self.k_scale[layer], v_scale=self.v_scale[layer])
-        dtype = q.dtype if k.dtype in FLOAT8 else k.dtype
+        dtype = q.dtype if k.dtype == FLOAT8 else k.dtype
         if self.ring.n_ranks > 1:
             return sharded_decode_attn(q.to(dtype), k, v, group=self.ring, **options).to(q.dtype)
         return decode_attn(q.to(dtype), k, v, **options).to(q.dtype)

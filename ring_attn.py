@@ -1324,9 +1324,10 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     softcap: s becomes softcap * tanh(s / softcap); above 0; None or 0.0: off.
     bias: a floating point tensor that broadcasts to (B, H, S, S), or (B, H, queries, keys), in global order,
        without padding, and whole on every rank, up to 1 GiB; added to scores. Its gradient, if it requires
-       one, is the part of this rank's queries, as that of sinks; it is computed in plain torch, which takes its time, and not
-       beside a score_mod in kernels.
-    alibi_slopes: (H,) or (B, H) float32; adds -slope * |i - j| (ALiBi, arXiv 2108.12409). No gradient.
+       one, is the part of this rank's queries, as that of sinks; it is computed in plain torch, which takes
+       its time, and not beside a score_mod in kernels.
+    alibi_slopes: (H,) or (B, H) float32; adds -slope * |i - j| (ALiBi, arXiv 2108.12409). No gradient. For
+       up to 2**23 tokens in kernels.
     score_mod: f(score, b, h, q_idx, kv_idx, *aux), the new score, as in decode_attn: a @triton.jit function
        for the kernels, a plain one for the torch path. A score_mod may return -inf, as a mask does, but for
        keys that nobody sees a window or cu_seqlens costs less. Define it once, not in every call. Under
@@ -1597,7 +1598,8 @@ def tanh(x, EXACT: constexpr):
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
 
 
-# softcap in kernels: scores in units of softcap. After it in those of the next function, if there is one
+# softcap in kernels: s is in units of softcap (Mod.unit). softcap is None where no function follows: the
+# result stays in that unit, and log2_scale knows of it
 
 
 @triton.jit
@@ -2432,7 +2434,7 @@ def fwd_consumer(c: constexpr, out, smem, dims, MODS, HEAD_DIM: constexpr, MASK:
     row_s: constexpr = gl.SliceLayout(1, s_layout)
     row_o: constexpr = gl.SliceLayout(1, o_layout)
     dtype: constexpr = smem.k.dtype
-    # exponentials under p v: 4% faster there, 6% with softcap; slower without either
+    # exponentials under p v: 4% faster for three consumers and FULL, 6% with softcap (one H100); else slower
     EARLY: constexpr = MOD is not None or CONSUMERS == 3 and MASK == FULL
     T = dims.T
     q = matrix(smem.q, c)
@@ -3741,8 +3743,8 @@ class Unshard(torch.autograd.Function):
 
 def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse=False, *, backend=None, transport=None,
            deterministic=True, window=None, cu_seqlens=None, sinks=None, seq_len=None, softcap=None,
-           bias=None, alibi_slopes=None, score_mod=None, score_mod_bwd=None, aux=(), dropout_p=0.0, dropout_seed=None,
-           debug=False, problem=None):  # fmt: skip
+           bias=None, alibi_slopes=None, score_mod=None, score_mod_bwd=None, aux=(), dropout_p=0.0,
+           dropout_seed=None, debug=False, problem=None):  # fmt: skip
     """What all public functions call. problem: what the caller found wrong, to be raised on every rank."""
     has_shape = isinstance(q, torch.Tensor) and not q.is_nested and q.ndim > 0
     if sm_scale is None:
@@ -3846,9 +3848,9 @@ def check_transport(transport):
         raise ValueError(f"{transport=} is unknown; choose one of {', '.join(TRANSPORTS)}, or leave it out")
 
 
-def check_common(q, k, v, sm_scale, causal, backend, backends, kv_dtypes=()):
-    """What ring_attn and decode_attn have in common; q (B, M, H, D), k, v (B, N, HKV, D). kv_dtypes: of k and
-    v, if they are not those of q."""
+def check_common(q, k, v, sm_scale, causal, backend, backends, kv_dtype=None):
+    """What ring_attn and decode_attn have in common; q (B, M, H, D), k, v (B, N, HKV, D). kv_dtype: of k and
+    v, if it is not that of q."""
     for name, x in dict(q=q, k=k, v=v).items():
         if not isinstance(x, torch.Tensor):
             raise ValueError(f"{name} must be a tensor (B, T, heads, D), not {type(x).__name__}")
@@ -3865,8 +3867,9 @@ def check_common(q, k, v, sm_scale, causal, backend, backends, kv_dtypes=()):
         raise ValueError(f"shapes do not fit: {shapes}; need k and v of one shape, with the D of q")
     if H % HKV:
         raise ValueError(f"{H} query heads cannot share {HKV} key/value heads: H must be a multiple of HKV")
-    if k.dtype != v.dtype or k.dtype not in (kv_dtypes or (q.dtype,)):
-        raise ValueError(f"dtypes differ: q {q.dtype}, k {k.dtype}, v {v.dtype}; cast them to one")
+    if not (kv_dtype or q.dtype) == k.dtype == v.dtype:
+        fix = f"with scales k and v must be {kv_dtype}" if kv_dtype else "cast them to one"
+        raise ValueError(f"dtypes differ: q {q.dtype}, k {k.dtype}, v {v.dtype}; {fix}")
     if not q.device == k.device == v.device:
         raise ValueError(f"devices differ: q {q.device}, k {k.device}, v {v.device}; move them to one")
     if q.device.type not in ("cpu", "cuda"):

@@ -2287,7 +2287,7 @@ def in_pages(k, v, page_size, fill, n_unused, seed):
 
 
 def check_unseen(backend, poison, dtype, M, H, HKV, D, lengths, N, n_ranks=1, page_size=None, block_size=None,
-                 **options):  # fmt: skip
+                 float8=False, **options):  # fmt: skip
     """Whatever no query of the call may see may hold nan, in keys and values: the result keeps its bits."""
     B = len(lengths)
     q, k, v = make_qkv(dtype, B, M, N, H, HKV, D)
@@ -2314,6 +2314,11 @@ def check_unseen(backend, poison, dtype, M, H, HKV, D, lengths, N, n_ranks=1, pa
     results = []
     for fill in (0.0, poison):
         kv = [x.masked_fill(hidden[..., None], fill) for x in (k, v)]
+        if float8:  # 0x7F is nan
+            kv, scales = zip(*(decode.quantized(x) for x in (k, v)))
+            byte, kv = 0x7F if fill else 0, [x.view(torch.uint8) for x in kv]
+            kv = [x.masked_fill(hidden[..., None], byte).view(torch.float8_e4m3fn) for x in kv]
+            options |= {x: y.masked_fill(hidden, fill) for x, y in zip(("k_scale", "v_scale"), scales)}
         if page_size:
             kv, options["page_table"] = in_pages(*kv, page_size, poison, 0, seed=1)
         if n_ranks == 1:
@@ -2328,7 +2333,7 @@ def check_unseen(backend, poison, dtype, M, H, HKV, D, lengths, N, n_ranks=1, pa
 def check_decode_refusals():
     q, k = torch.randn(2, 1, 4, 16, device=DEVICE), torch.randn(2, 32, 2, 16, device=DEVICE)
     sink, slopes = (torch.ones(4, device=DEVICE, requires_grad=True) for _ in range(2))
-    attn = partial(decode_attn, q, k, k, backend="triton")
+    attn = partial(decode_attn, q=q, k=k, v=k, backend="triton")
     with torch.no_grad():
         parts = torch.stack([decode_part(q, k, k, rank, 2, backend="triton") for rank in range(2)])
     for name, call in (
@@ -2343,6 +2348,9 @@ def check_decode_refusals():
         raises(call, f"{name} requires a gradient")  # the good call has not hidden it
     got = [attn(sm_scale=x) for x in (0.25, np.float32(0.25), np.float64(0.25))]
     same_bits(got[1:], got[:1] * 2, "numpy's numbers")
+    long = torch.empty(16, device=DEVICE).expand(2, 2**23 + 1, 2, 16)
+    with torch.no_grad():
+        raises(attn, "8388608 tokens", "score_mod", k=long, v=long, alibi_slopes=slopes)
     for _ in range(2):
         raises(attn, "sm_scale=True", sm_scale=True)
         attn(sm_scale=1.0)  # 1.0 == True, and is another key
@@ -2648,6 +2656,8 @@ for backend in ("torch", "triton"):
         (inf, "holes and window", (full, *shape, (200, 77), 200), dict(holes, window=50, sink=4)),
         (nan, "pages", (low, *shape, (200, 0, 77), 210), dict(page_size=16, window=30)),
         (inf, "pages, left padding", (low, *shape, (200, 0, 77), 210), dict(padded, page_size=16)),
+        (nan, "float8, left padding", (low, *shape, (200, 150, 9), 210), dict(padded, float8=True)),
+        (inf, "float8, window", (low, *shape, (200, 150, 9), 210), dict(window=30, float8=True)),
         (nan, "striped", (low, *shape, (200, 150, 9), 210), dict(padded, n_ranks=3, window=90)),
         (nan, "blocks", (low, *shape, two, 210), dict(block_size=32)),
         (nan, "partial blocks", (low, 1, 6, 2, 32, two, 210), dict(padded, block_size=48)),
@@ -4066,6 +4076,7 @@ def compile_kernels(few=False):
     known["sizes"] = decode.Sizes(*["i32"] * len(decode.Sizes._fields))
     usual = dict(CAUSAL=True, WINDOWED=False, TILES_PER_BLOCK=0, MAX_GROUPS=1, PDL=True)
     usual |= dict(HEAD_DIM=128, BLOCK_D=128, BLOCK_M=16, BLOCK_N=64)
+    scales = "K_SCALE", "V_SCALE", "stride_ks", "stride_vs"
     for name, given, n_tables, changed in (
         ("one length", (), 0, {}),
         ("many", (), 0, dict(BLOCK_N=128)),
@@ -4077,11 +4088,11 @@ def compile_kernels(few=False):
         ("pages", ("SEQLENS", "PAGES"), 0, dict(MAX_GROUPS=32)),
         ("blocks", (), 4, dict(TILES_PER_BLOCK=2)),
         ("partial blocks", (), 2, dict(TILES_PER_BLOCK=2)),
-        ("float8", ("K_SCALE", "V_SCALE", "stride_ks", "stride_vs"), 0, dict(BLOCK_N=128)),
+        ("float8", scales, 0, dict(BLOCK_N=128)),
     ):
         constants = usual | changed
-        absent = {"AUX", "MOD", "MODS", "MASK_MOD", "SEQLENS", "PAGES", "SINK", *constants}
-        absent = (absent | {"K_SCALE", "V_SCALE", "stride_ks", "stride_vs"}) - set(given)
+        absent = {"AUX", "MOD", "MODS", "MASK_MOD", "SEQLENS", "PAGES", "SINK", *scales, *constants}
+        absent -= set(given)
         types = {x: known.get(x, "i32") for x in function.arg_names if x not in absent}
         if "K_SCALE" in given:
             types |= dict.fromkeys(("K", "V"), "*i16") | dict.fromkeys(("K_SCALE", "V_SCALE"), "*fp32")
