@@ -110,6 +110,7 @@ Sizes = namedtuple(
 )
 # the tables of a BlockMask: the blocks that its mask applies to, and those that all queries see
 BlockTables = namedtuple("BlockTables", "kv_num_blocks kv_indices full_kv_num_blocks full_kv_indices")
+Blocks = namedtuple("Blocks", BlockTables._fields + ("BLOCK_SIZE",))  # a BlockMask in the operator
 
 
 @triton.jit
@@ -525,6 +526,10 @@ class LaunchConfig(NamedTuple):
     grid: int  # programs of decode_kernel: the most splits that all row tiles can have
     merge_grid: int  # programs of merge_splits_kernel, which runs if grid > row_tiles
     sizes: Sizes
+    strides: tuple  # of q, k, v, k_scale, v_scale
+    parts: (
+        torch.Tensor | None
+    )  # of the size and dtype of the parts, of which it holds one number; None: no split
     constants: dict
     merge_constants: dict
     options: dict
@@ -595,7 +600,17 @@ def make_config(call):
         options["launch_pdl"] = merge_options["launch_pdl"] = True
     constants, merge_constants = constants | shared, shared | dict(CHUNK=CHUNK)
     kwargs = constants, merge_constants, options, merge_options
-    return LaunchConfig(next(CONFIG_NUMBERS), row_tiles, grid, merge_grid, sizes, *kwargs)
+    strides = call.q.stride()[:3], *(x.stride()[:3] for x in in_pairs(call.k, call.v))
+    strides += (*(None if x is None else x.stride() for x in (call.k_scale, call.v_scale)),)
+    # per row o and lse, padded to a power of two: rows that start within a cache line cost 1 to 2 us
+    parts = torch.empty(1, dtype=torch.float32, device=device).expand(grid * BLOCK_M * 2 * BLOCK_D)
+    parts = parts if grid > row_tiles else None
+    return LaunchConfig(next(CONFIG_NUMBERS), row_tiles, grid, merge_grid, sizes, strides, parts, *kwargs)
+
+
+def in_pairs(*tensors):
+    """float8 tensors as kernels take them, in pairs as int16; others as they are."""
+    return tuple(x.view(torch.int16) if x.dtype == FLOAT8 else x for x in tensors)
 
 
 NO_TABLES = BlockTables(None, None, None, None)
@@ -621,26 +636,19 @@ def write_part(call, config, sink, o, lse):
         part_o, part_lse = torch_part(call, sink)
         o.copy_(part_o)
         return None if lse is None else lse.copy_(part_lse.transpose(1, 2))
-    tables, split = mask_tables(call.block_mask), config.grid > config.row_tiles
-    # per row o and lse, padded to a power of two: rows that start within a cache line cost 1 to 2 us
-    size = config.grid * config.constants["BLOCK_M"] * 2 * config.constants["BLOCK_D"]
-    parts = torch.empty(size, dtype=torch.float32, device=o.device) if split else o  # not written to
-    strides = o.stride(2), 0 if lse is None else lse.stride(2)
-    k, v = call.k, call.v
-    if k.dtype == FLOAT8:
-        k, v = k.view(torch.int16), v.view(torch.int16)
-    pointers = call.q, k, v, o, lse, parts, call.cache_seqlens, call.page_table, call.k_scale, call.v_scale
-    alignment = [x is not None and x.data_ptr() % 16 for x in (*pointers, *tables, sink, *call.aux)]
-    chain = call.mods()
+    tables, aux = mask_tables(call.block_mask), call.aux
+    parts = o if config.parts is None else torch.empty_like(config.parts)  # o: not written to
+    pointers = call.q, *in_pairs(call.k, call.v), o, lse, parts, call.cache_seqlens, call.page_table
+    pointers += call.k_scale, call.v_scale
+    alignment = [x is not None and x.data_ptr() & 15 for x in (*pointers, *tables, sink, *aux)]
+    chain, strides = call.mods(), (o.stride(2), 0 if lse is None else lse.stride(2))
     mods = ring_attn.kernel_mods(chain, call.sm_scale) if chain else None
     depends = config.number, o.dtype, lse is None, strides, tuple(alignment) if any(alignment) else None
     depends = *depends, ring_attn.specialization(mods)
-    args = *pointers, tables, sink, call.aux, mods, float(call.sm_scale), config.sizes
-    args += call.q.stride()[:3], k.stride()[:3], v.stride()[:3]
-    args += *(None if x is None else x.stride() for x in (call.k_scale, call.v_scale)), *strides
-    with torch.cuda.device_of(call.q):  # kernels launch on the current device
+    args = *pointers, tables, sink, aux, mods, float(call.sm_scale), config.sizes, *config.strides, *strides
+    with ring_attn.current(call.q):
         launch(decode_kernel, o.device, depends, config.grid, args, config.constants, **config.options)
-        if split:
+        if config.parts is not None:
             args = parts, o, lse, call.cache_seqlens, tables, sink, config.sizes, *strides
             merging = config.merge_grid, args, config.merge_constants
             launch(merge_splits_kernel, o.device, depends, *merging, **config.merge_options)
@@ -716,6 +724,20 @@ def check_gradients(**tensors):
             raise ValueError(f"{wrong}; call it under torch.no_grad(), or train with ring_attn")
 
 
+def problem_of(call):
+    """What is wrong with a call and cannot be seen in the operator, or None."""
+    own = getattr(getattr(call.block_mask, "mask_mod", None), "__name__", "noop_mask")
+    if call.mask_mod is None and own != "noop_mask":
+        need = "pass mask_mod=, the same by position in the sequence"
+        return f"block_mask was made from {own}, in torch and by index of the query; {need}"
+    tensors = {name: getattr(call, name) for name in ("q", "k", "v", "sink", "alibi_slopes")}
+    tensors |= {f"aux[{i}]": x for i, x in enumerate(call.aux)} if isinstance(call.aux, tuple) else {}
+    try:
+        check_gradients(**tensors)
+    except ValueError as error:
+        return str(error)
+
+
 def check_decode(call):
     """Raise ValueError, with the values and a way out, for what a call cannot do. Reads no tensor."""
     q, k, v, sink, table, backend = call.q, call.k, call.v, call.sink, call.page_table, call.backend
@@ -750,14 +772,6 @@ def check_decode(call):
     aux = call.aux
     if not isinstance(aux, tuple) or not all(isinstance(x, torch.Tensor) and x.device == device for x in aux):
         raise ValueError(f"aux must be a tuple of tensors on {device}, further arguments for the mods")
-    check_gradients(
-        q=q,
-        k=k,
-        v=v,
-        sink=sink,
-        alibi_slopes=call.alibi_slopes,
-        **{f"aux[{i}]": x for i, x in enumerate(aux)},
-    )
     ring_attn.check_softcap(call.softcap)
     if call.window is not None and not is_int(call.window, 1, NO_WINDOW - 1):
         raise ValueError(f"window={call.window!r} must be 1 to {NO_WINDOW - 1} keys, or None for all")
@@ -818,10 +832,6 @@ def check_block_mask(call):
         raise ValueError(f"block_mask has {n_blocks} blocks of {size} keys; {need}")
     if n_seqs * n_heads > 16384:
         raise ValueError(f"block_mask has {n_seqs} x {n_heads} rows; at most 16384 fit: split the batch")
-    own = getattr(getattr(mask, "mask_mod", None), "__name__", "noop_mask")
-    if call.mask_mod is None and own != "noop_mask":
-        need = "pass mask_mod=, the same by position in the sequence"
-        raise ValueError(f"block_mask was made from {own}, in torch and by index of the query; {need}")
 
 
 def check_values(call):
@@ -848,9 +858,6 @@ def check_values(call):
 # -----------------------------------------------------------------------------
 # public functions
 
-CONFIGS = {}  # of each kind of call that was checked: its LaunchConfig, or None for the torch path
-MAX_CONFIGS = 1024
-
 
 def kind_of(x):
     """What the checks, the LaunchConfig and the compiled kernels depend on, of any argument. Hashable."""
@@ -869,7 +876,7 @@ def kind_of(x):
 
 
 def make_call(q, k, v, rank, n_ranks, backend=None, sm_scale=None, *args, **options):
-    """A Call, whose other fields are args and options, and its kind."""
+    """A Call, whose other fields are args and options."""
     plain = is_plain(q) and q.ndim == 4
     if sm_scale is None:
         sm_scale = max(q.shape[3], 1) ** -0.5 if plain else 1.0
@@ -877,19 +884,24 @@ def make_call(q, k, v, rank, n_ranks, backend=None, sm_scale=None, *args, **opti
         backend = "triton" if ring_attn.INTERPRET or isinstance(q, torch.Tensor) and q.is_cuda else "torch"
     if plain and q.stride(3) != 1:
         q = q.contiguous()  # a few rows
-    call = Call(q, k, v, rank, n_ranks, backend, sm_scale, *args, **options)
-    numbers = repr(call[3:10])  # rank to n_splits; 1, 1.0 and True differ
-    return call, (numbers, *map(kind_of, call[:3]), *map(kind_of, call[10:]), torch.is_grad_enabled())
+    return Call(q, k, v, rank, n_ranks, backend, sm_scale, *args, **options)
 
 
-def config_of(call, kind):
-    """The LaunchConfig of a call, or None for the torch path. The first call of a kind is checked."""
-    if kind not in CONFIGS:
-        check_decode(call)
-        CONFIGS[kind] = make_config(call) if call.backend == "triton" else None
-        if len(CONFIGS) > MAX_CONFIGS:
-            del CONFIGS[next(iter(CONFIGS))]  # the oldest
-    return CONFIGS[kind]
+def config_of(call, ring=ring_attn.ALONE, problem=None):
+    """The LaunchConfig of a call, or None for the torch path. The first call of a kind is checked, on a ring
+    on all ranks together. problem: what a graph's maker found wrong."""
+    values = repr(call[3:10])  # rank to n_splits; 1, 1.0 and True differ
+    tensors = *call[:3], *call[10:]
+    kind = values, problem, torch.is_grad_enabled(), *[x if x is None else kind_of(x) for x in tensors]
+    if kind in ring.agreed:
+        return ring.agreed[kind]
+    given = call._asdict() | dict(rank=0, aux=(), block_mask=None, page_table=call.page_table is not None)
+    for name, x in given.items():  # what the ranks must have alike
+        is_tensor = isinstance(x, torch.Tensor)
+        given[name] = ring_attn.summary(x) if is_tensor else getattr(x, "__name__", repr(x))
+    problem = problem or problem_of(call)
+    prepare = lambda: make_config(call) if call.backend == "triton" else None
+    return ring_attn.agree_once(ring, kind, given, problem, lambda: check_decode(call), prepare)
 
 
 def packed_part(call, config):
@@ -905,19 +917,25 @@ def merge_parts(parts, sink=None, dtype=torch.float32):
     """o (B, M, H, D) in dtype and lse (B, H, M) from what decode_part found on each of R ranks, stacked:
     parts (R, B, M, H, D + 1). sink: None, or a logit for each query head, (H,)."""
     check_gradients(parts=parts, sink=sink)
+    o, lse = merged(parts, sink, dtype)
+    return o, lse.transpose(1, 2)
+
+
+def merged(parts, sink, dtype):
+    """merge_parts, but lse (B, M, H)."""
     R, B, M, H, D = *parts.shape[:4], parts.shape[4] - 1
     if not (parts.is_cuda or ring_attn.INTERPRET) or parts.dtype != torch.float32:
         o, lse = reference_merge(parts[..., :D], parts[..., D].transpose(2, 3), sink)
-        return o.to(dtype), lse
+        return o.to(dtype), lse.transpose(1, 2).contiguous()
     o = torch.empty(B, M, H, D, dtype=dtype, device=parts.device)
     lse = torch.empty(B, M, H, dtype=torch.float32, device=parts.device)
     constants = dict(HEAD_DIM=D, BLOCK_D=max(16, triton.next_power_of_2(D)))
     constants |= dict(CHUNK=min(64, triton.next_power_of_2(R)))
     depends = parts.shape, dtype, *(x is None or (x.dtype, x.data_ptr() % 16) for x in (parts, sink))
     args = parts, o, lse, sink, R, B * M * H, H
-    with torch.cuda.device_of(parts):
+    with ring_attn.current(parts):
         launch(merge_ranks_kernel, parts.device, depends, B * M * H, args, constants, num_warps=4)
-    return o, lse.transpose(1, 2)
+    return o, lse
 
 
 def decode_attn(
@@ -959,32 +977,24 @@ def decode_attn(
     Otherwise lengths are clipped to 0..N and page numbers to 0..P-1, and blocks outside of the cache are
     skipped: results are then wrong, but no memory outside of the cache is read.
     """
-    call, kind = make_call(
+    call = make_call(
         q, k, v, 0, 1, backend, sm_scale, causal, window, n_splits, cache_seqlens, score_mod, mask_mod, aux,
         block_mask, sink, page_table, softcap, alibi_slopes, k_scale, v_scale,
     )  # fmt: skip
-    config = config_of(call, kind)
-    if debug or not q.is_cuda:
-        check_values(call)
-    o, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), None
-    if return_lse:
-        acc_dtype = torch.promote_types(q.dtype, torch.float32)
-        lse = torch.empty(q.shape[:3], dtype=acc_dtype, device=q.device)
-    write_part(call, config, call.sink_logits(), o, lse)
-    return (o, lse.transpose(1, 2)) if return_lse else o
+    return attend(call, ring_attn.ALONE, return_lse, debug)
 
 
 def decode_part(q, k, v, rank, n_ranks, **options):
     """What one rank contributes to sharded_decode_attn, for transports of your own: (B, M, H, D + 1) float32
     or wider, o and behind it lse, for merge_parts. options: those of decode_attn but return_lse and debug; a
     sink of logits belongs to merge_parts."""
-    call, kind = make_call(q, k, v, rank, n_ranks, **options)
+    call = make_call(q, k, v, rank, n_ranks, **options)
     if call.sink_logits() is not None:
         raise ValueError("the logits of sink count once: give them to merge_parts")
-    return packed_part(call, config_of(call, kind))
+    return packed_part(call, config_of(with_functions(call)))
 
 
-def sharded_decode_attn(q, k, v, *, group=None, sink=None, return_lse=False, debug=False, **options):
+def sharded_decode_attn(q, k, v, *, group=None, return_lse=False, debug=False, **options):
     """decode_attn over a cache that is striped over the R ranks of `group`: token p of a sequence is on rank
     p % R, at index p // R, as a ring prefill under the striped schedule leaves it. One all-gather of
     M * H * (D + 1) float32 numbers per sequence and rank.
@@ -1001,30 +1011,89 @@ def sharded_decode_attn(q, k, v, *, group=None, sink=None, return_lse=False, deb
     ring = ring_attn.resolve_ring(group)
     if isinstance(ring, ring_attn.VirtualRing):
         raise ValueError("a VirtualRing holds whole sequences; use decode_attn")
-    if ring.n_ranks == 1:
-        return decode_attn(q, k, v, sink=sink, return_lse=return_lse, debug=debug, **options)
-    call, kind = make_call(q, k, v, ring.rank, ring.n_ranks, sink=sink, **options)
-    if kind not in ring.agreed:
-        given = call._asdict() | dict(rank=0, aux=(), block_mask=None, page_table=call.page_table is not None)
-        for name, x in given.items():  # what the ranks must have alike
-            is_tensor = isinstance(x, torch.Tensor)
-            given[name] = ring_attn.summary(x) if is_tensor else getattr(x, "__name__", repr(x))
-        ring_attn.agree_once(ring, kind, given, None, lambda: config_of(call, kind))
-    if debug:
-        problem = None
-        try:
-            check_values(call)
-        except ValueError as error:
-            problem = str(error)
-        ring.agree({}, problem)
-    part = packed_part(call, config_of(call, kind))
-    parts = part.new_empty(ring.n_ranks * len(part), *part.shape[1:])  # gloo joins them along a dimension
-    all_gather(parts, part, group=ring.group)
-    o, lse = merge_parts(parts.unflatten(0, (ring.n_ranks, -1)), call.sink_logits(), q.dtype)
-    return (o, lse) if return_lse else o
+    call = make_call(q, k, v, ring.rank, ring.n_ranks, **options)
+    return attend(call, ring, return_lse, debug)
 
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.14
+
+# -----------------------------------------------------------------------------
+# the operator. As in ring_attn.py, eager calls go straight to `run`
+
+
+def attend(call, ring, return_lse, debug):
+    """What decode_attn and sharded_decode_attn call."""
+    tensors = call.q, call.k, call.v
+    if ring_attn.can_skip_dispatcher(*tensors) or not all(isinstance(x, torch.Tensor) for x in tensors):
+        o, lse = run(with_functions(call), ring, return_lse, debug)
+    else:
+        o, lse = torch.ops.ring_attn.decode.default(*operands(call), ring.number, return_lse, debug)
+    return (o, lse.transpose(1, 2)) if return_lse else o
+
+
+def with_functions(call):
+    """The Call, with functions in place of ScoreMods."""
+    if type(call.score_mod) is not ring_attn.ScoreMod and type(call.mask_mod) is not ring_attn.ScoreMod:
+        return call
+    numbers = map(ring_attn.number_of_function, (call.score_mod, call.mask_mod))
+    score_mod, mask_mod = map(ring_attn.function_numbered, numbers)
+    return call._replace(score_mod=score_mod, mask_mod=mask_mod)
+
+
+def run(call, ring, return_lse, debug, problem=None):
+    """o (B, M, H, D), and lse (B, M, H) or None."""
+    config, sink, q = config_of(call, ring, problem), call.sink_logits(), call.q
+    if debug or ring.n_ranks == 1 and not q.is_cuda:
+        ring_attn.agree_now(ring, {}, None, lambda: check_values(call))
+    if ring.n_ranks == 1:
+        o, lse = torch.empty_like(q, memory_format=torch.contiguous_format), None
+        if return_lse:
+            lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+        write_part(call, config, sink, o, lse)
+        return o, lse
+    part = packed_part(call, config)
+    parts = part.new_empty(ring.n_ranks * len(part), *part.shape[1:])  # gloo joins them along a dimension
+    all_gather(parts, part, group=ring.group)
+    return merged(parts.unflatten(0, (ring.n_ranks, -1)), sink, q.dtype)
+
+
+def operands(call):
+    """A Call as the operator takes it."""
+    tensors = call.cache_seqlens, call.sink_logits(), call.page_table, call.alibi_slopes, call.k_scale
+    tensors = *tensors, call.v_scale, *mask_tables(call.block_mask), *call.aux
+    block_size = None if call.block_mask is None else call.block_mask.BLOCK_SIZE
+    block_size = [block_size] * 2 if isinstance(block_size, int) else block_size
+    numbers = [ring_attn.number_of_function(f) for f in (call.score_mod, call.mask_mod)]
+    options = call.backend, float(call.sm_scale), bool(call.causal), call.window, call.n_splits, call.n_sink()
+    return *call[:3], list(tensors), *options, call.softcap, *numbers, block_size, problem_of(call)
+
+
+OPTIONS = "str backend, float sm_scale, bool causal, SymInt? window, SymInt? n_splits, SymInt n_sink"
+OPTIONS += ", float? softcap, int score_mod, int mask_mod, SymInt[]? block_size, str? problem"
+OPTIONS += ", int ring, bool return_lse, bool debug"
+
+
+def decode_real(q, k, v, tensors, backend, sm_scale, causal, window, n_splits, n_sink, softcap, score_mod,
+                mask_mod, block_size, problem, ring, return_lse, debug):  # fmt: skip
+    ring, (lengths, logits, pages, slopes, *scales) = ring_attn.ring_numbered(ring), tensors[:6]
+    mask = block_size and Blocks(*tensors[6:10], tuple(block_size))
+    call = Call(
+        q, k, v, ring.rank, ring.n_ranks, backend, sm_scale, causal, window, n_splits, lengths,
+        ring_attn.function_numbered(score_mod), ring_attn.function_numbered(mask_mod), tuple(tensors[10:]),
+        mask, n_sink or None if logits is None else logits, pages, softcap, slopes, *scales,
+    )  # fmt: skip
+    o, lse = run(call, ring, return_lse, debug, problem)
+    return o, lse if return_lse else q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def decode_fake(q, k, v, tensors, *options):
+    lse = q.new_empty(q.shape[:3] if options[-2] else 0, dtype=torch.promote_types(q.dtype, torch.float32))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+ring_attn.LIBRARY.define(f"decode({ring_attn.TENSORS}, Tensor?[] tensors, {OPTIONS}) -> (Tensor, Tensor)")
+ring_attn.LIBRARY.impl("decode", decode_real, "CompositeExplicitAutograd")
+torch.library.register_fake("ring_attn::decode", decode_fake, lib=ring_attn.LIBRARY)
 
 # -----------------------------------------------------------------------------
 # a cache for models, and CUDA graphs

@@ -653,11 +653,20 @@ def functions_numbered(number):
 
 
 class ScoreMod:
-    """A score_mod and its score_mod_bwd in one, for torch.compile, which cannot handle @triton.jit functions:
-    made once, outside of what is compiled."""
+    """A score_mod and its score_mod_bwd in one, or a mask_mod of decode_attn, for torch.compile, which cannot
+    handle @triton.jit functions: made once, outside of what is compiled."""
 
     def __init__(self, score_mod, score_mod_bwd=None):
         self.number = number_of_functions(score_mod, score_mod_bwd)
+
+
+def number_of_function(f):
+    """Of a function without a derivative, or of a ScoreMod."""
+    return f.number if isinstance(f, ScoreMod) else number_of_functions(f, None)
+
+
+def function_numbered(number):
+    return functions_numbered(number)[0] if number else None
 
 
 # -----------------------------------------------------------------------------
@@ -1966,6 +1975,15 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # the kernels then r
 @functools.lru_cache(maxsize=None)
 def capability(device):
     return torch.cuda.get_device_capability(device)
+
+
+NO_CONTEXT = contextlib.nullcontext()
+
+
+def current(x):
+    """A context in which x's device is the current one, on which kernels are launched."""
+    here = not x.is_cuda or x.device.index == torch.cuda.current_device()
+    return NO_CONTEXT if here else torch.cuda.device_of(x)
 
 
 COMPILED = {}  # what `launch` has compiled, oldest first
@@ -3616,9 +3634,9 @@ def run_hops(hops, tensors, extras, ring, schedule, causal, window, seq_len, sm_
         mask = mask._replace(kind=INTERVAL.value)
     local = tensors[0][:, :T], tensors[1][:, :TK]
     mods = make_mods(*local, ring_object.n_ranks, mask, extras, softcap, dropout_p, functions)
-    kind, plain = q.device.type, contextlib.nullcontext()  # the state stays in float32, also under autocast
-    no_casts = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else plain
-    with torch.cuda.device_of(q), no_casts:
+    kind = q.device.type  # the state stays in float32, also under autocast
+    no_casts = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else NO_CONTEXT
+    with current(q), no_casts:
         args = schedule, mask, mods, sm_scale, backend, transport, *options
         return ring_object.run(hops, tensors, extras, *args)
 
@@ -3950,12 +3968,9 @@ def check_documents(cu_seqlens, B, ends):
 
 def check_values(cu_seqlens, ring, seq_len, q):
     """On all ranks together: of cu_seqlens that may be on a GPU."""
-    problem, S = None, q.shape[1] * (1 if isinstance(ring, VirtualRing) else ring.n_ranks)
-    try:
-        check_documents(cu_seqlens.cpu(), len(q), (S if seq_len is None else seq_len, S))
-    except ValueError as error:
-        problem = str(error)
-    ring.agree(dict(cu_seqlens=cu_seqlens.tolist()), problem)
+    S = q.shape[1] * (1 if isinstance(ring, VirtualRing) else ring.n_ranks)
+    check = lambda: check_documents(cu_seqlens.cpu(), len(q), (S if seq_len is None else seq_len, S))
+    agree_now(ring, dict(cu_seqlens=cu_seqlens.tolist()), None, check)
 
 
 def check_sinks(sinks, q):
@@ -4141,21 +4156,26 @@ def summary(x):
     return "a nested tensor" if x.is_nested else (tuple(x.shape), str(x.dtype), x.device.type, str(x.layout))
 
 
-def agree_once(ring, key, signature, problem, check, prepare=lambda: None):
-    """The first time that a key comes up: raise ValueError on every rank if `check` finds a problem on any or
-    their signatures differ; if all is well, `prepare`. problem: what is known to be wrong."""
-    if key in ring.agreed:
-        return
+def agree_now(ring, signature, problem, check):
+    """Raise ValueError on every rank if `check` finds a problem on any, or their signatures differ. problem:
+    what is known to be wrong."""
     if problem is None:
         try:
             check()
         except Exception as error:  # whatever it is, the other ranks must hear of it
             problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
     ring.agree(signature, problem)
-    prepare()
-    if len(ring.agreed) >= 4096:
-        del ring.agreed[next(iter(ring.agreed))]  # the oldest: all ranks drop the same one
-    ring.agreed[key] = True
+
+
+def agree_once(ring, key, signature, problem, check, prepare=lambda: None):
+    """What `prepare` returned the first time that a key came up, after agree_now."""
+    if key not in ring.agreed:
+        agree_now(ring, signature, problem, check)
+        result = prepare()
+        if len(ring.agreed) >= 4096:
+            del ring.agreed[next(iter(ring.agreed))]  # the oldest: all ranks drop the same one
+        ring.agreed[key] = result
+    return ring.agreed[key]
 
 
 def kind_of(x):
