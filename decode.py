@@ -1024,7 +1024,7 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 def attend(call, ring, return_lse, debug):
     """What decode_attn and sharded_decode_attn call."""
     tensors = call.q, call.k, call.v
-    if ring_attn.can_skip_dispatcher(*tensors) or not all(isinstance(x, torch.Tensor) for x in tensors):
+    if ring_attn.can_skip_dispatcher(*tensors) or not all(map(is_plain, tensors)):  # refused
         o, lse = run(with_functions(call), ring, return_lse, debug)
     else:
         o, lse = torch.ops.ring_attn.decode.default(*operands(call), ring.number, return_lse, debug)

@@ -67,6 +67,7 @@ import triton
 import triton.language as tl
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import bench
@@ -2110,12 +2111,67 @@ def make_decode(dtype, M, H, HKV, D, lengths, causal=True, score_mod=None, mask_
 def check_decode(backend, *args, n_splits=None, **options):
     call = make_decode(*args, **options)
     got = call(backend, n_splits=n_splits)
-    same_bits(got, call(backend, n_splits=n_splits), "the same inputs gave other bits")
+    with InOperators():
+        same_bits(got, call(backend, n_splits=n_splits), "the same inputs gave other bits")
     assert got[0].dtype == call.q.dtype, f"o is {got[0].dtype}"
     rows = [call.judge(*got)]
     if (call.lengths == call.k.shape[1]).all():
         rows.append(call.judge(*call(backend, n_splits=n_splits, cache_seqlens=None)))
     return worst(rows)
+
+
+class InOperators(TorchDispatchMode):
+    """Calls go through operators, as something looks at them."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        return op(*args, **(kwargs or {}))
+
+
+@local(name="compiled, decode")
+def check_compiled_decode():
+    """One graph for each set of options, whatever the lengths: the bits of eager calls; errors when it
+    runs."""
+    backend = "triton" if GPU else "torch"
+    (q, k, v), L = make_qkv(f32, 2, 2, 64, 4, 2, 16), ints(64, 9)
+    (k8, k_scale), (v8, v_scale) = decode.quantized(k), decode.quantized(v)
+    pages, table = in_pages(k, v, 16, nan, 3, seed=0)
+    blocks = create_block_mask(causal_mask, 2, None, 2, 64, device=DEVICE, BLOCK_SIZE=(2, 16))
+    blocks.mask_mod = decode_attn  # not looked at beside a mask_mod
+    jit = dict(score_mod=ScoreMod(softcap_jit), mask_mod=ScoreMod(dilated_jit))
+    mods = jit if GPU else dict(score_mod=softcap, mask_mod=dilated)
+    causal = ScoreMod(causal_jit) if GPU else causal_mask
+    for k, v, options in (
+        (k, v, {}),
+        (k, v, dict(return_lse=True, window=20, sink=3, n_splits=2)),
+        (
+            k,
+            v,
+            dict(softcap=3.0, alibi_slopes=torch.rand(4, device=DEVICE), sink=torch.rand(4, device=DEVICE)),
+        ),
+        (k, v, mods),
+        (k, v, dict(block_mask=blocks, mask_mod=causal, return_lse=True)),
+        (k8, v8, dict(k_scale=k_scale, v_scale=v_scale)),
+        (*pages, dict(page_table=table)),
+    ):
+        f = partial(decode_attn, backend=backend, **options)
+        graphs = CompileCounterWithBackend("inductor" if GPU else "aot_eager")
+        compiled = torch.compile(
+            lambda q, k, v, L: f(q, k, v, cache_seqlens=L), fullgraph=True, backend=graphs
+        )
+        for lengths in (L, L // 2, L.flip(0)):
+            got, expected = (g(q, k, v, **{x: lengths}) for g, x in ((compiled, "L"), (f, "cache_seqlens")))
+            if not options.get("return_lse"):
+                got, expected = [got], [expected]
+            same_bits(got, expected, f"compiled, {list(options)}")
+            strides = [[x.stride() for x in results] for results in (got, expected)]
+            assert strides[0] == strides[1], f"strides {strides}"
+        assert graphs.frame_count == 1, f"{graphs.frame_count} graphs for {list(options)}"
+    compiled = torch.compile(decode_attn, fullgraph=True, backend="aot_eager")
+    k, v = make_qkv(f32, 2, 2, 64, 4, 2, 16)[1:]
+    raises(lambda: compiled(q.clone().requires_grad_(), k, v), "q requires a gradient")
+    raises(lambda: compiled(q, k, v, window=0), "window=0")
+    raises(lambda: compiled(q, k, v, block_mask=blocks), "mask_mod=")
+    raises(lambda: compiled(q, k[:, :, :0], v), "shape")
 
 
 def check_block_mask(backend, mask_mod, by_batch, by_head, size, dtype, M, H, HKV, D, lengths, N):
@@ -2382,10 +2438,11 @@ def decode_with_functions_made_for_every_call():
     mod = first(3)
     decode_attn(q, k, k, mask_mod=mod)
     mod = weakref.ref(mod)
-    for _ in range(decode.MAX_CONFIGS + 10):
+    agreed = ring_attn.ALONE.agreed
+    for _ in range(4096 + 10):
         decode_attn(q, k, k, mask_mod=first(3))
     gc.collect()
-    assert len(decode.CONFIGS) <= decode.MAX_CONFIGS, f"{len(decode.CONFIGS)} kinds of calls are kept"
+    assert len(agreed) <= 4096, f"{len(agreed)} kinds of calls are kept"
     assert mod() is None, "a function is kept that later ones should have pushed out"
 
 
@@ -2547,6 +2604,16 @@ def check_stream(ring, kind, **options):
                 token = reference.sample(reference(again)[:, -1], temperature, None, pick_again)
                 again = torch.cat((again, token), 1)
         assert torch.equal(text, again), f"temperature {temperature}: {text.tolist()} and {again.tolist()}"
+    if not options:
+        graphs = CompileCounterWithBackend("inductor" if GPU else "aot_eager")
+        step, logits = torch.compile(model.step, fullgraph=True, backend=graphs), []
+        cache = model.new_cache(2, 41)
+        model.prefill(tokens[:, :19], cache)
+        with on_torch_path() if not GPU else contextlib.nullcontext():
+            logits = [step(x, cache) for x in tokens[:, 19:].split(1, 1)]
+        off = (torch.cat(logits, 1) - torch.cat(got[1:], 1)).abs().max().item()
+        assert off < 1e-4 * expected.abs().max().item(), f"a compiled step is off by {off}"
+        assert graphs.frame_count <= 2, f"{graphs.frame_count} graphs"
     refused = partial(raises, partial(model.generate, tokens, 3))
     refused("the cache is full", "43 more", cache=model.new_cache(2, 42))
     refused("temperature=-1", temperature=-1)
