@@ -20,6 +20,8 @@ the lengths have changed.
 
 Not here: gradients, dropout.
 
+decode_attn and sharded_decode_attn are one operator, which torch.compile(fullgraph=True) takes.
+
 Sources: Flash-Decoding (Dao et al. 2023), FlexAttention and its flex_decoding (PyTorch), PagedAttention
 (arXiv 2309.06180), attention sinks (2309.17453), tree attention (2408.04093).
 
@@ -522,14 +524,11 @@ class LaunchConfig(NamedTuple):
     """How the kernels are launched for a kind of call, whatever the lengths."""
 
     number: int  # no other has it; `launch` finds compiled kernels by it
-    row_tiles: int
     grid: int  # programs of decode_kernel: the most splits that all row tiles can have
-    merge_grid: int  # programs of merge_splits_kernel, which runs if grid > row_tiles
+    merge_grid: int  # programs of merge_splits_kernel, which runs if there are parts
     sizes: Sizes
     strides: tuple  # of q, k, v, k_scale, v_scale
-    parts: (
-        torch.Tensor | None
-    )  # of the size and dtype of the parts, of which it holds one number; None: no split
+    parts: torch.Tensor | None  # shape and dtype of the parts, in one number's memory; None: nothing is split
     constants: dict
     merge_constants: dict
     options: dict
@@ -605,7 +604,7 @@ def make_config(call):
     # per row o and lse, padded to a power of two: rows that start within a cache line cost 1 to 2 us
     parts = torch.empty(1, dtype=torch.float32, device=device).expand(grid * BLOCK_M * 2 * BLOCK_D)
     parts = parts if grid > row_tiles else None
-    return LaunchConfig(next(CONFIG_NUMBERS), row_tiles, grid, merge_grid, sizes, strides, parts, *kwargs)
+    return LaunchConfig(next(CONFIG_NUMBERS), grid, merge_grid, sizes, strides, parts, *kwargs)
 
 
 def in_pairs(*tensors):
@@ -636,17 +635,18 @@ def write_part(call, config, sink, o, lse):
         part_o, part_lse = torch_part(call, sink)
         o.copy_(part_o)
         return None if lse is None else lse.copy_(part_lse.transpose(1, 2))
-    tables, aux = mask_tables(call.block_mask), call.aux
+    tables = mask_tables(call.block_mask)
     parts = o if config.parts is None else torch.empty_like(config.parts)  # o: not written to
     pointers = call.q, *in_pairs(call.k, call.v), o, lse, parts, call.cache_seqlens, call.page_table
     pointers += call.k_scale, call.v_scale
-    alignment = [x is not None and x.data_ptr() & 15 for x in (*pointers, *tables, sink, *aux)]
+    alignment = [x is not None and x.data_ptr() & 15 for x in (*pointers, *tables, sink, *call.aux)]
     chain, strides = call.mods(), (o.stride(2), 0 if lse is None else lse.stride(2))
     mods = ring_attn.kernel_mods(chain, call.sm_scale) if chain else None
     depends = config.number, o.dtype, lse is None, strides, tuple(alignment) if any(alignment) else None
     depends = *depends, ring_attn.specialization(mods)
-    args = *pointers, tables, sink, aux, mods, float(call.sm_scale), config.sizes, *config.strides, *strides
-    with ring_attn.current(call.q):
+    args = *pointers, tables, sink, call.aux, mods, float(call.sm_scale), config.sizes
+    args += *config.strides, *strides
+    with ring_attn.device_guard(call.q):
         launch(decode_kernel, o.device, depends, config.grid, args, config.constants, **config.options)
         if config.parts is not None:
             args = parts, o, lse, call.cache_seqlens, tables, sink, config.sizes, *strides
@@ -730,6 +730,11 @@ def problem_of(call):
     if call.mask_mod is None and own != "noop_mask":
         need = "pass mask_mod=, the same by position in the sequence"
         return f"block_mask was made from {own}, in torch and by index of the query; {need}"
+    if not isinstance(call.causal, int):  # bool is one
+        return f"causal={call.causal!r} must be True or False"
+    for name in ("sm_scale", "window", "n_splits", "sink", "softcap"):  # the operator would convert these
+        if isinstance(getattr(call, name), (bool, str)):
+            return f"{name}={getattr(call, name)!r} must be a number"
     tensors = {name: getattr(call, name) for name in ("q", "k", "v", "sink", "alibi_slopes")}
     tensors |= {f"aux[{i}]": x for i, x in enumerate(call.aux)} if isinstance(call.aux, tuple) else {}
     try:
@@ -933,7 +938,7 @@ def merged(parts, sink, dtype):
     constants |= dict(CHUNK=min(64, triton.next_power_of_2(R)))
     depends = parts.shape, dtype, *(x is None or (x.dtype, x.data_ptr() % 16) for x in (parts, sink))
     args = parts, o, lse, sink, R, B * M * H, H
-    with ring_attn.current(parts):
+    with ring_attn.device_guard(parts):
         launch(merge_ranks_kernel, parts.device, depends, B * M * H, args, constants, num_warps=4)
     return o, lse
 
@@ -959,8 +964,9 @@ def decode_attn(
     score_mod(score, b, h, q_idx, kv_idx, *aux), mask_mod(b, h, q_idx, kv_idx, *aux): as in flex_attention, h
        the query head, but q_idx is the position L - M + m, so that a function of positions serves training
        and decoding. @triton.jit functions (for CPU tensors, without the interpreter: plain functions of torch
-       tensors). aux: tensors for them, which a @triton.jit function reads with tl.load(aux + index). What a
-       query sees is what mask_mod, causal and window all allow.
+       tensors); under torch.compile a ring_attn.ScoreMod of each, made before. aux: tensors for them, which a
+       @triton.jit function reads with tl.load(aux + index). What a query sees is what mask_mod, causal and
+       window all allow.
     softcap, alibi_slopes: as for ring_attn.ring_attn, before score_mod.
     block_mask: a BlockMask of flex_attention, or what has its tables, with one row of blocks for all queries
        of the call. All of its full blocks is seen, of its others what mask_mod allows.
@@ -1035,9 +1041,12 @@ def with_functions(call):
     """The Call, with functions in place of ScoreMods."""
     if type(call.score_mod) is not ring_attn.ScoreMod and type(call.mask_mod) is not ring_attn.ScoreMod:
         return call
-    numbers = map(ring_attn.number_of_function, (call.score_mod, call.mask_mod))
-    score_mod, mask_mod = map(ring_attn.function_numbered, numbers)
-    return call._replace(score_mod=score_mod, mask_mod=mask_mod)
+    return call._replace(**numbered_mods(*map(ring_attn.number_of, (call.score_mod, call.mask_mod))))
+
+
+def numbered_mods(*numbers):
+    score_mod, mask_mod = (ring_attn.functions_numbered(number)[0] for number in numbers)
+    return dict(score_mod=score_mod, mask_mod=mask_mod)
 
 
 def run(call, ring, return_lse, debug, problem=None):
@@ -1063,7 +1072,7 @@ def operands(call):
     tensors = *tensors, call.v_scale, *mask_tables(call.block_mask), *call.aux
     block_size = None if call.block_mask is None else call.block_mask.BLOCK_SIZE
     block_size = [block_size] * 2 if isinstance(block_size, int) else block_size
-    numbers = [ring_attn.number_of_function(f) for f in (call.score_mod, call.mask_mod)]
+    numbers = ring_attn.number_of(call.score_mod), ring_attn.number_of(call.mask_mod)
     options = call.backend, float(call.sm_scale), bool(call.causal), call.window, call.n_splits, call.n_sink()
     return *call[:3], list(tensors), *options, call.softcap, *numbers, block_size, problem_of(call)
 
@@ -1079,8 +1088,9 @@ def decode_real(q, k, v, tensors, backend, sm_scale, causal, window, n_splits, n
     mask = block_size and Blocks(*tensors[6:10], tuple(block_size))
     call = Call(
         q, k, v, ring.rank, ring.n_ranks, backend, sm_scale, causal, window, n_splits, lengths,
-        ring_attn.function_numbered(score_mod), ring_attn.function_numbered(mask_mod), tuple(tensors[10:]),
-        mask, n_sink or None if logits is None else logits, pages, softcap, slopes, *scales,
+        **numbered_mods(score_mod, mask_mod), aux=tuple(tensors[10:]), block_mask=mask,
+        sink=n_sink or None if logits is None else logits, page_table=pages, softcap=softcap,
+        alibi_slopes=slopes, k_scale=scales[0], v_scale=scales[1],
     )  # fmt: skip
     o, lse = run(call, ring, return_lse, debug, problem)
     return o, lse if return_lse else q.new_empty(0, dtype=torch.promote_types(q.dtype, torch.float32))

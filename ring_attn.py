@@ -585,8 +585,7 @@ def make_mods(q, k, n_ranks, mask, extras, softcap, dropout_p, functions):
         whole = extras.bias.detach().expand(B, H, *(end - first for end, first in zip(ends, shift)))
         in_torch = functools.partial(bias_in_torch, whole, shift)
         bias = (Mod(in_torch, bias_mod, None, (whole, *whole.stride(), *shift)),)
-    pair = functions_numbered(functions) if functions else (None, None)
-    before, after = make_chain(q, softcap, extras.slopes, *pair, extras.aux, bias)
+    before, after = make_chain(q, softcap, extras.slopes, *functions_numbered(functions), extras.aux, bias)
     return Mods(before, after, dropout_p, extras.seed, tuple(end - 1 for end in ends))
 
 
@@ -646,6 +645,8 @@ def number_of_functions(score_mod, score_mod_bwd):
 
 
 def functions_numbered(number):
+    if number == 0:
+        return None, None
     if number not in FUNCTIONS:
         raise RuntimeError("1024 other score_mods came after this one, which was dropped; define each once")
     FUNCTIONS[number] = FUNCTIONS.pop(number)  # the latest
@@ -660,13 +661,9 @@ class ScoreMod:
         self.number = number_of_functions(score_mod, score_mod_bwd)
 
 
-def number_of_function(f):
-    """Of a function without a derivative, or of a ScoreMod."""
-    return f.number if isinstance(f, ScoreMod) else number_of_functions(f, None)
-
-
-def function_numbered(number):
-    return functions_numbered(number)[0] if number else None
+def number_of(f, f_bwd=None):
+    """number_of_functions, also of a ScoreMod."""
+    return f.number if isinstance(f, ScoreMod) else number_of_functions(f, f_bwd)
 
 
 # -----------------------------------------------------------------------------
@@ -1980,7 +1977,7 @@ def capability(device):
 NO_CONTEXT = contextlib.nullcontext()
 
 
-def current(x):
+def device_guard(x):
     """A context in which x's device is the current one, on which kernels are launched."""
     here = not x.is_cuda or x.device.index == torch.cuda.current_device()
     return NO_CONTEXT if here else torch.cuda.device_of(x)
@@ -3634,9 +3631,10 @@ def run_hops(hops, tensors, extras, ring, schedule, causal, window, seq_len, sm_
         mask = mask._replace(kind=INTERVAL.value)
     local = tensors[0][:, :T], tensors[1][:, :TK]
     mods = make_mods(*local, ring_object.n_ranks, mask, extras, softcap, dropout_p, functions)
-    kind = q.device.type  # the state stays in float32, also under autocast
+    kind = q.device.type
+    # the state stays in float32, also under autocast
     no_casts = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else NO_CONTEXT
-    with current(q), no_casts:
+    with device_guard(q), no_casts:
         args = schedule, mask, mods, sm_scale, backend, transport, *options
         return ring_object.run(hops, tensors, extras, *args)
 
@@ -3778,8 +3776,7 @@ def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse=False, *, backe
     learn = q, k, v, sinks, bias
     backward = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in learn)
     softcap, dropout_p = 0.0 if softcap is None else softcap, 0.0 if dropout_p is None else dropout_p
-    known = isinstance(score_mod, ScoreMod)
-    functions = score_mod.number if known else number_of_functions(score_mod, score_mod_bwd)
+    functions = number_of(score_mod, score_mod_bwd)
     options = sm_scale, backend, transport, softcap, dropout_p, functions, deterministic, backward, problem
     if not torch.compiler.is_compiling():  # else the operator checks when it runs
         check_once(

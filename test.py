@@ -2111,8 +2111,9 @@ def make_decode(dtype, M, H, HKV, D, lengths, causal=True, score_mod=None, mask_
 def check_decode(backend, *args, n_splits=None, **options):
     call = make_decode(*args, **options)
     got = call(backend, n_splits=n_splits)
-    with InOperators():
+    with InOperators() as operators:
         same_bits(got, call(backend, n_splits=n_splits), "the same inputs gave other bits")
+    assert torch.ops.ring_attn.decode.default in operators.ran, "the call went around the operator"
     assert got[0].dtype == call.q.dtype, f"o is {got[0].dtype}"
     rows = [call.judge(*got)]
     if (call.lengths == call.k.shape[1]).all():
@@ -2121,9 +2122,14 @@ def check_decode(backend, *args, n_splits=None, **options):
 
 
 class InOperators(TorchDispatchMode):
-    """Calls go through operators, as something looks at them."""
+    """Calls go through operators, as something looks at them: those that `ran`."""
+
+    def __init__(self):
+        super().__init__()
+        self.ran = set()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ran.add(op)
         return op(*args, **(kwargs or {}))
 
 
@@ -2140,14 +2146,11 @@ def check_compiled_decode():
     jit = dict(score_mod=ScoreMod(softcap_jit), mask_mod=ScoreMod(dilated_jit))
     mods = jit if GPU else dict(score_mod=softcap, mask_mod=dilated)
     causal = ScoreMod(causal_jit) if GPU else causal_mask
+    of_heads = dict(alibi_slopes=torch.rand(4, device=DEVICE), sink=torch.rand(4, device=DEVICE))
     for k, v, options in (
         (k, v, {}),
         (k, v, dict(return_lse=True, window=20, sink=3, n_splits=2)),
-        (
-            k,
-            v,
-            dict(softcap=3.0, alibi_slopes=torch.rand(4, device=DEVICE), sink=torch.rand(4, device=DEVICE)),
-        ),
+        (k, v, dict(softcap=3.0, **of_heads)),
         (k, v, mods),
         (k, v, dict(block_mask=blocks, mask_mod=causal, return_lse=True)),
         (k8, v8, dict(k_scale=k_scale, v_scale=v_scale)),
@@ -2170,6 +2173,10 @@ def check_compiled_decode():
     k, v = make_qkv(f32, 2, 2, 64, 4, 2, 16)[1:]
     raises(lambda: compiled(q.clone().requires_grad_(), k, v), "q requires a gradient")
     raises(lambda: compiled(q, k, v, window=0), "window=0")
+    for wrong in ("window", "n_splits", "sink", "sm_scale", "softcap"):
+        torch._dynamo.reset()  # each is a graph, of which a function may have eight
+        raises(lambda: compiled(q, k, v, **{wrong: True}), f"{wrong}=True")
+    raises(lambda: compiled(q, k, v, causal="no"), "causal='no'")
     raises(lambda: compiled(q, k, v, block_mask=blocks), "mask_mod=")
     raises(lambda: compiled(q, k[:, :, :0], v), "shape")
 
@@ -2606,7 +2613,7 @@ def check_stream(ring, kind, **options):
         assert torch.equal(text, again), f"temperature {temperature}: {text.tolist()} and {again.tolist()}"
     if not options:
         graphs = CompileCounterWithBackend("inductor" if GPU else "aot_eager")
-        step, logits = torch.compile(model.step, fullgraph=True, backend=graphs), []
+        step = torch.compile(model.step, fullgraph=True, backend=graphs)
         cache = model.new_cache(2, 41)
         model.prefill(tokens[:, :19], cache)
         with on_torch_path() if not GPU else contextlib.nullcontext():
