@@ -84,6 +84,11 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 DEVICE = torch.device("cuda", LOCAL_RANK) if GPU else torch.device("cpu")
 HOPPER = GPU and torch.cuda.get_device_capability(DEVICE)[0] == 9
 HERE = Path(__file__).resolve().parent
+if ring_attn.INTERPRET:  # it patches its language in every call of a function, and computes overflows in vain
+    interpreter = triton.runtime.interpreter
+    interpreter._patch_lang(SimpleNamespace(__globals__=dict(tl=tl, core=tl.core)))
+    interpreter._patch_lang = lambda fn: SimpleNamespace(restore=lambda: None)
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 GROUPS = {1: None}  # size -> the process group of that size that this process is in
 
