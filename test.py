@@ -93,15 +93,15 @@ f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float6
 GROUPS = {1: None}  # size -> the process group of that size that this process is in
 
 # -----------------------------------------------------------------------------
-# cases: `local` ones run in one process and are dealt out, `real` ones in all processes of a ring together
+# cases: `local` ones run in one process, `real` ones in all processes of a ring together; rings take turns
 
 
 class Case(NamedTuple):
-    """A row of the output. run() returns (what, error, bound) or None; it raises where something is wrong."""
+    """A row of the output. run(ring) returns (what, error, bound) or None; it raises where something is wrong."""
 
     name: str
     run: Callable
-    ring: int  # run(ring) on every ring of so many processes; 0: run() in one process
+    ring: int  # of how many processes
     lacks: str | None  # why it cannot run here
 
 
@@ -117,7 +117,7 @@ def local(f=None, name=None, *args, needs=None, **options):
     here = {None: True, "GPU": GPU, "Hopper GPU": HOPPER}
     lacks = needs if needs not in here else None if here[needs] else f"needs a {needs}"
     name = name or f.__name__.replace("_", " ")
-    CASES.append(Case(name, partial(f, *args, **options), 0, lacks))
+    CASES.append(Case(name, lambda _: f(*args, **options), 1, lacks))
     return f
 
 
@@ -4219,43 +4219,45 @@ def execute(case, *args):
 
 
 def verdict(results):
-    """Of a case, from what each rank has, None if it took no part. "skipped": it ran nowhere."""
-    ran = [result for result in results if result]
-    return "skipped" if not ran else "FAILED" if any(failure for _, _, failure, _ in ran) else "ok"
+    """Of a case, from what each rank of a ring has."""
+    return "FAILED" if any(failure for _, _, failure, _ in results) else "ok"
 
 
-def report(results):
-    """Print the row of a case, and its failures."""
-    ran = {rank: result for rank, result in enumerate(results) if result}
-    (name, *_), seconds = next(iter(ran.values())), max(s for *_, s in ran.values())
-    row = max((row for _, row, _, _ in ran.values() if row), key=lambda r: r[1] / r[2], default=None)
+def report(results, first):
+    """Print the row of a case, and its failures. first: the rank of the first result."""
+    name, seconds = results[0][0], max(s for *_, s in results)
+    row = max((row for _, row, _, _ in results if row), key=lambda r: r[1] / r[2], default=None)
     numbers = "     -         -         -      -"
     if row:
         numbers = f"{row[0]:>6} {row[1]:9.1e} {row[2]:9.1e} {row[1] / row[2]:6.2f}"
     lines = [f"{name:62} {numbers} {seconds:5.1f} {verdict(results)}"]
-    print("\n".join(lines + [f"    rank {rank}: {r[2]}" for rank, r in ran.items() if r[2]]), flush=True)
+    lines += [f"    rank {rank}: {r[2]}" for rank, r in enumerate(results, first) if r[2]]
+    print("\n".join(lines), flush=True)
 
 
-@local
-def cases_that_ran_nowhere_have_not_passed():
-    """A case counts where it ran; one that ran on no rank has not passed."""
-    good, bad = ("a case", None, None, 0.0), ("a case", None, "no", 0.0)
-    found = [verdict(x) for x in ([None, None], [None, good], [good, bad], [None, bad])]
-    assert found == ["skipped", "ok", "FAILED", "FAILED"], f"{found}"
-
-
-def take_turns(ring, cases):
-    """Run the cases, each on the first process that is free: their results on this one. The longest are last
-    in this file and begin first."""
+def take_turns(everyone, size, cases):
+    """Run the cases, each on the first ring of `size` processes that is free: their results on its first rank.
+    The longest are last in this file and begin first."""
     mine = []
-    with shared_folder(ring) as folder:
-        for i, case in reversed(list(enumerate(cases))):
-            try:
-                (folder / f"taken {i}").touch(exist_ok=False)
-            except FileExistsError:
+    with shared_folder(everyone) as folder:
+        ring = ring_attn.resolve_ring(GROUPS[size]) if size in GROUPS else None
+        for i, case in reversed(list(enumerate(cases))) if ring else ():
+            takes = False
+            if ring.rank == 0:
+                with contextlib.suppress(FileExistsError):
+                    (folder / f"taken {i}").touch(exist_ok=False)
+                    takes = True
+            if not ring.gather(takes)[0]:
                 continue
-            mine.append(execute(case))
-            report([None] * RANK + [mine[-1]])
+            result = execute(case, ring)
+            said = ring.gather((case.name, result))
+            # otherwise another rank is amid the collectives of a case
+            if not all(isinstance(x, tuple) and x[0] == case.name for x in said):
+                ended = f"rank {RANK} ended it with {result[2] or 'no error'}"
+                sys.exit(f"{case.name}: the ranks are out of step; {ended}")
+            if ring.rank == 0:
+                mine.append([result for _, result in said])
+                report(mine[-1], RANK)
     return mine
 
 
@@ -4288,7 +4290,7 @@ def main():
     if "RANK" in os.environ:
         options = dict(device_id=DEVICE if GPU else None, timeout=timedelta(seconds=300))
         dist.init_process_group("nccl" if GPU else "gloo", **options)
-        for size in sorted({n for n in (1, 2, 4, 8, WORLD) if n <= WORLD}):
+        for size in sorted({case.ring for case in CASES if case.ring <= WORLD} | {WORLD}):
             # rings of the first WORLD // size * size processes
             for first in range(0, WORLD // size * size, size):
                 group = dist.new_group(range(first, first + size))
@@ -4305,29 +4307,16 @@ def main():
     def count(results):
         nonlocal top
         counts[verdict(results)] += 1
-        top = max(top, *(row[1] / row[2] for _, row, _, _ in filter(None, results) if row), 0.0)
+        top = max(top, *(row[1] / row[2] for _, row, _, _ in results if row), 0.0)
 
     where = torch.cuda.get_device_name() if GPU else "CPU, kernels in Triton's interpreter"
     say(f"{WORLD} x {where} | torch {torch.__version__} | triton {triton.__version__} | {len(cases)} cases")
     say(f"{'case':62} {'worst':>6} {'error':>9} {'bound':>9} {'ratio':>6}     s")
-    mine = take_turns(everyone, [case for case in cases if not case.ring and not case.lacks])
-    for result in itertools.chain(*everyone.gather(mine)):
-        count([result])
-    for case in (case for case in cases if case.ring and not case.lacks):
-        group = case.ring in GROUPS
-        result = execute(case, ring_attn.resolve_ring(GROUPS[case.ring])) if group else None
-        said = everyone.gather((case.name, result))
-        # otherwise another rank is amid the collectives of a case
-        if not all(isinstance(x, tuple) and x[0] == case.name for x in said):
-            ended = f"rank {RANK} ended it with {result and result[2] or 'no error'}"
-            sys.exit(f"{case.name}: the ranks are out of step; {ended}")
-        results = [result for _, result in said]
-        if verdict(results) == "skipped":
-            skipped.append((case.name, f"no process is in a ring of {case.ring}"))
-            continue
-        count(results)
-        if RANK == 0:
-            report(results)
+    for size in sorted({case.ring for case in cases}):
+        mine = take_turns(everyone, size, [case for case in cases if case.ring == size and not case.lacks])
+        for results in itertools.chain(*everyone.gather(mine)):
+            count(results)
+    assert sum(counts.values()) + len(skipped) == len(cases), "a case ran nowhere"
     for why in dict.fromkeys(why for _, why in skipped):
         say(f"skipped, {why}: {'; '.join(name for name, reason in skipped if reason == why)}")
     say(f"worst ratio to the bound: {top:.2f}")
