@@ -256,39 +256,53 @@ def call_python(*args, cwd=HERE, timeout=180, env=None):
 
 # runs jobs in forks of one process that has imported torch: each is cheap, and ends as any script does
 SCRIPTS = """
-import gc, json, os, runpy, signal, socket, sys, tempfile, torch, triton, ring_attn, decode, model
+import gc, json, os, runpy, signal, socket, sys, tempfile, train  # which leave CUDA alone
 gc.freeze()
-jobs, n_ranks, timeout, found = *json.loads(sys.argv[1]), []
-for script, *flags in jobs:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    pids, out, err = {}, tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
-    for rank in range(n_ranks):
-        if (pid := os.fork()) == 0:
-            os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
-            if n_ranks > 1:
-                env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n_ranks, LOCAL_WORLD_SIZE=n_ranks)
-                env |= dict(MASTER_ADDR="localhost", MASTER_PORT=port)
-                os.environ.update({name: str(value) for name, value in env.items()})
-            signal.alarm(timeout)
-            sys.argv = [script, *flags]
-            runpy.run_path(script, run_name="__main__")
-            sys.exit(0)
-        pids[rank] = pid
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids.values()]
-    texts = [(f.seek(0), f.read())[1] for f in (out, err)]
-    found.append((max(codes, key=abs), *texts))
-print(json.dumps(found))
+for line in sys.stdin:
+    jobs, n_ranks, timeout, found = *json.loads(line), []
+    for script, *flags in jobs:
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = s.getsockname()[1]
+        pids, codes, out, err = [], [], tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        for rank in range(n_ranks):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+                if n_ranks > 1:
+                    env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=n_ranks, LOCAL_WORLD_SIZE=n_ranks)
+                    env |= dict(MASTER_ADDR="localhost", MASTER_PORT=port)
+                    os.environ.update({name: str(value) for name, value in env.items()})
+                signal.alarm(timeout)
+                sys.argv = [script, *flags]
+                if script == "-c":
+                    exec(sys.argv.pop(1), dict(__name__="__main__"))
+                else:
+                    runpy.run_path(script, run_name="__main__")
+                sys.exit(0)
+        for rank, pid in enumerate(pids):
+            codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            for other in pids[rank + 1 :] if codes[-1] else ():  # as torchrun does
+                os.kill(other, signal.SIGKILL)
+        texts = [(f.seek(0), f.read())[1] for f in (out, err)]
+        found.append((next(filter(None, codes), 0), *texts))
+    print(json.dumps(found), flush=True)
 """
 
 
+@functools.cache
+def scripts_process():
+    """Ends when this process does."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", SCRIPTS], env=user_env(), cwd=HERE, **pipes)
+
+
 def call_scripts(*jobs, n_ranks=1, timeout=120):
-    """Run jobs (script, *flags) on n_ranks processes each: their return codes and outputs."""
-    call = json.dumps((jobs, n_ranks, timeout))
-    done = call_python("-c", SCRIPTS, call, timeout=timeout * len(jobs))
-    assert done.returncode == 0, done.stderr[-1500:]
-    return [SimpleNamespace(returncode=c, stdout=out, stderr=err) for c, out, err in json.loads(done.stdout)]
+    """Run jobs (script or "-c", *flags) on n_ranks processes each: their return codes and outputs."""
+    process = scripts_process()
+    print(json.dumps((jobs, n_ranks, timeout)), file=process.stdin, flush=True)
+    found = json.loads(process.stdout.readline())
+    return [SimpleNamespace(returncode=c, stdout=out, stderr=err) for c, out, err in found]
 
 
 # -----------------------------------------------------------------------------
@@ -3147,13 +3161,12 @@ def a_GPU_that_waits_for_ever_ends_its_process():
 LOST_RANK = """
 import os, sys, time, torch, torch.distributed as dist, ring_attn
 from datetime import timedelta
-rank, how, transport, where = int(sys.argv[1]), *sys.argv[2:]
+rank, (how, transport) = int(os.environ["RANK"]), sys.argv[1:]
 gpu = torch.cuda.is_available()
 device = torch.device("cuda", rank) if gpu else torch.device("cpu")
 if gpu:
     torch.cuda.set_device(device)
-where, wait = f"file://{where}", timedelta(seconds=6)
-dist.init_process_group("nccl" if gpu else "gloo", init_method=where, rank=rank, world_size=2, timeout=wait)
+dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=6))
 x = torch.randn(1, 64, 2, 16, device=device, dtype=torch.float16 if gpu else torch.float32).requires_grad_()
 def attn():
     return ring_attn.ring_attn(x, x, x, "zigzag", transport=transport)
@@ -3170,15 +3183,10 @@ print("gradients without rank 1", x.grad.sum().item())
 
 def check_lost_rank(how, transport):
     """Rank 1 dies, or does not call the backward: rank 0 must end in time and name the ring, hop and rank."""
-    with tempfile.TemporaryDirectory() as folder:
-        args = how, transport, f"{folder}/store"
-        other = start_python(os.devnull, "-c", LOST_RANK, 1, *args)
-        try:
-            done = call_python("-c", LOST_RANK, 0, *args, timeout=90)
-        finally:
-            other.kill(), other.wait()
+    (done,) = call_scripts(("-c", LOST_RANK, how, transport), n_ranks=2, timeout=90)
     said = done.stdout + done.stderr
-    assert done.returncode not in (0, None) and "without rank 1" not in said, f"it went on: {said[-500:]}"
+    ended = done.returncode not in (0, -signal.SIGALRM) and "without rank 1" not in said
+    assert ended, f"it went on: {said[-500:]}"
     for words in ("processes [0, 1]", "at hop 1 of 1", "from rank 1"):
         assert words in said, f"it does not say {words!r}: {said[-1500:]}"
 
@@ -3687,7 +3695,9 @@ def check_kills(n_kills=2, n_ranks=2, flags=(), seed=0, record=lambda *_: None):
 
     with shared_folder(alone()) as folder:
         quiet, killed = folder / "quiet", []
-        assert start(quiet).wait(180) == 0, Path(f"{quiet}.stderr").read_text()[-2000:]
+        call = "train.py", f"--out={quiet}", f"--data={folder / 'text'}", *SMALL, *flags
+        (done,) = call_scripts(call, n_ranks=n_ranks)
+        assert done.returncode == 0, done.stderr[-2000:]
         while len(killed) < n_kills:
             out = folder / f"run{len(killed)}"
             process = start(out)
@@ -3837,7 +3847,7 @@ def check_command_line():
         import torch, train
         def f(): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 1 GiB.')
         train.run_script('train.py', f, 'less')"""
-    done = call_python("-c", code)
+    (done,) = call_scripts(("-c", code))
     said = "train.py: rank 0 is out of memory; use less. CUDA out of memory. Tried to allocate 1 GiB."
     assert done.returncode == 1 and done.stderr.strip() == said, done.stderr
 
@@ -3918,7 +3928,7 @@ def the_README():
         for flag in re.findall(r"--\w+", flags):
             assert flag in helps[script].stdout.split(), f"README.md: {script} has no {flag}"
     assert len(blocks) >= 2, "README.md has no recipes"
-    done = call_python("-c", "\n".join(blocks))
+    (done,) = call_scripts(("-c", "\n".join(blocks)))
     assert done.returncode == 0, done.stderr[-1500:]
 
 
@@ -4185,7 +4195,7 @@ def compile_kernels(few=False):
 def every_kernel_compiles_for_Hopper():
     """What this machine's Triton makes of the kernels for Hopper, GPU or not: see compile_kernels. All of
     them: python test.py --compile_only."""
-    done = call_python("test.py", "--compile_only", "--few", timeout=600)
+    (done,) = call_scripts(("test.py", "--compile_only", "--few"), timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-1500:]
 
 
