@@ -3276,10 +3276,12 @@ def check_compiled_model(ring, kind, autocast):
     tokens, targets = (model.blocks[0].attn.shard(x) for x in text)
     compiled = torch.compile(model, fullgraph=True, backend="inductor" if GPU else "aot_eager")
     results, low = [], f16 if ring_attn.INTERPRET else bf16
-    for f in (model, compiled, compiled):
-        with torch.autocast(DEVICE.type, low, enabled=autocast):
-            loss = f(tokens, targets)
-        results.append([loss, *torch.autograd.grad(loss, model.parameters())])
+    # what runs in the operator is of no concern to a graph: the interpreter, which is slow, on one process only
+    with on_torch_path() if ring.n_ranks > 1 else contextlib.nullcontext():
+        for f in (model, compiled, compiled):
+            with torch.autocast(DEVICE.type, low, enabled=autocast):
+                loss = f(tokens, targets)
+            results.append([loss, *torch.autograd.grad(loss, model.parameters())])
     bound = 5e-2 if autocast else 1e-4
     errors = [error(a, b) / max(1e-3, b.abs().max().item()) for a, b in zip(results[-1], results[0])]
     return worst([("loss, grad", x, bound) for x in errors])
@@ -3345,7 +3347,8 @@ for n_ranks in SIZES:
 
 MODEL = "--seq_len=128 --batch_size=4 --n_layers=2 --dim=64 --dim_per_head=16 --n_kv_heads=2".split()
 MODEL += "--dtype=float32 --warmup=4 --lr=3e-3 --sample_tokens=0".split()
-TINY = [*MODEL, "--steps=20", "--eval_batches=2", "--log_every=20"]
+STEPS = 20 if GPU else 12
+TINY = [*MODEL, f"--steps={STEPS}", "--eval_batches=2", "--log_every=20"]
 
 
 def trained(ring, out, *flags, tiny=TINY):
@@ -3390,20 +3393,20 @@ def with_files(ring, folder, flags):
 
 
 def check_train(ring, schedule, *flags):
-    """20 steps on a ring equal 20 under SDPA on one process, and on GPUs 20 over p2p; 10 + 10 resumed ones
-    equal 20, to the last bit."""
+    """The steps on a ring equal those under SDPA on one process, and on GPUs those over p2p; with a resume
+    half way they are the same, to the last bit."""
     expected = trained_alone(4, *flags)
     with shared_folder(ring) as folder:
         flags = *with_files(ring, folder, flags), f"--schedule={schedule}"
         losses, val = trained(ring, folder / "run", *flags)
-        trained(ring, folder / "parts", *flags, "--stop_after=10")
+        trained(ring, folder / "parts", *flags, f"--stop_after={STEPS // 2}")
         tail, _ = resumed(ring, folder / "parts")
         rows = apart("loss", (losses, val), expected)
         if GPU and ring.n_ranks > 1:
             rows += apart("p2p", trained(ring, folder / "p2p", *flags, "--transport=p2p"), expected)
     # on CUDA the embedding's gradient adds in any order
-    assert GPU or tail == losses[10:], f"resumed losses differ: {tail} and {losses[10:]}"
-    assert len(losses) == 20 and losses[-1] < losses[0] - 0.5, f"it does not learn: {losses}"
+    assert GPU or tail == losses[STEPS // 2 :], f"resumed losses differ: {tail} and {losses}"
+    assert len(losses) == STEPS and losses[-1] < losses[0] - 0.5, f"it does not learn: {losses}"
     return worst(rows)
 
 
@@ -3428,16 +3431,16 @@ def check_meshes(ring):
         for name, split in splits.items():
             losses, val = trained(None, folder / name, batch, *split)
             rows += apart(name, (losses, val), expected)
-        trained(None, folder / "parts", batch, *memory, "--stop_after=10")
+        trained(None, folder / "parts", batch, *memory, f"--stop_after={STEPS // 2}")
         own = folder / f"alone{RANK}"
         shutil.copytree(folder / "parts", own)
         ring.gather(None)  # all have copied it
         tail, _ = resumed(None, folder / "parts")
         if not GPU:
-            assert tail == losses[10:], f"resumed losses differ: {tail} and {losses[10:]}"
+            assert tail == losses[STEPS // 2 :], f"resumed losses differ: {tail} and {losses}"
             parts, whole = (tensors_of(folder / name) for name in ("parts", "fsdp"))
             same_bits(parts, whole, "resumed weights, moments")
-        rows += apart("alone", resumed(alone(), own), (expected[0][10:], expected[1]))
+        rows += apart("alone", resumed(alone(), own), (expected[0][STEPS // 2 :], expected[1]))
     return worst(rows)
 
 
@@ -3520,8 +3523,8 @@ def check_run_folder(ring):
     """The newest whole checkpoint is taken, and log.txt says why others are not; --keep; a full disk."""
     with shared_folder(ring) as folder:
         out = folder / "run"
-        all_steps, _ = trained(ring, folder / "whole", "--log_every=4")
-        trained(ring, out, "--save_every=4", "--keep=3", "--stop_after=14", "--log_every=4")
+        all_steps, _ = trained(ring, folder / "whole", "--steps=20", "--log_every=4")
+        trained(ring, out, "--steps=20", "--save_every=4", "--keep=3", "--stop_after=14", "--log_every=4")
         kept = [f.name for f in train.checkpoints(out)]
         assert kept == [f"ckpt-{n:08}.pt" for n in (14, 12, 8)], f"kept {kept}"
         ring.gather(None)  # all have looked
