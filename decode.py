@@ -1110,70 +1110,138 @@ torch.library.register_fake("ring_attn::decode", decode_fake, lib=ring_attn.LIBR
 
 
 class KVCache:
-    """Keys and values of every layer of a model, for B sequences of up to n_tokens tokens.
+    """Keys and values of every layer of a model, for B sequences of up to n_tokens tokens each.
 
-    k, v: lists of n_layers tensors (B, N, n_kv_heads, D), N = n_tokens / n_ranks, rounded up. dtype:
-    torch.float8_e4m3fn halves a 16-bit cache; each (token, head) has a scale in k_scale, v_scale, else None.
-    All sequences have the same length. length: tokens in the cache, an int; lengths: the same as a tensor
-    (B,) int32 on the device, which kernels read. group: the process group that shares the tokens, token p on
-    rank p % n_ranks; None: all are here.
+    k, v: lists of n_layers tensors (B, N, n_kv_heads, D), N = n_tokens / n_ranks, rounded up. page_size: if
+    given, they are pages (n_pages, page_size, n_kv_heads, D), which a sequence takes as it grows; n_pages:
+    None for enough for all. dtype: torch.float8_e4m3fn halves a 16-bit cache; each (token, head) has a scale
+    in k_scale, v_scale, else None.
+    host_lengths: tokens of each sequence, a list of ints; lengths: the same as a tensor (B,) int32 on the
+    device, which kernels read. page_table: (B, max_pages) int32 on the device; pages: the same as lists;
+    free: the pages that no sequence has.
+    group: the process group that shares the tokens, token p on rank p % n_ranks; None: all are here. All
+    ranks hand out pages alike, for the rank that has most tokens.
+    Raises ValueError for sizes below 1, and n_pages without page_size.
     """
 
     def __init__(self, n_layers, B, n_tokens, n_kv_heads, dim_per_head, dtype=torch.bfloat16, device="cpu",
-                 group=None):  # fmt: skip
+                 group=None, page_size=None, n_pages=None):  # fmt: skip
         if min(n_layers, B, n_tokens, n_kv_heads, dim_per_head) < 1:
             given = f"{n_layers=}, {B=}, {n_tokens=}, {n_kv_heads=} and {dim_per_head=}"
             raise ValueError(f"{given} must be 1 or more")
+        sizes_fit = all(x is None or is_int(x, 1) for x in (page_size, n_pages))
+        if not sizes_fit or page_size is None and n_pages is not None:
+            raise ValueError(
+                f"{page_size=} and {n_pages=} must be 1 or more, or None; n_pages needs page_size"
+            )
         self.ring = ring_attn.ALONE if group is None else ring_attn.resolve_ring(group)
-        self.n_tokens, self.length = n_tokens, 0
+        self.n_tokens, self.paged = n_tokens, page_size is not None
         N = -(-n_tokens // self.ring.n_ranks)
-        # room for one token more: `write` puts the tokens of other ranks there
-        shape = 2, n_layers, B, N + 1, n_kv_heads
-        kv = torch.empty(*shape, dim_per_head, dtype=dtype, device=device)
-        scales = torch.empty(shape, device=device) if dtype == FLOAT8 else [[None] * n_layers] * 2
-        self.padded = list(zip(kv, scales))  # of keys, of values; by layer
-        self.k, self.v = ([x[:, :N] for x in layers] for layers in kv)
-        self.k_scale, self.v_scale = ([x if x is None else x[:, :N] for x in layers] for layers in scales)
-        self.lengths = torch.zeros(B, dtype=torch.int32, device=device)
-        self.rows = torch.arange(B, device=device)[:, None]
+        self.page_size = page_size or N  # without pages each sequence has one of its own, for good
+        max_pages = -(-N // self.page_size)
+        n_pages = n_pages or B * max_pages
+        # room for one token more: `write` puts there what this rank is not to keep
+        shape = n_pages * self.page_size + 1, n_kv_heads
+        of = dict(device=device)
+        kv = [[torch.empty(*shape, dim_per_head, dtype=dtype, **of) for _ in range(n_layers)] for _ in "kv"]
+        is_float8 = dtype == FLOAT8
+        scales = [[torch.empty(shape, **of) if is_float8 else None for _ in range(n_layers)] for _ in "kv"]
+        self.flat = list(zip(kv, scales))  # of keys, of values; by layer
 
-    def check_room(self, n):
-        """Raise ValueError unless n more tokens fit."""
-        if self.length + n > self.n_tokens:
-            full = f"the cache is full: {self.length} tokens are in"
-            full += f", {n} more do not fit into its {self.n_tokens}"
-            raise ValueError(f"{full}; make it with a larger n_tokens")
+        def in_pages(x):
+            return x if x is None else x[:-1].unflatten(0, (n_pages, self.page_size))
+
+        self.k, self.v = (list(map(in_pages, layers)) for layers in kv)
+        self.k_scale, self.v_scale = (list(map(in_pages, layers)) for layers in scales)
+        self.host_lengths, self.lengths = [0] * B, torch.zeros(B, dtype=torch.int32, **of)
+        self.pages, self.free = [[] for _ in range(B)], list(range(n_pages))
+        self.page_table = torch.zeros(B, max_pages, dtype=torch.int32, **of)
+        if not self.paged:
+            self.pages, self.free = [[b] for b in range(B)], []
+            self.page_table[:, 0] = torch.arange(B)
+        self.rows = torch.arange(B, device=device)
+
+    def check_room(self, n, pages=True):
+        """Raise ValueError unless n more tokens fit, as for `reserve`; pages=False: if enough pages will be
+        free. Returns the lengths with them, and the new pages, (sequence, index in it) each."""
+        lengths = self.host_lengths
+        if isinstance(n, int):
+            if not any(lengths):
+                raise ValueError(
+                    f"no sequence holds tokens, to be followed by {n}; put prompts in by prefill"
+                )
+            n = [n if L else 0 for L in lengths]
+        if len(n) != len(lengths) or not all(is_int(x, 0) for x in n):
+            raise ValueError(f"{n=} must be an int, or an int for each of {len(lengths)} sequences")
+        for b, (L, x) in enumerate(zip(lengths, n)):
+            if L + x > self.n_tokens:
+                full = f"the cache is full: sequence {b} has {L} tokens, {x} more do not fit into its"
+                raise ValueError(f"{full} {self.n_tokens}; make it with a larger n_tokens")
+        lengths, span = [L + x for L, x in zip(lengths, n)], self.page_size * self.ring.n_ranks
+        new = [(b, i) for b, L in enumerate(lengths) for i in range(len(self.pages[b]), -(-L // span))]
+        if pages and len(new) > len(self.free):
+            n_pages = sum(map(len, self.pages)) + len(self.free)
+            need = f"{len(new)} more pages of {self.page_size} tokens are needed, and {len(self.free)} of"
+            fix = "release sequences that are finished, or make the cache with more n_pages"
+            raise ValueError(f"{need} {n_pages} are free; {fix}")
+        return lengths, new
+
+    def reserve(self, n):
+        """What the host has to do before `extend(n)`: count tokens and hand out pages. n: a number for all
+        sequences that hold tokens, or a list, one for each sequence. ValueError if they do not fit; the cache
+        is then as before."""
+        self.host_lengths, new = self.check_room(n)
+        if new:
+            new = [(b, i, self.free.pop()) for b, i in new]
+            for b, _, page in new:
+                self.pages[b].append(page)
+            b, i, page = torch.tensor(new).T.to(self.lengths.device, non_blocking=True)
+            self.page_table[b, i] = page.int()
 
     def extend(self, n):
-        """Make the cache n tokens longer, for `write` or `fill` to fill. ValueError if they do not fit."""
-        self.check_room(n)
-        self.length += n
-        self.lengths += n
+        """Make the sequences longer by what was reserved, for `write` to fill. With an int for n a CUDA graph
+        or torch.compile may have it: it reads no length on the host."""
+        if isinstance(n, int):
+            n = n * (self.lengths > 0)
+        self.lengths += torch.as_tensor(n, device=self.lengths.device)
+
+    def release(self, rows):
+        """Drop the sequences `rows`, an iterable of ints: they are empty, cost nothing, and stay so until the
+        next prefill of them. Their pages are free."""
+        rows = list(rows)
+        if not all(is_int(b, 0, len(self.pages) - 1) for b in rows):
+            raise ValueError(f"{rows=} must be from 0 to {len(self.pages) - 1}, the sequences of the cache")
+        for b in rows:
+            self.host_lengths[b] = 0
+            if self.paged:
+                self.free += self.pages[b]
+                self.pages[b] = []
+        self.lengths[rows] = 0
 
     def positions(self, n):
-        """Positions of the last n tokens, (B, n) int64."""
+        """Positions of the last n tokens, (B, n) int64; below 0 where a sequence is empty."""
         return self.lengths.long()[:, None] - n + torch.arange(n, device=self.lengths.device)
 
-    def write(self, layer, k, v):
-        """Write k, v (B, n, HKV, D), the same on every rank, to the last n tokens."""
-        pos, R = self.positions(k.shape[1]), self.ring.n_ranks
-        index = torch.where(pos % R == self.ring.rank, pos // R, self.k[layer].shape[1])
-        self.put(layer, (self.rows, index), k, v)
+    def slots(self, pos, rows=None):
+        """Where this rank keeps the tokens at positions pos (1 or B, n) of the sequences `rows`, (B,) int64,
+        or of all: (B, n) int64, into all pages in a row. Other ranks' tokens, and positions that a sequence
+        does not have, are to go behind these."""
+        rows = (self.rows if rows is None else rows)[:, None]
+        R, index = self.ring.n_ranks, pos // self.ring.n_ranks  # of the tokens that this rank keeps
+        page = self.page_table[rows, (index // self.page_size).clamp(0, self.page_table.shape[1] - 1)]
+        mine = (pos % R == self.ring.rank) & (pos >= 0) & (pos < self.lengths[rows])
+        trash = len(self.flat[0][0][0]) - 1
+        return torch.where(mine, page.long() * self.page_size + index % self.page_size, trash)
 
-    def fill(self, layer, k, v):
-        """Write the rank's part k, v (B, T, HKV, D) of all tokens, and of padding that may follow."""
-        T = min(k.shape[1], self.k[layer].shape[1])
-        self.put(layer, (slice(None), slice(T)), k[:, :T], v[:, :T])
-
-    def put(self, layer, at, k, v):
-        """Write k, v to batch rows and tokens `at`, in the dtype of the cache."""
-        for x, (caches, scales) in zip((k, v), self.padded):
+    def write(self, layer, k, v, slots):
+        """Write k, v (B, n, HKV, D) to slots (B, n), in the dtype of the cache."""
+        for x, (caches, scales) in zip((k, v), self.flat):
             cache, scale = caches[layer], scales[layer]
             if scale is None:
-                cache[at] = x.to(cache.dtype)
+                cache[slots] = x.to(cache.dtype)
             else:
-                x, scale[at] = quantized(x)
-                cache.view(torch.uint8)[at] = x.view(torch.uint8)  # torch cannot index all float8 tensors
+                x, scale[slots] = quantized(x)
+                cache.view(torch.uint8)[slots] = x.view(torch.uint8)  # torch cannot index all float8 tensors
 
     def attend(self, layer, q, sm_scale, window=None, sink=None, softcap=None):
         """Attention of q (B, M, H, D), the last M tokens, to the cache: (B, M, H, D). window, sink, softcap:
@@ -1182,6 +1250,7 @@ class KVCache:
         window = window and min(window, NO_WINDOW - 1)  # a model's window may be longer than any cache
         options = dict(cache_seqlens=self.lengths, sm_scale=sm_scale, window=window, sink=sink)
         options |= dict(softcap=softcap, k_scale=self.k_scale[layer], v_scale=self.v_scale[layer])
+        options["page_table"] = self.page_table if self.paged else None
         dtype = q.dtype if k.dtype == FLOAT8 else k.dtype
         if self.ring.n_ranks > 1:
             return sharded_decode_attn(q.to(dtype), k, v, group=self.ring, **options).to(q.dtype)
@@ -1204,15 +1273,14 @@ def capture(f, warm_up=True):
 
 
 def capture_step(step, tokens, cache):
-    """step(tokens, cache), which must have run before, as a CUDA graph: a function of new tokens of the same
-    shape and the same cache. Its next call overwrites what it returns."""
-    tokens, length = tokens.clone(), cache.length
+    """step(tokens, cache) as a CUDA graph: a function of new tokens (B, n) of the same shape and the same
+    cache, which reserves their room first. step: what is to be done on the device, such as
+    Transformer.decode; it must have run before. Its next call overwrites what it returns."""
+    tokens = tokens.clone()
     replay, result = capture(lambda: step(tokens, cache), warm_up=False)
-    cache.length = length  # so far nothing has run
 
     def replay_step(new, cache):
-        cache.check_room(new.shape[1])
-        cache.length += new.shape[1]
+        cache.reserve(new.shape[1])
         tokens.copy_(new)
         replay()
         return result

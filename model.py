@@ -146,11 +146,13 @@ class Attention(nn.Module):
         sinks = self.sinks.to(dtype)[:, None, None].expand(len(bias), -1, S, 1)
         return torch.cat((bias.expand(-1, self.n_heads, -1, -1), sinks), dim=-1)
 
-    def forward(self, x, rotary=None, cache=None, layer=0, prefill=False, cu_seqlens=None, seq_len=None):
+    def forward(self, x, rotary=None, cache=None, layer=0, slots=None, prefill=False, cu_seqlens=None,
+                seq_len=None):  # fmt: skip
         """x (B, T, dim) -> (B, T, dim). rotary: the rotary_table of x's positions, if the caller has it.
 
-        cache: a KVCache whose last T tokens are those of x. It takes their keys and values for `layer`, and
-        the queries see all that it holds. prefill: it holds nothing else (on a ring: than all ranks' x).
+        cache: a KVCache whose last T tokens are those of x. It takes their keys and values for `layer` to
+        slots (B, T), see KVCache.slots, and the queries see all that it holds. prefill: these sequences hold
+        nothing else (on a ring: than all ranks' x).
         cu_seqlens: of documents, as for ring_attn; not with a cache. seq_len: how many of the n_ranks * T
         tokens are not padding (default: see true_length).
         """
@@ -162,10 +164,8 @@ class Attention(nn.Module):
                 rotary = self.rotary(self.positions(B, T, x.device, cu_seqlens))
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         sm_scale = self.dim_per_head**-0.5
-        if prefill:
-            cache.fill(layer, k, v)
-        elif cache is not None:
-            cache.write(layer, k, v)
+        if cache is not None:
+            cache.write(layer, k, v, slots)
         masks = dict(window=self.window, cu_seqlens=cu_seqlens, sinks=self.sinks)
         if cache is not None and not prefill:
             o = cache.attend(layer, q, sm_scale, self.window, self.sinks, self.softcap)
@@ -192,6 +192,26 @@ class Attention(nn.Module):
             options["softcap"] = self.softcap
             o = func(q, k, v, *args, **options, **masks)
         return self.o_drop(self.o_proj(rearrange(o, "b t h d -> b t (h d)")))
+
+
+def to_the_left(tokens, mask):
+    """tokens (B, S), those of a row where mask is True moved to its begin, and how many, a list. ValueError
+    unless these are one run in each row of mask (B, S)."""
+    S, device = tokens.shape[1], tokens.device
+    if not isinstance(mask, torch.Tensor) or mask.shape != tokens.shape:
+        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(
+            f"mask ({shape}) must be a bool tensor of the shape of tokens, {tuple(tokens.shape)}"
+        )
+    mask, i = mask.to(device).bool(), torch.arange(S, device=device)
+    first, n = mask.int().argmax(1, keepdim=True), mask.sum(1, keepdim=True)
+    wrong = (n == 0) | (mask != (first <= i) & (i < first + n)).any(1, keepdim=True)
+    if wrong.any():
+        rows = wrong[:, 0].nonzero()[:, 0].tolist()
+        raise ValueError(
+            f"rows {rows} of mask must have one run of True each, with padding left or right of it"
+        )
+    return tokens.gather(1, (first + i) % S), n[:, 0].tolist()
 
 
 @dataclass
@@ -258,15 +278,16 @@ class Transformer(nn.Module):
                 residual = name.endswith(("o_proj.weight", "mlp.2.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * c.n_layers) ** 0.5 if residual else 0.02)
 
-    def hidden(self, tokens, cache=None, prefill=False, cu_seqlens=None, seq_len=None):
-        """tokens (B, T) -> input of the output projection (B, T, dim). All else: as for Attention.forward."""
+    def hidden(self, tokens, cache=None, rows=None, cu_seqlens=None, seq_len=None):
+        """tokens (B, T) -> input of the output projection (B, T, dim). rows: (B,) int64, the sequences of the
+        cache that begin with them; None: they follow those in it. All else: as for Attention.forward."""
         x, attn = self.embedding(tokens), self.blocks[0].attn  # (B, T, dim)
-        decoding = cache is not None and not prefill
+        decoding = cache is not None and rows is None
         B, T = tokens.shape
         pos = cache.positions(T) if decoding else attn.positions(B, T, tokens.device, cu_seqlens)
-        rotary = attn.rotary(pos)
+        rotary, slots = attn.rotary(pos), None if cache is None else cache.slots(pos, rows)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, cache, layer, prefill, cu_seqlens, seq_len)
+            x = block(x, rotary, cache, layer, slots, rows is not None, cu_seqlens, seq_len)
         return self.norm(x)
 
     def forward(self, tokens, targets=None, reduction="mean", cu_seqlens=None):
@@ -313,78 +334,115 @@ class Transformer(nn.Module):
             keys = ((begun**2 / 2 - begun**3 / (6 * seq_len) + (n - begun) * keys).sum() / n.sum()).item()
         return 6 * weights + 3.5 * self.config.n_layers * 4 * keys * self.config.dim
 
-    def new_cache(self, B, n_tokens, dtype=None):
+    def new_cache(self, B, n_tokens, dtype=None, **options):
         """An empty KVCache for B sequences of up to n_tokens tokens, striped over the ranks of the model.
-        dtype: None, that of the model or of autocast, or torch.float8_e4m3fn, of half the size."""
+        dtype: None, that of the model or of autocast, or torch.float8_e4m3fn, of half the size. options:
+        page_size and n_pages of KVCache."""
         attn, weight = self.blocks[0].attn, self.embedding.weight
         kind = weight.device.type
         autocast = torch.is_autocast_enabled(kind)
         dtype = dtype or (torch.get_autocast_dtype(kind) if autocast else weight.dtype)
         shape = len(self.blocks), B, n_tokens, attn.n_kv_heads, attn.dim_per_head
         ring = ring_attn.resolve_ring(attn.group) if attn.n_ranks > 1 else None
-        return KVCache(*shape, dtype, weight.device, ring)
+        return KVCache(*shape, dtype, weight.device, ring, **options)
 
     @torch.no_grad()
-    def prefill(self, tokens, cache):
+    def prefill(self, tokens, cache, lengths=None, rows=None):
         """Put tokens (B, S), the same on every rank, into the empty cache: logits (B, vocab_size) after them.
 
+        lengths: tokens of each prompt, B ints from 1 to S, of which padding follows; None: S. rows: the
+        sequences of the cache that the prompts become, B ints; None: all. Others may hold tokens.
         On a ring each rank runs 1/n of them, and the model's type must be STRIPED, as the cache is. Without
-        gradients. Raises ValueError for another type, a cache that holds something, and too many tokens.
+        gradients. Raises ValueError for another type, other lengths, sequences that hold something, and what
+        the cache has no room for.
         """
-        S, attn = tokens.shape[1], self.blocks[0].attn
+        (B, S), attn = tokens.shape, self.blocks[0].attn
         R, kind = attn.n_ranks, attn.attn_type
         if R > 1 and kind is not AttentionType.STRIPED:
             fix = "make the model with AttentionType.STRIPED"
             raise ValueError(f"attn_type={kind} does not fit the cache, which is striped on {R} ranks; {fix}")
-        if cache.length or S == 0:
-            have = f"the cache holds {cache.length} tokens and the prompt {S}"
-            raise ValueError(f"{have}; prefill wants an empty cache and a prompt of 1 or more")
-        cache.extend(S)
+        lengths = [S] * B if lengths is None else list(map(int, lengths))
+        held = cache.host_lengths
+        rows = list(range(len(held)) if rows is None else rows)
+        if len(lengths) != B or not all(1 <= n <= S for n in lengths):
+            raise ValueError(f"{lengths=} must be {B} ints from 1 to {S}, as the tokens are {B, S}")
+        if sorted(set(rows)) != sorted(rows) or len(rows) != B or not set(rows) <= set(range(len(held))):
+            raise ValueError(f"{rows=} must be {B} of the {len(held)} sequences of the cache, one a prompt")
+        if any(held[b] for b in rows):
+            have = f"sequences {rows} of the cache hold {[held[b] for b in rows]} tokens"
+            raise ValueError(f"{have}; prefill wants empty ones: release them, or make another cache")
+        more = [0] * len(held)
+        for b, n in zip(rows, lengths):
+            more[b] = n
+        cache.reserve(more)
+        cache.extend(more)
         x = attn.shard(tokens)  # no token sees the padding at the end, so that attention need not know of it
-        x = self.hidden(x, cache, True, seq_len=R * x.shape[1])
-        last = x[:, (S - 1) // R].contiguous()  # (B, dim), on the rank that has the last token
-        if R > 1:
-            self.broadcast(last, (S - 1) % R, cache)
-        return F.linear(last, self.embedding.weight)
+        rows = torch.tensor(rows, device=tokens.device)
+        x = self.hidden(x, cache, rows, seq_len=R * x.shape[1])
+        last = cache.lengths[rows].long() - 1  # (B,)
+        x = x[torch.arange(B, device=x.device), last // R]  # (B, dim)
+        if R > 1:  # only one rank has the last token of a prompt
+            x = x.where((last % R == attn.rank)[:, None], 0)
+            dist.all_reduce(x, group=cache.ring.group)
+        return F.linear(x, self.embedding.weight)
 
-    @torch.no_grad()
     def step(self, tokens, cache):
         """Put tokens (B, M), the same on every rank, behind those in the cache: the logits (B, M, vocab_size)
-        after each. Without gradients."""
+        after each. A sequence that was released stays empty; its logits mean nothing. Without gradients."""
+        cache.reserve(tokens.shape[1])
+        return self.decode(tokens, cache)
+
+    @torch.no_grad()
+    def decode(self, tokens, cache):
+        """`step`, but for what the host does: a CUDA graph or torch.compile may have it."""
         cache.extend(tokens.shape[1])
         return F.linear(self.hidden(tokens, cache), self.embedding.weight)
 
     @torch.no_grad()
-    def stream(self, tokens, n_tokens, temperature=0.8, top_k=None, generator=None, cache=None, graph=False):
+    def stream(self, tokens, n_tokens, temperature=0.8, top_k=None, generator=None, cache=None, graph=False,
+               mask=None, stop=None):  # fmt: skip
         """Continue tokens (B, S), the same on every rank, by n_tokens sampled ones: yields each, (B, 1).
 
         temperature: 0 takes the likeliest token. top_k: sample among so many. generator: on this device, with
         the same seed on every rank. cache: an empty one. graph: replay a CUDA graph from the third token on.
-        Raises ValueError before the first token if something does not fit.
+        mask: (B, S) bool, True for the tokens of a prompt, False for padding to the left or right of them.
+        stop: None, or a token that ends its sequence, which is released from the cache. It is followed by
+        itself, until all sequences have ended. Waits for the GPU in each step.
+        Raises ValueError before the first token if something does not fit; later only if a cache with fewer
+        pages than all sequences may need has none left.
         """
-        S = tokens.shape[1]
+        B, S = tokens.shape
         if not 0 <= temperature < math.inf or S == 0 or (top_k is not None and top_k < 1):
             need = f"{temperature=} must be 0 or more, {top_k=} 1 or more or None"
             raise ValueError(f"{need}, and the prompt, {S} tokens, not empty")
-        need = S + max(n_tokens, 1) - 1  # the last token does not go into the cache
-        cache = self.new_cache(len(tokens), need) if cache is None else cache
-        cache.check_room(need)
+        if stop is not None and not 0 <= stop < self.config.vocab_size:
+            raise ValueError(f"{stop=} must be a token, 0 to {self.config.vocab_size - 1}, or None")
+        lengths = [S] * B
+        if mask is not None:
+            tokens, lengths = to_the_left(tokens, mask)
+        need = [n + max(n_tokens, 1) - 1 for n in lengths]  # the last token does not go into the cache
+        cache = self.new_cache(B, max(need)) if cache is None else cache
+        cache.check_room(need, pages=stop is None)  # a sequence that ends early gives its pages to others
         step = self.step
         for i in range(n_tokens):
             if i == 0:
-                logits = self.prefill(tokens, cache)
+                logits = self.prefill(tokens, cache, lengths)
             else:
                 logits = step(new, cache)[:, -1]
                 if i == 1 and graph and n_tokens > 2:
-                    step = capture_step(step, new, cache)
+                    step = capture_step(self.decode, new, cache)
             new = self.sample(logits.float(), temperature, top_k, generator)
             if cache.ring.n_ranks > 1:  # the ranks agree even where the rounding of their logits differs
-                self.broadcast(new, 0, cache)
+                group = cache.ring.group
+                dist.broadcast(new, dist.get_global_rank(group, 0), group=group)
+            if stop is not None:
+                new = new.masked_fill(cache.lengths[:, None] == 0, stop)
             yield new
-
-    def broadcast(self, x, rank, cache):
-        group = cache.ring.group
-        dist.broadcast(x, dist.get_global_rank(group, rank), group=group)
+            if stop is not None:
+                ended = new[:, 0].tolist()
+                cache.release(b for b in range(B) if ended[b] == stop and cache.host_lengths[b])
+                if not any(cache.host_lengths):
+                    return
 
     def sample(self, logits, temperature, top_k, generator):  # (B, vocab_size) -> (B, 1)
         if temperature == 0:
@@ -395,5 +453,7 @@ class Transformer(nn.Module):
         return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
 
     def generate(self, tokens, n_tokens, *args, **options):
-        """tokens (B, S) and n_tokens more: (B, S + n_tokens). Arguments as for `stream`."""
+        """tokens (B, S) and n_tokens more: (B, S + n_tokens), or less where all sequences have ended before.
+        Arguments as for `stream`. Padding stays where it was: between a prompt and what follows it, if it is
+        on the right."""
         return torch.cat([tokens, *self.stream(tokens, n_tokens, *args, **options)], dim=1)
