@@ -1131,17 +1131,16 @@ class KVCache:
             raise ValueError(f"{given} must be 1 or more")
         sizes_fit = all(x is None or is_int(x, 1) for x in (page_size, n_pages))
         if not sizes_fit or page_size is None and n_pages is not None:
-            raise ValueError(
-                f"{page_size=} and {n_pages=} must be 1 or more, or None; n_pages needs page_size"
-            )
+            need = "must be 1 or more, or None, and n_pages needs a page_size"
+            raise ValueError(f"{page_size=} and {n_pages=} {need}")
         self.ring = ring_attn.ALONE if group is None else ring_attn.resolve_ring(group)
         self.n_tokens, self.paged = n_tokens, page_size is not None
         N = -(-n_tokens // self.ring.n_ranks)
         self.page_size = page_size or N  # without pages each sequence has one of its own, for good
         max_pages = -(-N // self.page_size)
         n_pages = n_pages or B * max_pages
-        # room for one token more: `write` puts there what this rank is not to keep
-        shape = n_pages * self.page_size + 1, n_kv_heads
+        self.trash = n_pages * self.page_size  # the slot of what this rank is not to keep
+        shape = self.trash + 1, n_kv_heads
         of = dict(device=device)
         kv = [[torch.empty(*shape, dim_per_head, dtype=dtype, **of) for _ in range(n_layers)] for _ in "kv"]
         is_float8 = dtype == FLOAT8
@@ -1224,14 +1223,13 @@ class KVCache:
 
     def slots(self, pos, rows=None):
         """Where this rank keeps the tokens at positions pos (1 or B, n) of the sequences `rows`, (B,) int64,
-        or of all: (B, n) int64, into all pages in a row. Other ranks' tokens, and positions that a sequence
-        does not have, are to go behind these."""
+        or of all: (B, n) int64, page * page_size + index in the page. For tokens of other ranks, and for
+        positions that a sequence does not have, it is the trash slot."""
         rows = (self.rows if rows is None else rows)[:, None]
         R, index = self.ring.n_ranks, pos // self.ring.n_ranks  # of the tokens that this rank keeps
         page = self.page_table[rows, (index // self.page_size).clamp(0, self.page_table.shape[1] - 1)]
         mine = (pos % R == self.ring.rank) & (pos >= 0) & (pos < self.lengths[rows])
-        trash = len(self.flat[0][0][0]) - 1
-        return torch.where(mine, page.long() * self.page_size + index % self.page_size, trash)
+        return torch.where(mine, page.long() * self.page_size + index % self.page_size, self.trash)
 
     def write(self, layer, k, v, slots):
         """Write k, v (B, n, HKV, D) to slots (B, n), in the dtype of the cache."""

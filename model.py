@@ -208,9 +208,7 @@ def to_the_left(tokens, mask):
     wrong = (n == 0) | (mask != (first <= i) & (i < first + n)).any(1, keepdim=True)
     if wrong.any():
         rows = wrong[:, 0].nonzero()[:, 0].tolist()
-        raise ValueError(
-            f"rows {rows} of mask must have one run of True each, with padding left or right of it"
-        )
+        raise ValueError(f"rows {rows} of mask must each be True for one run of tokens, padded left or right")
     return tokens.gather(1, (first + i) % S), n[:, 0].tolist()
 
 

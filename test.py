@@ -2593,6 +2593,8 @@ def check_decode_errors():
     masked("17 query tokens", "block of 16", q=q.expand(2, 17, 4, 16), **blocks(None, None, 1, 32))
     raises(lambda: sharded_decode_attn(q, k, k, group=VirtualRing(2)), "VirtualRing", "decode_attn")
     raises(lambda: KVCache(1, 1, 0, 1, 1), "n_tokens=0")
+    raises(lambda: KVCache(1, 1, 1, 1, 1, n_pages=3), "n_pages=3", "page_size")
+    raises(lambda: KVCache(1, 1, 1, 1, 1, page_size=0), "page_size=0")
     if not GPU:
         refused("interpreter", q=q.bfloat16(), k=k.bfloat16(), backend="triton")
     assert call().isfinite().all()
@@ -2648,6 +2650,112 @@ def check_stream(ring, kind, **options):
         zigzag = on_ring(attn_type=AttentionType.ZIGZAG).to(DEVICE)
         raises(lambda: zigzag.generate(tokens, 1), "STRIPED")
     return compare(["logits"], [torch.cat(got, 1)], [expected[:, 18:]], 1e-4 * expected.abs().max().item())
+
+
+@on_torch_path()
+def check_ragged(ring, kind, dtype=None, **options):
+    """Prompts of different lengths in one batch continue as each does alone, also where sequences end early
+    and give their pages to others. options: of the model's attention."""
+    torch.manual_seed(0)
+    config = Config(n_layers=2, dim=64, dim_per_head=16, n_kv_heads=2, seq_len=64, vocab_size=61, **options)
+    reference = Transformer(config).to(DEVICE).eval()
+    for name, p in reference.named_parameters():
+        p.data = 4 * p.data + ("sinks" in name)
+    model = Transformer(config, ring.rank, ring.n_ranks, kind, ring).to(DEVICE).eval()
+    model.load_state_dict(reference.state_dict())
+    graph, n_new, page_size = GPU and ring.n_ranks == 1, 14, 4
+    lengths, span = (5, 17, 1, 12), page_size * ring.n_ranks  # span: tokens of all ranks' pages of a number
+    prompts = [
+        torch.randint(61, (1, n), generator=torch.Generator().manual_seed(n)).to(DEVICE) for n in lengths
+    ]
+    caches = [reference.new_cache(1, n + n_new, dtype) for n in lengths]
+    alone = [
+        reference.generate(x, n_new, 0, cache=cache)[:, x.shape[1] :] for x, cache in zip(prompts, caches)
+    ]
+    alone, stop = torch.cat(alone), alone[1][0, 2].item()
+    stopped = [row[: row.index(stop) + 1] if stop in row else row for row in alone.tolist()]
+    columns = max(map(len, stopped))
+    stopped = torch.tensor([row + [stop] * (columns - len(row)) for row in stopped], device=DEVICE)
+    steps = [
+        [n + i for n, row in zip(lengths, stopped.tolist()) if stop not in row[:i]] for i in range(columns)
+    ]
+    most = max(sum(-(-L // span) for L in step) for step in steps)  # pages in use at once
+    for left, paged in product((False, True), repeat=2):
+        tokens, mask = torch.zeros(4, 20, dtype=torch.int64, device=DEVICE), torch.zeros(4, 20, device=DEVICE)
+        for b, (n, prompt) in enumerate(zip(lengths, prompts)):
+            at = slice(20 - n, None) if left else slice(n)
+            tokens[b, at], mask[b, at] = prompt[0], 1
+        generate = partial(model.generate, tokens, n_new, 0, graph=graph, mask=mask.bool())
+        why, all_pages = f"{left=} {paged=}", sum(-(-(n + n_new - 1) // span) for n in lengths)
+        new_cache = partial(model.new_cache, 4, 17 + n_new - 1, dtype)
+        text = generate(cache=new_cache(page_size=page_size, n_pages=all_pages) if paged else new_cache())
+        same_bits([text], [torch.cat((tokens, alone), 1)], why)
+        cache = new_cache(page_size=page_size, n_pages=most) if paged else new_cache()
+        same_bits([generate(cache=cache, stop=stop)], [torch.cat((tokens, stopped), 1)], f"{why} {stop=}")
+    assert 4 < columns and most < all_pages, "pages that were given back were not needed"
+    refused = partial(raises, generate)
+    refused(f"pages of {page_size} tokens", "n_pages", cache=new_cache(page_size=4, n_pages=all_pages - 1))
+    refused(f"pages of {page_size} tokens", "free", stop=stop, cache=new_cache(page_size=4, n_pages=most - 1))
+    cache = new_cache(page_size=4, n_pages=all_pages)
+    cache.free = [0] * all_pages
+    assert not torch.equal(generate(cache=cache), text), "nobody noticed that sequences share a page"
+    hole, empty = mask.bool(), mask.bool()
+    hole[1, 10], empty[2] = False, False
+    refused("rows [1] of mask", mask=hole)
+    refused("rows [2] of mask", mask=empty)
+    refused("mask", "(4, 20)", mask=mask[:, 1:])
+    refused("stop=61", "60", stop=61)
+    check_refill(model, span, prompts, alone, new_cache)
+
+
+def check_refill(model, span, prompts, alone, new_cache):
+    """Steps by hand: no page is left, a sequence ends, another takes its place."""
+
+    def pages_fit():
+        assert sorted(sum(cache.pages, cache.free)) == list(range(n_pages)), (
+            "a page got lost, or is in two places"
+        )
+        for b, (L, pages) in enumerate(zip(cache.host_lengths, cache.pages)):
+            assert len(pages) == -(-L // span) and cache.page_table[b, : len(pages)].tolist() == pages
+        assert cache.lengths.tolist() == cache.host_lengths
+
+    longest, n = prompts[1].shape[1], prompts[0].shape[1]
+    tokens = prompts[1].repeat(2, 1)
+    tokens[1, :n] = prompts[0]
+    n_pages = -(-longest // span) + -(-n // span)
+    cache = new_cache(page_size=span // model.blocks[0].attn.n_ranks, n_pages=n_pages)
+    model.prefill(tokens, cache, torch.tensor([longest, n]), rows=[2, 0])
+    step, i, new = None, 0, torch.zeros(4, 1, dtype=torch.int64, device=DEVICE)
+    while step is None:  # until a page is needed, and none is free
+        pages_fit()
+        new[[2, 0], 0] = alone[[1, 0], i]
+        before = copy.deepcopy((cache.host_lengths, cache.pages, cache.free))
+        try:
+            logits = model.step(new, cache)
+            i += 1
+            assert logits[[2, 0], 0].argmax(-1).tolist() == alone[[1, 0], i].tolist()
+        except ValueError as error:
+            step = str(error)
+    assert f"0 of {n_pages} are free" in step, step
+    assert before == (cache.host_lengths, cache.pages, cache.free), "the refused step left traces"
+    raises(lambda: model.prefill(prompts[2], cache, rows=[2]), "[2]", "release")
+    cache.release([2])
+    pages_fit()
+    got = model.prefill(prompts[2], cache, rows=[3])  # a token
+    assert got.argmax(-1).item() == alone[2, 0], "prefill beside a sequence that goes on"
+    for j in range(4):
+        new[[0, 3], 0] = torch.stack((alone[0, i + j], alone[2, j]))
+        logits = model.step(new, cache)
+        assert logits[[0, 3], 0].argmax(-1).tolist() == [alone[0, i + j + 1].item(), alone[2, j + 1].item()]
+        pages_fit()
+    assert cache.host_lengths[1:3] == [0, 0]
+    cache.release(range(4))
+    pages_fit()
+    raises(lambda: model.step(new, cache), "prefill")
+    raises(lambda: cache.release([4]), "[4]", "0 to 3")
+    raises(lambda: model.prefill(tokens, cache, [n]), f"lengths=[{n}]", "2 ints")
+    raises(lambda: model.prefill(tokens, cache, [0, n]), "lengths=[0", f"1 to {longest}")
+    raises(lambda: model.prefill(tokens, cache, rows=[1, 1]), "rows=[1, 1]", "4 sequences")
 
 
 def check_sharded(ring, backend, *args, **options):
@@ -3341,6 +3449,10 @@ for n_ranks in SIZES:
     options = dict(window=13, sinks=True)
     real(check_stream, f"{name}, window and sinks", kind, ring=n_ranks, **options)
     real(check_stream, f"{name}, window, sinks, softcap", kind, ring=n_ranks, softcap=2.0, **options)
+    name = f"a model decodes ragged batches x{n_ranks}"
+    real(check_ragged, name, kind, ring=n_ranks)
+    real(check_ragged, f"{name}, float8", kind, torch.float8_e4m3fn, ring=n_ranks)
+    real(check_ragged, f"{name}, window and sinks", kind, ring=n_ranks, **options)
 
 # -----------------------------------------------------------------------------
 # training
