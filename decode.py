@@ -1215,7 +1215,8 @@ class KVCache:
             if self.paged:
                 self.free += self.pages[b]
                 self.pages[b] = []
-        self.lengths[rows] = 0
+        if rows:
+            self.lengths[rows] = 0
 
     def positions(self, n):
         """Positions of the last n tokens, (B, n) int64; below 0 where a sequence is empty."""

@@ -2694,7 +2694,9 @@ def check_ragged(ring, kind, dtype=None, **options):
         same_bits([generate(cache=cache, stop=stop)], [torch.cat((tokens, stopped), 1)], f"{why} {stop=}")
     assert 4 < columns and most < all_pages, "pages that were given back were not needed"
     refused = partial(raises, generate)
-    refused(f"pages of {page_size} tokens", "n_pages", cache=new_cache(page_size=4, n_pages=all_pages - 1))
+    cache = new_cache(page_size=4, n_pages=all_pages - 1)
+    refused(f"pages of {page_size} tokens", "n_pages", cache=cache)
+    assert not any(cache.host_lengths), "it was refused after the first token only"
     refused(f"pages of {page_size} tokens", "free", stop=stop, cache=new_cache(page_size=4, n_pages=most - 1))
     cache = new_cache(page_size=4, n_pages=all_pages)
     cache.free = [0] * all_pages
@@ -2725,8 +2727,8 @@ def check_refill(model, span, prompts, alone, new_cache):
     n_pages = -(-longest // span) + -(-n // span)
     cache = new_cache(page_size=span // model.blocks[0].attn.n_ranks, n_pages=n_pages)
     model.prefill(tokens, cache, torch.tensor([longest, n]), rows=[2, 0])
-    step, i, new = None, 0, torch.zeros(4, 1, dtype=torch.int64, device=DEVICE)
-    while step is None:  # until a page is needed, and none is free
+    refused, i, new = None, 0, torch.zeros(4, 1, dtype=torch.int64, device=DEVICE)
+    while refused is None:  # until a page is needed, and none is free
         pages_fit()
         new[[2, 0], 0] = alone[[1, 0], i]
         before = copy.deepcopy((cache.host_lengths, cache.pages, cache.free))
@@ -2735,8 +2737,8 @@ def check_refill(model, span, prompts, alone, new_cache):
             i += 1
             assert logits[[2, 0], 0].argmax(-1).tolist() == alone[[1, 0], i].tolist()
         except ValueError as error:
-            step = str(error)
-    assert f"0 of {n_pages} are free" in step, step
+            refused = str(error)
+    assert f"0 of {n_pages} are free" in refused, refused
     assert before == (cache.host_lengths, cache.pages, cache.free), "the refused step left traces"
     raises(lambda: model.prefill(prompts[2], cache, rows=[2]), "[2]", "release")
     cache.release([2])
