@@ -1166,9 +1166,7 @@ class KVCache:
         lengths = self.host_lengths
         if isinstance(n, int):
             if not any(lengths):
-                raise ValueError(
-                    f"no sequence holds tokens, to be followed by {n}; put prompts in by prefill"
-                )
+                raise ValueError(f"no sequence has tokens that {n} could follow; prefill prompts first")
             n = [n if L else 0 for L in lengths]
         if len(n) != len(lengths) or not all(is_int(x, 0) for x in n):
             raise ValueError(f"{n=} must be an int, or an int for each of {len(lengths)} sequences")

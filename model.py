@@ -8,6 +8,7 @@ tied embeddings. Only attention mixes tokens, so each rank runs the model on its
 
     model = Transformer(Config())
     tokens = model.generate(prompt, 100)      # (B, S) -> (B, S + 100), through a cache of keys and values
+    tokens = model.generate(padded, 100, mask=mask, stop=10)  # prompts of any lengths; each ends at token 10
 
 Shapes: B batch, T tokens on this rank, H query heads, HKV key/value heads, D dim_per_head.
 Sources: RoPE (arXiv 2104.09864), RMSNorm (1910.07467), GQA (2305.13245), tied embeddings (1608.05859).
@@ -364,7 +365,7 @@ class Transformer(nn.Module):
         rows = list(range(len(held)) if rows is None else rows)
         if len(lengths) != B or not all(1 <= n <= S for n in lengths):
             raise ValueError(f"{lengths=} must be {B} ints from 1 to {S}, as the tokens are {B, S}")
-        if sorted(set(rows)) != sorted(rows) or len(rows) != B or not set(rows) <= set(range(len(held))):
+        if not len(rows) == B == len(set(rows) & set(range(len(held)))):
             raise ValueError(f"{rows=} must be {B} of the {len(held)} sequences of the cache, one a prompt")
         if any(held[b] for b in rows):
             have = f"sequences {rows} of the cache hold {[held[b] for b in rows]} tokens"

@@ -2714,9 +2714,7 @@ def check_refill(model, span, prompts, alone, new_cache):
     """Steps by hand: no page is left, a sequence ends, another takes its place."""
 
     def pages_fit():
-        assert sorted(sum(cache.pages, cache.free)) == list(range(n_pages)), (
-            "a page got lost, or is in two places"
-        )
+        assert sorted(sum(cache.pages, cache.free)) == list(range(n_pages)), "a page is lost, or there twice"
         for b, (L, pages) in enumerate(zip(cache.host_lengths, cache.pages)):
             assert len(pages) == -(-L // span) and cache.page_table[b, : len(pages)].tolist() == pages
         assert cache.lengths.tolist() == cache.host_lengths
