@@ -393,7 +393,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens, cache):
-        """`step`, but for what the host does: a CUDA graph or torch.compile may have it."""
+        """`step` after cache.reserve(M): what torch.compile(fullgraph=True) and CUDA graphs take."""
         cache.extend(tokens.shape[1])
         return F.linear(self.hidden(tokens, cache), self.embedding.weight)
 
