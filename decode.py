@@ -108,7 +108,7 @@ def reference_merge(o, lse, sink=None):
 Sizes = namedtuple(
     "Sizes",
     "SETS_PER_KV B H HEAD_SETS G M N CAPACITY RANK N_RANKS WINDOW N_SINK GROUPS_B GROUPS_H ROW_TILES "
-    "N_BLOCKS N_SM N_SPLITS N_PAGES PAGE_SIZE MAX_PAGES BLOCK_SIZE",
+    "N_BLOCKS N_PROGRAMS N_SPLITS N_PAGES PAGE_SIZE MAX_PAGES BLOCK_SIZE",
 )
 # the tables of a BlockMask: the blocks that its mask applies to, and those that all queries see
 BlockTables = namedtuple("BlockTables", "kv_num_blocks kv_indices full_kv_num_blocks full_kv_indices")
@@ -141,8 +141,8 @@ def load_count(NUM, exists, sizes):
 def count_splits(SEQLENS, blocks, sizes, n_groups, row_tiles,
                  TILES_PER_BLOCK: tl.constexpr, MAX_GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """For each of the n_groups tile groups, [MAX_GROUPS]: how many key tiles it has, and into how many splits
-    each of its row tiles is cut. That is N_SPLITS if given; else programs are shared out by key tiles, N_SM
-    in all. Never more splits than key tiles, but at least one, as a group without keys has zeros to write."""
+    each of its row tiles is cut. That is N_SPLITS if given; else N_PROGRAMS are shared out by key tiles.
+    Never more splits than key tiles, but at least one, as a group without keys has zeros to write."""
     group = tl.arange(0, MAX_GROUPS)
     exists = group < n_groups
     if TILES_PER_BLOCK > 0:
@@ -155,7 +155,7 @@ def count_splits(SEQLENS, blocks, sizes, n_groups, row_tiles,
             L = tl.minimum(tl.load(SEQLENS + group, mask=exists, other=0), sizes.CAPACITY)
         _, _, tiles = tile_ranges(L, sizes, BLOCK_N)
     tiles = tl.where(exists, tiles, 0)
-    share = tiles.to(tl.int64) * sizes.N_SM // tl.maximum(tl.sum(tiles.to(tl.int64), 0) * row_tiles, 1)
+    share = tiles.to(tl.int64) * sizes.N_PROGRAMS // tl.maximum(tl.sum(tiles.to(tl.int64), 0) * row_tiles, 1)
     share = share.to(tl.int32)
     # no branch on N_SPLITS: behind one Triton 3.8 forgets that addresses are aligned
     splits = tl.minimum(tl.where(sizes.N_SPLITS > 0, sizes.N_SPLITS, share), tiles)
@@ -235,9 +235,8 @@ def from_float8(x, dtype):
         even, odd = x.to(tl.uint8), (x >> 8).to(tl.uint8)
         even, odd = (even.to(tl.float8e4nv, bitcast=True), odd.to(tl.float8e4nv, bitcast=True))
     else:
-        asm: tl.constexpr = """{ .reg .b16 a, b; .reg .b32 x, y; mov.b32 {a, b}, $2;
-            cvt.rn.f16x2.e4m3x2 x, a; cvt.rn.f16x2.e4m3x2 y, b;
-            prmt.b32 $0, x, y, 0x5410; prmt.b32 $1, x, y, 0x7632; }"""
+        asm: tl.constexpr = """{ .reg .b16 a, b; .reg .b32 x; prmt.b32 x, $2, 0, 0x3120; mov.b32 {a, b}, x;
+            cvt.rn.f16x2.e4m3x2 $0, a; cvt.rn.f16x2.e4m3x2 $1, b; }"""
         even, odd = tl.inline_asm_elementwise(asm, "=r,=r,r", [x], dtype=TWO_HALVES, is_pure=True, pack=2)
     return even.to(dtype), odd.to(dtype)
 
@@ -297,7 +296,6 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, K_SCALE, V_SCALE, bloc
     q = tl.load(q, mask=keep[:, None] & in_d, other=0.0)  # [BLOCK_M, BLOCK_D]
     q_pos = L - sizes.M + m
     q_idx = tl.maximum(tl.minimum(q_pos, L - 1), 0)[:, None]  # mods may load at an index: it must exist
-    q_end = q_pos + 1 if CAUSAL else L
     seq = 0 if PAGES is not None else b.to(tl.int64)
     hk = (h // sizes.SETS_PER_KV).to(tl.int64)
     if K_SCALE is not None:  # K and V are pairs of float8: even and odd columns have products of their own
@@ -369,9 +367,12 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, K_SCALE, V_SCALE, bloc
             if MOD is not None:
                 s = modify(s, b, head[:, None], q_idx, kv_idx, MODS, MOD)[len(MOD)]
             s *= log2_scale(sm_scale, MODS, MOD)
-            seen = exists[None, :] & (kv_pos[None, :] < (q_end[:, None] if CAUSAL else q_end))
-            in_window = kv_pos[None, :] > q_pos[:, None] - sizes.WINDOW
-            seen = seen & (in_window | (kv_pos < sizes.N_SINK)[None, :])
+            seen = exists[None, :]
+            if CAUSAL:
+                seen = seen & (kv_pos[None, :] <= q_pos[:, None])
+            if WINDOWED:
+                in_window = kv_pos[None, :] > q_pos[:, None] - sizes.WINDOW
+                seen = seen & (in_window | (kv_pos < sizes.N_SINK)[None, :])
             if MASK_MOD is not None:
                 allowed = MASK_MOD(b, head[:, None], q_idx, kv_idx, *AUX)
                 if TILES_PER_BLOCK > 0:
@@ -409,19 +410,70 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, K_SCALE, V_SCALE, bloc
                    2 * BLOCK_D, 2 * BLOCK_D, BLOCK_D, BLOCK_D)  # fmt: skip
 
 
+# A mailbox (SymmetricMemory.mailbox, int64): how many calls have used it, how many programs of this call are
+# done, where the watchdog reads what a GPU waits for, and as what; the rank; how many words a letter box has;
+# where the two letter boxes of each rank are. Each rank writes its part to a letter box of every rank. A word
+# is a float32 and the number of the call: it tells itself that it has arrived, as in NCCL's LL protocol. Calls
+# use the two letter boxes in turn: who has all words of a call knows that the others have read the last one's
+CALLS, DONE, WAITS, REASON, MAIL_RANK, N_WORDS, BOXES = map(tl.constexpr, range(7))
+
+
 @triton.jit
-def merge_row(PARTS, first, step, n, row, head, O, LSE, SINK, lse_offset, stride_part, stride_o, stride_l,
-              HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """Merge the n rows first + i * step of PARTS, of o and at lse_offset lse, into row `row` of O and LSE."""
+def letter_box(MAILBOX, rank, call):
+    """Where the words of a call to this rank are."""
+    return tl.load(MAILBOX + BOXES + rank).to(tl.pointer_type(tl.int64)) + call % 2 * tl.load(
+        MAILBOX + N_WORDS
+    )
+
+
+@triton.jit
+def as_words(x, call):
+    return (call << 32) | (x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit
+def load_part(PART, mask, other, call):
+    """float32 numbers; with a call, the number of words, which may be still on their way."""
+    if call is None:
+        return tl.load(PART, mask=mask, other=other)
+    else:
+        words = tl.load(PART, mask=mask, other=call << 32, volatile=True)
+        while tl.max((words >> 32 != call).to(tl.int32).reshape(words.numel), 0) > 0:
+            words = tl.load(PART, mask=mask, other=call << 32, volatile=True)
+        return tl.where(mask, words.to(tl.int32).to(tl.float32, bitcast=True), other)
+
+
+@triton.jit
+def send_mail(PART, MAILBOX, call, n_ranks, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write rows of PART (rows, D + 1), every num_programs-th, to all ranks' letter boxes."""
+    rank, offs_d = tl.load(MAILBOX + MAIL_RANK).to(tl.int32), tl.arange(0, BLOCK_D)
+    if tl.program_id(0) == 0:
+        tl.store(
+            tl.load(MAILBOX + WAITS).to(tl.pointer_type(tl.int32)), tl.load(MAILBOX + REASON).to(tl.int32)
+        )
+    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
+        part = PART + row * (HEAD_DIM + 1)
+        o, lse = tl.load(part + offs_d, mask=offs_d < HEAD_DIM), tl.load(part + HEAD_DIM)
+        for i in tl.range(1, n_ranks + 1):
+            to = letter_box(MAILBOX, (rank + i) % n_ranks, call) + (rank * rows + row) * (HEAD_DIM + 1)
+            tl.store(to + offs_d, as_words(o, call), mask=offs_d < HEAD_DIM)
+            tl.store(to + HEAD_DIM, as_words(lse, call))
+
+
+@triton.jit
+def merge_row(PARTS, epoch, first, step, n, row, head, O, LSE, SINK, lse_offset, stride_part, stride_o,
+              stride_l, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """Merge the n rows first + i * step of PARTS, of o and at lse_offset lse, into row `row` of O and LSE.
+    epoch: of a mailbox, if PARTS is one, else None."""
     m_i, l_i = tl.full([1], -float("inf"), tl.float32), tl.zeros([1], tl.float32)
     acc = tl.zeros([1, BLOCK_D], tl.float32)
     offs_d = tl.arange(0, BLOCK_D)
     for start in tl.range(0, n, CHUNK):
         i = start + tl.arange(0, CHUNK)
         part = PARTS + (first + i * step).to(tl.int64) * stride_part
-        lse = tl.load(part + lse_offset, mask=i < n, other=-float("inf")) * LOG2E  # [CHUNK]
+        lse = load_part(part + lse_offset, i < n, -float("inf"), epoch) * LOG2E  # [CHUNK]
         mask = (i < n)[:, None] & (offs_d < HEAD_DIM)[None, :]
-        o = tl.load(part[:, None] + offs_d[None, :], mask=mask, other=0.0)  # [CHUNK, BLOCK_D]
+        o = load_part(part[:, None] + offs_d[None, :], mask, 0.0, epoch)  # [CHUNK, BLOCK_D]
         m_new = tl.maximum(m_i, tl.max(lse, 0))
         shift = tl.where(m_new == -float("inf"), 0.0, m_new)
         w = tl.math.exp2(lse - shift)
@@ -460,17 +512,30 @@ def merge_splits_kernel(PARTS, O, LSE, SEQLENS, blocks, SINK, sizes, stride_o, s
         head = h * sizes.G + row % sizes.G
         first, step = first * BLOCK_M + r, row_tiles * BLOCK_M
         row = (b * sizes.M + row // sizes.G) * sizes.H + head
-        merge_row(PARTS, first, step, splits, row, head, O, LSE, SINK, BLOCK_D, 2 * BLOCK_D,
+        merge_row(PARTS, None, first, step, splits, row, head, O, LSE, SINK, BLOCK_D, 2 * BLOCK_D,
                   stride_o, stride_l, HEAD_DIM, BLOCK_D, CHUNK)  # fmt: skip
 
 
 @triton.jit
-def merge_ranks_kernel(PARTS, O, LSE, SINK, n_ranks, rows, H,
+def merge_ranks_kernel(PARTS, O, LSE, SINK, MAILBOX, n_ranks, rows, H, PDL: tl.constexpr,
                        HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """One row of the result from what each rank found: PARTS (n_ranks, rows, D + 1), lse behind o."""
-    row = tl.program_id(0)
-    merge_row(PARTS, row, rows, n_ranks, row, row % H, O, LSE, SINK,
-              HEAD_DIM, HEAD_DIM + 1, HEAD_DIM, 1, HEAD_DIM, BLOCK_D, CHUNK)  # fmt: skip
+    """Rows of the result from what each rank found: PARTS (n_ranks, rows, D + 1), lse behind o. With a
+    MAILBOX PARTS has this rank's only: all ranks run this kernel, which first sends them."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    call = None
+    if MAILBOX is not None:
+        call = tl.load(MAILBOX + CALLS) + 1
+        send_mail(PARTS, MAILBOX, call, n_ranks, rows, HEAD_DIM, BLOCK_D)
+        PARTS = letter_box(MAILBOX, tl.load(MAILBOX + MAIL_RANK), call)
+    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
+        merge_row(PARTS, call, row, rows, n_ranks, row, row % H, O, LSE, SINK,
+                  HEAD_DIM, HEAD_DIM + 1, HEAD_DIM, 1, HEAD_DIM, BLOCK_D, CHUNK)  # fmt: skip
+    if MAILBOX is not None:
+        if tl.atomic_add(MAILBOX + DONE, 1) == tl.num_programs(0) - 1:  # all programs have read CALLS
+            tl.store(MAILBOX + DONE, 0)
+            tl.store(MAILBOX + CALLS, call)
+            tl.store(tl.load(MAILBOX + WAITS).to(tl.pointer_type(tl.int32)), 0)
 
 
 # -----------------------------------------------------------------------------
@@ -550,43 +615,49 @@ def make_config(call):
     HEAD_SETS, G = (H, 1) if GROUPS_H > 1 else (HKV, H // HKV)
     float8, narrow, of_cache = call.k.dtype == FLOAT8, dtype.itemsize == 2, call.k.dtype.itemsize
     BLOCK_D = max(32 if float8 else 16, triton.next_power_of_2(D))
-    BLOCK_M = 16 if G * M <= 16 else 64 if narrow and D <= 128 else 32  # wgmma takes 64
+    # wgmma takes 64, but keys from shared memory only, where float8 is not converted yet
+    BLOCK_M = 16 if G * M <= 16 else 64 if narrow and D <= 128 and not float8 else 32
     ROW_TILES = triton.cdiv(G * M, BLOCK_M)
     row_tiles, merge_grid = B * HEAD_SETS * ROW_TILES, B * HEAD_SETS * ROW_TILES * min(G * M, BLOCK_M)
-    n_sm, shared_memory, pdl = 8, math.inf, False
+    n_sm, shared_memory, pdl = 4, math.inf, False
     if not ring_attn.INTERPRET:
         properties = torch.cuda.get_device_properties(device)
         n_sm = properties.multi_processor_count
         shared_memory = properties.shared_memory_per_block_optin - 16384
         pdl = ring_attn.capability(device)[0] >= 9  # programmatic dependent launch: gdc_wait
-    # memory likes few streams of large tiles; small tiles start sooner, where splits are short
-    large = 4 * row_tiles > n_sm and BLOCK_M == 16
+    # memory likes few streams of large tiles, one a processor; small tiles, two programs a processor, start
+    # sooner, where splits are short, and leave no processor idle, where few row tiles do not divide them well
+    idle = n_sm % row_tiles if row_tiles <= n_sm else 0  # processors
+    streams = 4 * row_tiles > n_sm and 5 * idle < n_sm and not (paged or float8)
+    large = BLOCK_M == 16 and (streams or row_tiles > n_sm)
+    n_programs = n_sm if large else 2 * n_sm
     BLOCK_N = min(128, max(16, (16384 if large else 8192) // BLOCK_D)) if narrow else max(16, 4096 // BLOCK_D)
-    N, num_warps = call.capacity() // call.n_ranks, 4
-    if float8 and narrow and BLOCK_M == 16:  # of half the bytes
+    N, num_warps, num_stages = call.capacity() // call.n_ranks, 4, 3
+    if float8 and narrow:  # of half the bytes
         long = large and N >= 8192
         BLOCK_N, num_warps = (32768 if long else 16384) // max(128, BLOCK_D), 8 if long else 4
     while blocked and BLOCK_N > 16 and BLOCK_SIZE % BLOCK_N:
         BLOCK_N //= 2
-    num_stages = 5 if paged and not large else 3  # loading page numbers takes stages too
     while num_stages > 1 and 2 * (num_stages - 1) * BLOCK_N * BLOCK_D * of_cache > shared_memory:
         num_stages -= 1
     if call.n_splits:
         grid = row_tiles * call.n_splits
     elif GROUPS_B == 1 and not blocked and not windowed:
-        grid = row_tiles * max(1, min(triton.cdiv(N, BLOCK_N), n_sm // row_tiles))  # as count_splits finds
+        grid = row_tiles * max(
+            1, min(triton.cdiv(N, BLOCK_N), n_programs // row_tiles)
+        )  # as count_splits finds
     else:
-        grid = row_tiles + n_sm
+        grid = row_tiles + n_programs
     pages = (*call.k.shape[:2], call.page_table.shape[1]) if paged else (0, 1, 0)
     sizes = Sizes(
         H // HKV // G, B, H, HEAD_SETS, G, M, N, call.capacity(), call.rank, call.n_ranks,
-        call.window or NO_WINDOW, call.n_sink(), GROUPS_B, GROUPS_H, ROW_TILES, N_BLOCKS, n_sm,
+        call.window or NO_WINDOW, call.n_sink(), GROUPS_B, GROUPS_H, ROW_TILES, N_BLOCKS, n_programs,
         call.n_splits or 0, *pages, BLOCK_SIZE,
     )  # fmt: skip
     # in the order of the kernels' parameters: `launch` passes them by position
     mods = ring_attn.Functions(mod.kernel for mod in call.mods())
     constants = dict(MOD=mods or None, MASK_MOD=call.mask_mod)
-    constants |= dict(CAUSAL=bool(call.causal or windowed), WINDOWED=windowed)
+    constants |= dict(CAUSAL=bool(call.causal or windowed) and M > 1, WINDOWED=windowed)  # one query sees all
     shared = dict(TILES_PER_BLOCK=triton.cdiv(BLOCK_SIZE, BLOCK_N) if blocked else 0)
     shared |= dict(MAX_GROUPS=triton.next_power_of_2(GROUPS_B * GROUPS_H), PDL=pdl)
     shared |= dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
@@ -905,8 +976,19 @@ def config_of(call, ring=ring_attn.ALONE, problem=None):
         is_tensor = isinstance(x, torch.Tensor)
         given[name] = ring_attn.summary(x) if is_tensor else getattr(x, "__name__", repr(x))
     problem = problem or problem_of(call)
-    prepare = lambda: make_config(call) if call.backend == "triton" else None
+
+    def prepare():
+        if ring.n_ranks > 1:
+            ring.prepare(call.q, None, 0, 0, mail_bytes(call))
+        return make_config(call) if call.backend == "triton" else None
+
     return ring_attn.agree_once(ring, kind, given, problem, lambda: check_decode(call), prepare)
+
+
+def mail_bytes(call):
+    """Of the words that all ranks write to one rank in a call."""
+    B, M, H, D = call.q.shape
+    return 8 * call.n_ranks * B * M * H * (D + 1)
 
 
 def packed_part(call, config):
@@ -922,24 +1004,30 @@ def merge_parts(parts, sink=None, dtype=torch.float32):
     """o (B, M, H, D) in dtype and lse (B, H, M) from what decode_part found on each of R ranks, stacked:
     parts (R, B, M, H, D + 1). sink: None, or a logit for each query head, (H,)."""
     check_gradients(parts=parts, sink=sink)
-    o, lse = merged(parts, sink, dtype)
+    o, lse = merged(parts, len(parts), sink, dtype)
     return o, lse.transpose(1, 2)
 
 
-def merged(parts, sink, dtype):
-    """merge_parts, but lse (B, M, H)."""
-    R, B, M, H, D = *parts.shape[:4], parts.shape[4] - 1
+def merged(parts, n_ranks, sink, dtype, mailbox=None):
+    """merge_parts, but lse (B, M, H). mailbox: if parts (1, B, M, H, D + 1) has this rank's only."""
+    (*_, B, M, H, D), device = parts.shape, parts.device
+    D -= 1
     if not (parts.is_cuda or ring_attn.INTERPRET) or parts.dtype != torch.float32:
         o, lse = reference_merge(parts[..., :D], parts[..., D].transpose(2, 3), sink)
         return o.to(dtype), lse.transpose(1, 2).contiguous()
-    o = torch.empty(B, M, H, D, dtype=dtype, device=parts.device)
-    lse = torch.empty(B, M, H, dtype=torch.float32, device=parts.device)
-    constants = dict(HEAD_DIM=D, BLOCK_D=max(16, triton.next_power_of_2(D)))
-    constants |= dict(CHUNK=min(64, triton.next_power_of_2(R)))
-    depends = parts.shape, dtype, *(x is None or (x.dtype, x.data_ptr() % 16) for x in (parts, sink))
-    args = parts, o, lse, sink, R, B * M * H, H
+    o = torch.empty(B, M, H, D, dtype=dtype, device=device)
+    lse = torch.empty(B, M, H, dtype=torch.float32, device=device)
+    pdl = parts.is_cuda and ring_attn.capability(device)[0] >= 9
+    constants = dict(PDL=pdl, HEAD_DIM=D, BLOCK_D=max(16, triton.next_power_of_2(D)))
+    constants |= dict(CHUNK=min(64, triton.next_power_of_2(n_ranks)))
+    depends = parts.shape, n_ranks, dtype, *(x is None or (x.dtype, x.data_ptr() % 16) for x in (parts, sink))
+    args = parts, o, lse, sink, mailbox, n_ranks, B * M * H, H
+    # real and virtual ranks agree to the last bit only if the compiler does not choose what to fuse
+    options = dict(num_warps=4, enable_fp_fusion=False, **dict(launch_pdl=True) if pdl else {})
+    # programs that wait for other ranks must all run at once
+    grid = B * M * H if mailbox is None else min(B * M * H, 128)
     with ring_attn.device_guard(parts):
-        launch(merge_ranks_kernel, parts.device, depends, B * M * H, args, constants, num_warps=4)
+        launch(merge_ranks_kernel, device, (*depends, mailbox is None), grid, args, constants, **options)
     return o, lse
 
 
@@ -1002,8 +1090,9 @@ def decode_part(q, k, v, rank, n_ranks, **options):
 
 def sharded_decode_attn(q, k, v, *, group=None, return_lse=False, debug=False, **options):
     """decode_attn over a cache that is striped over the R ranks of `group`: token p of a sequence is on rank
-    p % R, at index p // R, as a ring prefill under the striped schedule leaves it. One all-gather of
-    M * H * (D + 1) float32 numbers per sequence and rank.
+    p % R, at index p // R, as a ring prefill under the striped schedule leaves it. The ranks give each other
+    M * H * (D + 1) float32 numbers per sequence: through symmetric memory, where ring_attn has it, in the
+    kernel that merges them; else by one all-gather.
 
     Arguments as for decode_attn. q and cache_seqlens are the same on every rank and describe whole sequences;
     k and v (B, N, HKV, D) are the rank's stripe, so that a sequence may have up to R * N tokens; pages are
@@ -1061,9 +1150,11 @@ def run(call, ring, return_lse, debug, problem=None):
         write_part(call, config, sink, o, lse)
         return o, lse
     part = packed_part(call, config)
+    if config is not None and ring.memory is not None and ring.memory.sizes[2] >= mail_bytes(call):
+        return merged(part[None], ring.n_ranks, sink, q.dtype, ring.memory.use_mailbox())
     parts = part.new_empty(ring.n_ranks * len(part), *part.shape[1:])  # gloo joins them along a dimension
     all_gather(parts, part, group=ring.group)
-    return merged(parts.unflatten(0, (ring.n_ranks, -1)), sink, q.dtype)
+    return merged(parts.unflatten(0, (ring.n_ranks, -1)), ring.n_ranks, sink, q.dtype)
 
 
 def operands(call):

@@ -1082,7 +1082,7 @@ class VirtualRing:
         if problem:
             raise ValueError(problem)
 
-    def prepare(self, k, backward, transport):
+    def prepare(self, *args):
         pass
 
     def run(self, hops, tensors, extras, schedule, *args):
@@ -1238,13 +1238,14 @@ class Ring:
         if transport == "symmetric" and self.transport == "p2p":
             raise ValueError(f'transport="symmetric" cannot be had: {self.why}; use "p2p", or None to choose')
 
-    def prepare(self, k, backward, transport):
-        """On all ranks together, once per shape: choose the transport, and have memory for it."""
-        with torch.cuda.device_of(k):  # events and memory are made there, whatever device is the current one
-            self.settle(k.device, transport)
-            if self.transport == "symmetric" and k.is_cuda and transport != "p2p":
-                reserve(self, k, backward)
-                self.settle(k.device, transport)
+    def prepare(self, x, transport, *sizes):
+        """On all ranks together, once per shape: choose the transport for tensors like x, and have memory of
+        these sizes for it, see SymmetricMemory."""
+        with torch.cuda.device_of(x):  # events and memory are made there, whatever device is the current one
+            self.settle(x.device, transport)
+            if self.transport == "symmetric" and x.is_cuda and transport != "p2p":
+                reserve(self, x.device, sizes)
+                self.settle(x.device, transport)
 
 
 virtual_ring = functools.cache(VirtualRing)
@@ -3303,23 +3304,44 @@ TRANSPORTS = {"p2p": P2P, "symmetric": Symmetric}
 
 
 class SymmetricMemory:
-    """Memory that the whole ring can access: flags, staging for keys and gradients. All ranks make it."""
+    """Memory that the whole ring can access: flags, staging for keys and gradients, and mail, which is what
+    the ranks write to each other when they decode. All ranks make it.
 
-    def __init__(self, ring, device, kv_bytes, grad_bytes):
-        """kv_bytes: of k and v of a shard; grad_bytes: of dk and dv."""
+    mailbox: int64, on the device: see decode.send_mail.
+    """
+
+    def __init__(self, ring, device, kv_bytes, grad_bytes, mail_bytes):
+        """kv_bytes: of k and v of a shard; grad_bytes: of dk and dv; mail_bytes: of what all ranks write."""
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        self.kv_bytes, self.grad_bytes, self.in_graph, self.known = kv_bytes, grad_bytes, False, {}
-        sizes = [kv_bytes] * min(2, ring.n_ranks - 1) + [grad_bytes] * 2
+        self.sizes, self.in_graph, self.known = (kv_bytes, grad_bytes, mail_bytes), False, {}
+        sizes = [kv_bytes] * min(2, ring.n_ranks - 1) + [grad_bytes] * 2 + [2 * mail_bytes]
         *starts, end = itertools.accumulate((4096, *(-(-n // 1024) * 1024 for n in sizes)))
-        self.kv_staging, self.grad_staging = starts[:-2], starts[-2:]  # offsets
+        self.kv_staging, self.grad_staging, mail = starts[:-3], starts[-3:-1], starts[-1]  # offsets
         self.local = symmetric_memory.empty(end, dtype=torch.uint8, device=device)
         self.handle = symmetric_memory.rendezvous(self.local, ring.group)
         self.base = list(self.handle.buffer_ptrs)  # by rank: where its memory is, for this process
-        self.local[:4096].zero_()
+        for clear in self.local[:4096], self.local[mail:]:
+            clear.zero_()
+        others = " or ".join(str(rank) for rank in range(ring.n_ranks) if rank != ring.rank)
+        _, *reason = ring.waiter.write(("its part of what is decoded", ring.n_ranks - 1, others))
+        boxes = [base + mail for base in self.base]
+        self.mailbox = torch.tensor([0, 0, *reason, ring.rank, mail_bytes // 8, *boxes], device=device)
+        self.mail_stream = None  # the stream of the last call
         torch.cuda.synchronize(device)
         dist.barrier(ring.group, device_ids=[device.index])  # nobody signals before all flags are clear
         self.copy_stream = CopyStream(device, self.base, ring)
+
+    def use_mailbox(self):
+        """The mailbox, for a kernel on the current stream, which waits for kernels that used it before."""
+        stream = torch._C._cuda_getCurrentRawStream(self.local.device.index)
+        if self.copy_stream.capturing():
+            self.in_graph = True
+        elif stream != self.mail_stream:
+            if self.mail_stream is not None:
+                self.copy_stream.order(self.mail_stream, stream)
+            self.mail_stream = stream
+        return self.mailbox
 
     def views(self, starts, x, dtype):
         """Two tensors of the shape of x at each of these offsets."""
@@ -3331,21 +3353,20 @@ class SymmetricMemory:
         return self.known[key]
 
 
-def reserve(ring, k, backward):
-    """On all ranks together: symmetric memory for shards like k, and for their gradients if `backward`. Where
-    there is none, the ring goes on with p2p and warns."""
-    grad_bytes = 2 * k.numel() * torch.promote_types(k.dtype, torch.float32).itemsize if backward else 0
-    had = (ring.memory.kv_bytes, ring.memory.grad_bytes) if ring.memory else (-1, -1)
-    sizes = max(2 * k.nbytes, had[0]), max(grad_bytes, had[1])
+def reserve(ring, device, sizes):
+    """On all ranks together: symmetric memory of at least these `sizes`, see SymmetricMemory. Where there is
+    none, the ring goes on with p2p and warns."""
+    had = ring.memory.sizes if ring.memory else (-1, -1, -1)
+    sizes = tuple(map(max, sizes, had))
     if sizes == had:
         return
-    torch.cuda.synchronize(k.device)  # what is there may be in use
+    torch.cuda.synchronize(device)  # what is there may be in use
     if ring.memory and ring.memory.in_graph:
         ring.retired.append(ring.memory)  # CUDA graphs may be replayed with it
     ring.memory, error = None, None
     torch.cuda.empty_cache()  # it does not come out of torch's cache
     try:
-        ring.memory = SymmetricMemory(ring, k.device, *sizes)
+        ring.memory = SymmetricMemory(ring, device, *sizes)
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
     errors = by_rank(ring.gather(error))
@@ -3376,13 +3397,14 @@ class CopyStream:
         """What comes next here waits for all kernels launched so far."""
         stream = torch._C._cuda_getCurrentRawStream(self.device)
         if stream != self.compute and self.compute is not None and not self.capturing():
-            self.wait_stream(self.compute)  # kernels of the last call may still read staging
+            self.order(self.compute, self.handle)  # kernels of the last call may still read staging
         self.compute = stream
-        self.wait_stream(stream)
+        self.order(stream, self.handle)
 
-    def wait_stream(self, stream):
-        cuda("cuEventRecord", self.compute_event, stream)
-        cuda("cuStreamWaitEvent", self.handle, self.compute_event, 0)
+    def order(self, first, then):
+        """What comes next on stream `then` waits for what is on stream `first`."""
+        cuda("cuEventRecord", self.compute_event, first)
+        cuda("cuStreamWaitEvent", then, self.compute_event, 0)
 
     def record_event(self):
         """An event on this stream, for `compute_wait`."""
@@ -4217,11 +4239,13 @@ def check_once(q, k, v, extras, ring, schedule, causal, window, seq_len, sm_scal
     signature["debug"] = repr(debug)
     if documents is not None:
         signature["cu_seqlens"] += (f"with the checksum {documents}",)
-    agree_once(
-        ring, key, signature, problem,
-        lambda: check_inputs(q, k, v, extras, ring=ring, **options),
-        lambda: ring.prepare(k, backward, transport),
-    )  # fmt: skip
+
+    def prepare():
+        wide = torch.promote_types(k.dtype, torch.float32).itemsize
+        ring.prepare(k, transport, 2 * k.nbytes, 2 * k.numel() * wide * backward, 0)
+
+    check = lambda: check_inputs(q, k, v, extras, ring=ring, **options)
+    agree_once(ring, key, signature, problem, check, prepare)
 
 
 if __name__ == "__main__":
