@@ -801,11 +801,9 @@ def problem_of(call):
     if call.mask_mod is None and own != "noop_mask":
         need = "pass mask_mod=, the same by position in the sequence"
         return f"block_mask was made from {own}, in torch and by index of the query; {need}"
-    if not isinstance(call.causal, int):  # bool is one
-        return f"causal={call.causal!r} must be True or False"
-    for name in ("sm_scale", "window", "n_splits", "sink", "softcap"):  # the operator would convert these
-        if isinstance(getattr(call, name), (bool, str)):
-            return f"{name}={getattr(call, name)!r} must be a number"
+    values = {x: getattr(call, x) for x in ("sm_scale", "window", "n_splits", "sink", "softcap")}
+    if problem := ring_attn.type_problem(dict(causal=call.causal), values):
+        return problem
     tensors = {name: getattr(call, name) for name in ("q", "k", "v", "sink", "alibi_slopes")}
     tensors |= {f"aux[{i}]": x for i, x in enumerate(call.aux)} if isinstance(call.aux, tuple) else {}
     try:
@@ -820,7 +818,7 @@ def check_decode(call):
     scales = dict(k_scale=call.k_scale, v_scale=call.v_scale)
     is_float8 = getattr(k, "dtype", None) == FLOAT8 or any(x is not None for x in scales.values())
     kv_dtype = FLOAT8 if is_float8 else None
-    ring_attn.check_common(q, k, v, call.sm_scale, call.causal, backend, ("torch", "triton"), kv_dtype)
+    ring_attn.check_common(q, k, v, call.sm_scale, backend, ("torch", "triton"), kv_dtype)
     if is_float8 and backend == "triton" and q.is_cuda and ring_attn.capability(q.device) < (8, 9):
         has = f"{torch.cuda.get_device_name(q.device)} has {ring_attn.capability(q.device)}"
         raise ValueError(f'float8 needs CUDA capability (8, 9); {has}: use bfloat16, or backend="torch"')

@@ -3791,6 +3791,8 @@ def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse=False, *, backe
         q, k, v = autocast(q, k, v)
     aux_problem = None if isinstance(aux, tuple) else f"aux is a {type(aux).__name__}; it must be a tuple"
     problem = problem or aux_problem or seed_problem(dropout_seed) or window_problem(window, causal)
+    flags, values = dict(causal=causal, deterministic=deterministic), dict(sm_scale=sm_scale, softcap=softcap)
+    problem = problem or type_problem(flags, values | dict(dropout_p=dropout_p))
     if problem is None and dropout_p and has_shape and not isinstance(dropout_seed, torch.Tensor):
         dropout_seed = make_seed(dropout_seed, ring, q.device)
     seed = dropout_seed if isinstance(dropout_seed, torch.Tensor) and dropout_p else None
@@ -3885,7 +3887,7 @@ def check_transport(transport):
         raise ValueError(f"{transport=} is unknown; choose one of {', '.join(TRANSPORTS)}, or leave it out")
 
 
-def check_common(q, k, v, sm_scale, causal, backend, backends, kv_dtype=None):
+def check_common(q, k, v, sm_scale, backend, backends, kv_dtype=None):
     """What ring_attn and decode_attn have in common; q (B, M, H, D), k, v (B, N, HKV, D). kv_dtype: of k and
     v, if it is not that of q."""
     for name, x in dict(q=q, k=k, v=v).items():
@@ -3911,8 +3913,6 @@ def check_common(q, k, v, sm_scale, causal, backend, backends, kv_dtype=None):
         raise ValueError(f"devices differ: q {q.device}, k {k.device}, v {v.device}; move them to one")
     if q.device.type not in ("cpu", "cuda"):
         raise ValueError(f"tensors are on {q.device}; cpu and cuda are supported")
-    if not isinstance(causal, int):  # bool is one
-        raise ValueError(f"{causal=} must be True or False")
     number = isinstance(sm_scale, numbers.Real) and not isinstance(sm_scale, bool)
     if not number or not 0 < sm_scale < math.inf:
         raise ValueError(f"{sm_scale=} must be a finite number above 0; to flip its sign negate q")
@@ -3947,6 +3947,16 @@ def window_problem(window, causal):
         return f"{window=} must be an int of 1 or more, or a pair (left, right), or None"
     elif window is not None and not causal:
         return f"{window=} needs causal=True; with causal=False pass a pair (left, right)"
+
+
+def type_problem(flags, values):
+    """What is wrong with options {name: value} and would be gone once they are converted: a text, or None."""
+    for name, x in flags.items():
+        if not isinstance(x, int):  # bool is one
+            return f"{name}={x!r} must be True or False"
+    for name, x in values.items():
+        if isinstance(x, (bool, str)):
+            return f"{name}={x!r} must be a number"
 
 
 def check_mask(causal, window, cu_seqlens, seq_len, B, S, SK):
@@ -4090,9 +4100,7 @@ def check_inputs(q, k, v, extras, schedule, ring, causal, window, seq_len, sm_sc
                  softcap, dropout_p, functions, deterministic, backward):  # fmt: skip
     """Everything that the hop loops cannot do."""
     sinks, cu_seqlens = extras.sinks, extras.cu_seqlens
-    check_common(q, k, v, sm_scale, causal, backend, BACKENDS)
-    if not isinstance(deterministic, int):  # bool is one
-        raise ValueError(f"{deterministic=} must be True or False")
+    check_common(q, k, v, sm_scale, backend, BACKENDS)
     (B, T, _, D), TK, n_ranks = q.shape, k.shape[1], ring.n_ranks
     if k.shape[0] != B:
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}; need equal B and D")

@@ -1074,6 +1074,10 @@ def check_compiled():
     raises(lambda: compiled(*(x[:, :7] for x in leaves)), "seq_len=7", "n_ranks=2")
     flash = torch.compile(ring_attn.flash_attn_func, fullgraph=True, backend="aot_eager")
     raises(lambda: flash(*leaves, bias=leaves[0]), "bias")
+    for bad in (dict(sm_scale=True), dict(softcap="50"), dict(dropout_p=True), dict(causal="no"),
+                dict(deterministic="no")):  # fmt: skip
+        for f in (flash, ring_attn.flash_attn_func):  # with words, before anything converts them
+            raises(lambda: f(*leaves, **bad), *(f"{name}={x!r} must be" for name, x in bad.items()))
     return worst(rows)
 
 
@@ -2671,7 +2675,7 @@ def check_ragged(ring, kind, dtype=None, **options):
         p.data = 4 * p.data + ("sinks" in name)
     model = Transformer(config, ring.rank, ring.n_ranks, kind, ring).to(DEVICE).eval()
     model.load_state_dict(reference.state_dict())
-    graph, n_new, page_size = GPU and ring.n_ranks == 1, 14, 4
+    graph, n_new, page_size = GPU and ring.n_ranks == 1, 14, max(1, 4 // ring.n_ranks)
     lengths, span = (5, 17, 1, 12), page_size * ring.n_ranks  # span: tokens of all ranks' pages of a number
     prompts = [
         torch.randint(61, (1, n), generator=torch.Generator().manual_seed(n)).to(DEVICE) for n in lengths
@@ -2702,11 +2706,16 @@ def check_ragged(ring, kind, dtype=None, **options):
         same_bits([generate(cache=cache, stop=stop)], [torch.cat((tokens, stopped), 1)], f"{why} {stop=}")
     assert 4 < columns and most < all_pages, "pages that were given back were not needed"
     refused = partial(raises, generate)
-    cache = new_cache(page_size=4, n_pages=all_pages - 1)
+    cache = new_cache(page_size=page_size, n_pages=all_pages - 1)
     refused(f"pages of {page_size} tokens", "n_pages", cache=cache)
     assert not any(cache.host_lengths), "it was refused after the first token only"
-    refused(f"pages of {page_size} tokens", "free", stop=stop, cache=new_cache(page_size=4, n_pages=most - 1))
-    cache = new_cache(page_size=4, n_pages=all_pages)
+    refused(
+        f"pages of {page_size} tokens",
+        "free",
+        stop=stop,
+        cache=new_cache(page_size=page_size, n_pages=most - 1),
+    )
+    cache = new_cache(page_size=page_size, n_pages=all_pages)
     cache.free = [0] * all_pages
     assert not torch.equal(generate(cache=cache), text), "nobody noticed that sequences share a page"
     hole, empty = mask.bool(), mask.bool()
