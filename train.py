@@ -27,6 +27,7 @@ import argparse
 import codecs
 import csv
 import datetime
+import html
 import json
 import math
 import os
@@ -310,7 +311,89 @@ def get_batch(text, start, pos, seq_len, device):
 
 
 # -----------------------------------------------------------------------------
-# run folder: checkpoints, log.txt, metrics.csv
+# pictures, here and in bench.py: mid-tones, which read on white and on dark pages and to colour-blind eyes
+
+INK, BLUE, ORANGE, GREEN, PURPLE, GOLD = "#7a7f87", "#2f7fc1", "#d1661a", "#179a76", "#b8629b", "#a8860b"
+
+
+def svg(path, width, height, parts, footer=""):
+    font = 'font-family="-apple-system, Segoe UI, Helvetica, Arial, sans-serif"'
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" {font}>'
+    path.write_text("\n".join([start, *parts, label(width - 10, height - 10, footer, "end", 11), "</svg>\n"]))
+
+
+def label(x, y, text, anchor="start", size=13, weight="normal", color=INK):
+    style = f'font-size="{size}" font-weight="{weight}" text-anchor="{anchor}" fill="{color}"'
+    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{html.escape(str(text))}</text>'
+
+
+def rect(x, y, width, height, color, opacity=1):
+    size = f'width="{max(width, 0.3):.2f}" height="{height:.2f}"'
+    return f'<rect x="{x:.2f}" y="{y:.2f}" {size} fill="{color}" fill-opacity="{opacity}"/>'
+
+
+def stroke(points, style='stroke-opacity="0.35"', color=INK):
+    """Straight from point to point."""
+    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    return f'<path d="M{path}" fill="none" stroke="{color}" {style}/>'
+
+
+def legend(x, y, entries):
+    """A row of (colour, text)."""
+    parts = []
+    for color, text in entries:
+        parts += [rect(x, y - 10, 12, 12, color), label(x + 18, y, text)]
+        x += 40 + 7 * len(text)
+    return parts
+
+
+def ticks(top, n=5):
+    """About n round numbers up to top."""
+    step = 10 ** math.floor(math.log10(top / n))
+    step *= next(m for m in (1, 2, 5, 10) if top / (m * step) <= n)
+    return [i * step for i in range(int(top / step) + 1)]
+
+
+def y_axis(x, y, width, height, top):
+    """Lines across, from 0 at y up to top, with their numbers."""
+    parts = []
+    for tick in ticks(top):
+        at = y - height * tick / top
+        parts += [stroke([(x, at), (x + width, at)]), label(x - 6, at + 4, f"{tick:,.10g}", "end", 11)]
+    return parts
+
+
+def curve_figure(table, path, footer):
+    """Losses and tokens/s by step, from metrics.csv."""
+    with open(table, newline="") as f:
+        rows = [row for row in csv.DictReader(f) if row["step"].isdigit()]
+    last, x, y, width, height = max([int(row["step"]) for row in rows], default=1), 80, 60, 600, 180
+    parts = legend(x, 24, [(BLUE, "training"), (ORANGE, "validation")])
+    panels = (
+        ("loss, nats per byte", dict(loss=BLUE, val_loss=ORANGE)),
+        ("tokens/s", dict(tokens_per_second=GREEN)),
+    )
+    for title, colors in panels:
+        curves = {
+            name: [(int(row["step"]), float(row[name])) for row in rows if row[name]] for name in colors
+        }
+        top = 1.05 * max(
+            [value for points in curves.values() for _, value in points if value < math.inf], default=1
+        )
+        y += height
+        parts += [label(x, y - height - 10, title, weight="bold"), *y_axis(x, y, width, height, top)]
+        for name, color in colors.items():
+            points = [(x + width * step / last, y - height * value / top) for step, value in curves[name]]
+            points = [point for point in points if math.isfinite(point[1])]
+            parts += [rect(a - 2, b - 2, 4, 4, color) for a, b in points]
+            parts += [stroke(points, 'stroke-width="2"', color)] if points else []
+        y += 50
+    parts += [label(x + width * tick / last, y - 32, f"{tick:g}", "middle", 11) for tick in ticks(last)]
+    svg(path, x + width + 30, y, parts, footer)
+
+
+# -----------------------------------------------------------------------------
+# run folder: checkpoints, log.txt, metrics.csv, curve.svg
 
 
 def checkpoint_file(folder, step):
@@ -492,6 +575,16 @@ class Log:
         with open(out / "metrics.tmp", "w", newline="") as f:
             csv.writer(f).writerows([self.COLUMNS, *rows])
         os.replace(out / "metrics.tmp", self.table)
+        self.footer = f"{out.name} | {n_ranks} x {device_name} | commit {commit[:9]}"
+
+    def draw(self):
+        """curve.svg: the whole run so far, however it ends. A resumed run draws it again."""
+        if self.rank > 0:
+            return
+        try:
+            curve_figure(self.table, self.table.with_name("curve.svg"), self.footer)
+        except (OSError, ValueError, TypeError) as error:  # no room for it, or the table was changed
+            print(f"{self.table}: no curve of it: {error}", file=sys.stderr, flush=True)
 
     def __call__(self, line, **numbers):
         if self.rank > 0:
@@ -741,6 +834,7 @@ def train(args, group=None):
         more = f"; stopped{by} at step {done}" if newest != checkpoint_file(out, args.steps) else ""
         more += f", --out={out} --resume goes on" if more and newest else ""
         log((f"checkpoint in {newest}" if newest else f"no checkpoint in {out}") + more)
+        log.draw()
 
     profiler = None
     if args.profile and rank == 0:
