@@ -1,31 +1,36 @@
 """Speed and error of the attention kernels, beside what a user would pick instead.
 
-    python bench.py                       # one GPU: kernels, memory, decoding
-    python bench.py --quick               # 4k and 16k tokens at head dims 64 and 128, fewer rows of decoding
+    python bench.py                       # one GPU: kernels, masks, memory, decoding
+    python bench.py --quick               # fewer rows
     python bench.py --filter "D128 16k"   # rows whose name contains this
+    python bench.py --part masks          # one table; --help lists them
+    python bench.py --errors              # every contender's error beside SDPA's own, and whether bits repeat
+    python bench.py --all                 # everything; under torchrun all of rings
     torchrun --nproc_per_node=2 bench.py  # rings, and decoding from a cache striped over the ranks
     torchrun --nproc_per_node=2 bench.py --filter "ring zigzag 8k"
     torchrun --nproc_per_node=2 bench.py --trace             # profiles of all ranks, a picture, in runs/trace
-    torchrun --nproc_per_node=2 bench.py --figures --trace   # all rows, then the README's pictures
-    python bench.py --figures out.txt     # the pictures, from what an earlier run printed
+    python bench.py --figures a.txt b.txt # pictures and assets/RESULTS.md, from what earlier runs printed
 
 It prints a card, tables, the reason for each dash, and all numbers as JSON in the last line. On a CPU its
 rows, at small shapes, check that everything works. They take less than a minute, and say nothing of speed.
 
-Peers are torch's SDPA (FlashAttention-2, cuDNN), compiled flex_attention, and FlashAttention-3 if
-flash_attn_interface is installed; of rings, torch's context_parallel, and ring-flash-attn if it is installed,
-on torch's kernels and on FlashAttention-3's forward. Each gets its tensors in the layout that it takes.
+Peers are torch's SDPA (FlashAttention-2, cuDNN), compiled flex_attention, FlashAttention-4 if flash_attn.cute
+is installed (det: deterministic=True), and FlashAttention-3 if flash_attn_interface is; of rings, torch's
+context_parallel, and ring-flash-attn if it is installed, on torch's kernels and on FlashAttention-3's
+forward. Each gets its tensors in the layout that it takes.
 """
 
 import argparse
 import contextlib
-import html
+import csv
 import importlib.util
 import itertools
 import json
 import math
 import os
+import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -46,25 +51,189 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
 
 import ring_attn
-from decode import capture, decode_attn, sharded_decode_attn
-from train import setup
+import train
+from decode import capture, decode_attn, quantized, sharded_decode_attn
+from train import (
+    BLUE,
+    GOLD,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    label,
+    legend,
+    rect,
+    setup,
+    stroke,
+    svg,
+    ticks,
+    y_axis,
+)
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE, TRUE_DTYPE = (torch.bfloat16, torch.float32) if GPU else (torch.float32, torch.float64)
 RANK, N_RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 K = 1024
+RING_D = 128 if GPU else 64  # of rings and errors
 RATE, FLOP_PER_MS = ("TFLOP/s", 1e9) if GPU else ("GFLOP/s", 1e6)
 ASSETS = Path(__file__).parent / "assets"
 
 # -----------------------------------------------------------------------------
-# contenders: (q, k, v, causal=...) -> o
+# masks: what a row asks for beside q, k and v. Contenders translate it into their arguments
 
 
-def sdpa(q, k, v, causal):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+class Mask(NamedTuple):
+    causal: bool = True
+    window: int | None = None  # query i sees keys j > i - window
+    documents: tuple = ()  # their lengths, of B1; a query sees its own
+    sinks: bool = False  # a logit for each head in the denominator
+    softcap: float | None = None
+    alibi: bool = False
+
+    def pairs(self, S):
+        """How many scores one head of one sequence computes."""
+        if not self.causal:
+            return S * S
+        lengths, window = self.documents or (S,), self.window or S
+        return sum(n * (n + 1) // 2 - max(n - window, 0) * (max(n - window, 0) + 1) // 2 for n in lengths)
+
+    def seen(self):
+        """f(b, h, i, j): does query i see key j?"""
+        causal, window, ids = self.causal, self.window, self.documents and document_ids(self.documents)
+
+        def seen(b, h, i, j):
+            found = i >= j if causal else j >= 0
+            found = found & (i - j < window) if window else found
+            return found & (ids[i] == ids[j]) if len(ids) else found
+
+        return seen
+
+    def scores(self, H):
+        """f(score, b, h, i, j), a new score; None if it stays as it is."""
+        softcap, slopes = self.softcap, alibi_slopes(H) if self.alibi else None
+
+        def scores(s, b, h, i, j):
+            s = softcap * torch.tanh(s / softcap) if softcap else s
+            return s if slopes is None else s - slopes[h] * (i - j)  # causal: i >= j
+
+        return scores if softcap or self.alibi else None
+
+    def ours(self, H):
+        """Arguments of ring_attn and flash_attn_func."""
+        found = dict(window=self.window, softcap=self.softcap, sinks=sink_logits(H) if self.sinks else None)
+        found |= dict(cu_seqlens=boundaries(self.documents, "cpu") if self.documents else None)
+        found |= dict(alibi_slopes=alibi_slopes(H) if self.alibi else None)
+        return dict(causal=self.causal) | {name: x for name, x in found.items() if x is not None}
+
+    def allow(self, *names):
+        """Raises NotImplementedError if this needs what is not among names."""
+        needs = [name for name, x, default in zip(self._fields[1:], self[1:], CAUSAL[1:]) if x != default]
+        if missing := [name for name in needs if name not in names]:
+            raise NotImplementedError(f"it has no {', '.join(missing)}")
+
+
+CAUSAL, FULL = Mask(), Mask(causal=False)
+
+
+def masks(S):
+    """{name: Mask} of S tokens."""
+    cuts = [0, *sorted(random.Random(5).sample(range(1, S), 15)), S]
+    several = {f"window {S // 8}": Mask(window=S // 8), f"window {S // 64}": Mask(window=S // 64)}
+    several[f"documents of {S // 8}"] = Mask(documents=(S // 8,) * 8)
+    several["16 documents"] = Mask(documents=tuple(b - a for a, b in itertools.pairwise(cuts)))
+    several |= {"sinks": Mask(sinks=True), "softcap 50": Mask(softcap=50.0), "ALiBi": Mask(alibi=True)}
+    return several
+
+
+@cache
+def boundaries(lengths, device):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+@cache
+def document_ids(lengths):
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(DEVICE)
+
+
+@cache
+def alibi_slopes(H):
+    return 2.0 ** (-8 * torch.arange(1, H + 1, device=DEVICE) / H)
+
+
+@cache
+def sink_logits(H):
+    """In float32, but of few bits, so that no contender rounds them."""
+    return torch.randn(H, generator=torch.Generator().manual_seed(H)).bfloat16().float().to(DEVICE)
+
+
+def dense(mask, H, q, k, v):
+    """By the formula, in the dtype of q (B, S, h, D): the truth. h of H heads, the last ones."""
+    S, h = k.shape[1], q.shape[2]
+    q, k, v = (x.repeat_interleave(h // x.shape[2], 2).transpose(1, 2) for x in (q, k, v))
+    j, head = torch.arange(S, device=q.device), torch.arange(H - h, H, device=q.device)
+    seen, scores = mask.seen(), mask.scores(H)
+
+    def rows(i, q, k, v):
+        s = q[:, :, i] @ k.mT * q.shape[-1] ** -0.5
+        at = None, head[:, None, None], i[:, None], j
+        s = (scores(s, *at) if scores else s).to(s.dtype).masked_fill(~seen(*at), -math.inf)
+        if mask.sinks:
+            sinks = sink_logits(H)[head].to(s.dtype)
+            s = torch.cat([s, sinks[:, None, None].expand(*s.shape[:3], 1)], -1)
+        return (s.softmax(-1)[..., :S] @ v).transpose(1, 2)
+
+    blocks = j.split(512)  # of queries: all scores would take gigabytes, and the backward computes them again
+    return torch.cat([checkpoint(rows, i, q, k, v, use_reentrant=False) for i in blocks], 1)
+
+
+# -----------------------------------------------------------------------------
+# contenders: make(mask, H) -> f(q, k, v) -> o; NotImplementedError if it does not have the mask
+
+
+def ours(mask, H, f=ring_attn.flash_attn_func, **options):
+    return partial(f, **mask.ours(H), **options)
+
+
+def sdpa(mask, H):
+    mask.allow()
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=mask.causal, enable_gqa=grouped(q, k))
+
+    return attend
+
+
+def grouped(q, k):  # heads first
+    return q.shape[1] != k.shape[1]
+
+
+def biased_sdpa(mask, H):
+    """SDPA under any mask that leaves scores as they are. Sinks are one more key."""
+    if mask in (CAUSAL, FULL):
+        return sdpa(mask, H)
+    mask.allow("window", "documents", "sinks")
+
+    def attend(q, k, v):
+        i = torch.arange(q.shape[2], device=q.device)
+        bias = q.new_zeros(H, len(i), len(i)).masked_fill(~mask.seen()(None, None, i[:, None], i), -math.inf)
+        k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
+        if mask.sinks:
+            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+            bias = torch.cat([bias, sink_logits(H).to(q.dtype)[:, None, None].expand(H, len(i), 1)], -1)
+        return F.scaled_dot_product_attention(q, k, v, bias)
+
+    return attend
+
+
+def attend_flex(q, k, v, sinks=None, **options):
+    if sinks is None:
+        return flex_attention(q, k, v, **options)
+    o, lse = flex_attention(q, k, v, return_lse=True, **options)
+    return o * torch.sigmoid(lse - sinks[:, None])[..., None].to(o.dtype)
 
 
 @cache
@@ -72,23 +241,65 @@ def compiled_flex(mode=None):
     torch._dynamo.config.recompile_limit = 256  # each shape is a compile of its own
     torch._functorch.config.donated_buffer = False  # the backward is timed with retain_graph
     torch._inductor.config.autotune_num_choices_displayed = 0  # no tables between our rows
-    return torch.compile(flex_attention, dynamic=False, mode=mode)
+    return torch.compile(attend_flex, dynamic=False, mode=mode)
 
 
 @cache
-def causal_blocks(S):
-    return create_block_mask(lambda b, h, i, j: i >= j, None, None, S, S, device=DEVICE)
+def flex_blocks(mask, S):
+    return create_block_mask(mask.seen(), None, None, S, S, device=DEVICE)
 
 
-def flex(q, k, v, causal):
-    blocks = causal_blocks(q.shape[2]) if causal else None
-    return compiled_flex()(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+def flex(mask, H):
+    options = dict(score_mod=mask.scores(H), sinks=sink_logits(H) if mask.sinks else None)
+
+    def attend(q, k, v):
+        blocks = None if mask == FULL else flex_blocks(mask, q.shape[2])
+        return compiled_flex()(q, k, v, block_mask=blocks, enable_gqa=grouped(q, k), **options)
+
+    return attend
 
 
-def fa3(q, k, v, causal):
-    from flash_attn_interface import flash_attn_func
+def flash(library, mask, H, deterministic=False):
+    """FlashAttention-3 (flash_attn_interface) or FlashAttention-4 (flash_attn.cute)."""
+    fa4 = library == "flash_attn.cute"
+    mask.allow("window", "documents", "softcap", *(("sinks", "alibi") if fa4 else ()))
+    module, options = importlib.import_module(library), dict(causal=mask.causal, deterministic=deterministic)
+    if mask.softcap:
+        options["softcap"] = mask.softcap
+    if mask.window:
+        options["window_size"] = mask.window - 1, 0
+    if mask.sinks:
+        options["learnable_sink"] = sink_logits(H).bfloat16()
+    if mask.alibi:
+        options["score_mod"], options["score_mod_bwd"] = fa4_alibi(H)
+    if not mask.documents:
+        return lambda q, k, v: without_lse(module.flash_attn_func(q, k, v, **options))
+    options |= dict(max_seqlen_q=max(mask.documents), max_seqlen_k=max(mask.documents))
 
-    return without_lse(flash_attn_func(q, k, v, causal=causal))
+    def attend(q, k, v):
+        ends = boundaries(mask.documents * len(q), DEVICE)
+        packed = (x.flatten(0, 1) for x in (q, k, v))
+        o = module.flash_attn_varlen_func(*packed, cu_seqlens_q=ends, cu_seqlens_k=ends, **options)
+        return without_lse(o).view_as(q)
+
+    return attend
+
+
+@cache
+def fa4_alibi(H):
+    import cutlass
+    import cutlass.cute as cute
+
+    @cute.jit
+    def alibi(score, b, h, i, j, seqlen_info, aux_tensors):
+        slope = cute.math.exp2((h + 1).to(cutlass.Float32) * (-8.0 / H))
+        return score - slope * (i - j).to(cutlass.Float32)
+
+    @cute.jit
+    def alibi_bwd(dscore, score, b, h, i, j, seqlen_info, aux_tensors):
+        return dscore
+
+    return alibi, alibi_bwd
 
 
 def without_lse(o):
@@ -120,6 +331,11 @@ class DecodeShape(NamedTuple):
 
 def decode_ours(shape, lengths, table):
     return partial(decode_attn, cache_seqlens=lengths, window=shape.window, page_table=table)
+
+
+def decode_float8(shape, lengths, table):
+    f = decode_ours(shape, lengths, table)
+    return lambda q, k, v: f(q, k[0], v[0], k_scale=k[1], v_scale=v[1])
 
 
 def decode_sdpa(shape, lengths, table):
@@ -163,32 +379,40 @@ def decode_fa3(shape, lengths, table):
 
 
 class Contender(NamedTuple):
-    f: Callable
+    make: Callable | None  # (mask, H) -> f(q, k, v) -> o; NotImplementedError: it does not have this mask
     heads_first: bool = False  # takes and returns (B, H, S, D), not (B, S, H, D)
     context: Callable = nullcontext  # what its calls run in
     decode: Callable | None = None
+    store: Callable = torch.Tensor.contiguous  # keys or values of a cache, in its layout -> what it reads
 
     def turn(self, x):
         """(B, S, H, D) into the contender's layout, or back."""
         return x.transpose(1, 2) if self.heads_first else x
 
-    def call(self, tensors, what, causal=True):
-        return attention_call(partial(self.f, causal=causal), [*map(self.turn, tensors)], what)
+    def call(self, tensors, what, mask=Mask()):
+        f = self.make(mask, tensors[0].shape[2])
+        return attention_call(f, [*map(self.turn, tensors)], what)
 
 
 FLASH, CUDNN = (partial(sdpa_kernel, x) for x in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION))
-CONTENDERS = {"ours": Contender(ring_attn.flash_attn_func, decode=decode_ours)}
+CONTENDERS = {"ours": Contender(ours, decode=decode_ours)}
 if GPU:
-    if len(ring_attn.BACKENDS) > 2:  # ours is the fastest of them; this is what every GPU can run
-        CONTENDERS["triton"] = Contender(partial(ring_attn.ring_attn, group=None, backend="triton"))
+    if len(ring_attn.BACKENDS) > 2:  # ours is the fastest of them; triton is what every GPU can run
+        CONTENDERS["ours free"] = Contender(partial(ours, deterministic=False))
+        CONTENDERS["triton"] = Contender(partial(ours, backend="triton"))
     CONTENDERS["fa2"] = Contender(sdpa, True, FLASH, decode_sdpa)
     CONTENDERS["cudnn"] = Contender(sdpa, True, CUDNN)
     CONTENDERS["flex"] = Contender(flex, True, decode=decode_flex)
-    CONTENDERS["fa3"] = Contender(fa3, decode=decode_fa3)
+    CONTENDERS["fa3"] = Contender(partial(flash, "flash_attn_interface"), decode=decode_fa3)
+    CONTENDERS["fa4"] = Contender(partial(flash, "flash_attn.cute"))
+    CONTENDERS["fa4 det"] = Contender(partial(flash, "flash_attn.cute", deterministic=True))
 else:
-    CONTENDERS["sdpa"] = Contender(sdpa, True, FLASH, decode_sdpa)
-EAGER = [who for who in CONTENDERS if who != "flex"]
+    CONTENDERS["sdpa"] = Contender(biased_sdpa, True, decode=decode_sdpa)
+CONTENDERS["ours float8"] = Contender(None, decode=decode_float8, store=quantized)
+KERNELS = [who for who in CONTENDERS if CONTENDERS[who].make]
+EAGER = [who for who in KERNELS if who != "flex"]
 DECODERS = [who for who in CONTENDERS if CONTENDERS[who].decode]
+OURS = "ours", "triton"  # names of ours begin so
 
 FAILED = {}  # "contender: reason" -> names of the rows that show a dash for it
 
@@ -207,7 +431,8 @@ def attempt(who, row, f, *args, context=nullcontext, all_ranks=False):
             # SDPA raises "No available kernel" and warns why, also of kernels that were not asked for
             said = [str(w.message).split(" (Triggered")[0] for w in caught]
             said = [text for text in said if not re.search("because|runtime disabled|deprecated", text)]
-            reason = " ".join(f"{type(error).__name__}: {error} {' '.join(said)}".split())[:200]
+            kind = "refused" if isinstance(error, NotImplementedError) else type(error).__name__
+            reason = " ".join(f"{kind}: {error} {' '.join(said)}".split())[:200]
     if reason and GPU:
         torch.cuda.empty_cache()  # it may have run out of memory; what its frames held is free by now
     reasons = [reason] * (N_RANKS if all_ranks else 1)
@@ -228,6 +453,12 @@ def of_each(names, row, f, *args):
     return {who: x for who, x in found.items() if x is not None}
 
 
+def why(who, row):
+    """Of a contender that failed: "refused" or "failed"."""
+    reasons = [reason for reason, rows in FAILED.items() if reason.startswith(f"{who}: ") and row in rows]
+    return "refused" if any("refused: " in reason for reason in reasons) else "failed"
+
+
 def slowest(*numbers):
     """The largest of each number over all ranks, which wait for each other here."""
     numbers = torch.tensor(numbers, dtype=torch.float64, device=DEVICE)
@@ -244,7 +475,7 @@ class Peer(NamedTuple):
     library: str
     variant: str
     schedule: str
-    f: Callable  # (q, k, v) -> o, in the layout of heads_first
+    make: Callable  # as a Contender's; it takes this rank's shards
     context: Callable  # what its calls run in
     heads_first: bool = False
     backward: bool = True
@@ -327,6 +558,8 @@ def ring_flash_attn():
         raise ImportError("not installed: pip install --no-deps ring-flash-attn")
     names = "ring_flash_attn", "flash_attn", "flash_attn.flash_attn_interface"
     package, flash_attn, interface = map(types.ModuleType, names)
+    if (real := importlib.util.find_spec("flash_attn")) is not None:
+        flash_attn.__path__ = list(real.submodule_search_locations)  # FlashAttention-4 is in flash_attn.cute
     package.__path__ = list(found.submodule_search_locations)
     interface._flash_attn_forward, interface._flash_attn_backward = stand_in_forward, stand_in_backward
     sys.modules.update(zip(names, (package, flash_attn, interface)))
@@ -337,18 +570,19 @@ def ring_flash_attn():
     return functions
 
 
-def call_ring_flash_attn(schedule, q, k, v):
-    return ring_flash_attn()[schedule](q, k, v, causal=True)
+def make_ring_flash_attn(schedule, mask, H):
+    mask.allow()
+    return partial(ring_flash_attn()[schedule], causal=mask.causal)
 
 
 PEERS = []
 if GPU:
     for rotate, kernel in itertools.product(("allgather", "alltoall"), ("cudnn", "fa2")):
-        f, context = partial(sdpa, causal=True), partial(context_parallel, rotate, kernel)
-        PEERS.append(Peer("torch cp", f"{rotate} {kernel}", "zigzag", f, context, heads_first=True))
+        context = partial(context_parallel, rotate, kernel)
+        PEERS.append(Peer("torch cp", f"{rotate} {kernel}", "zigzag", sdpa, context, heads_first=True))
     for schedule, kernel in itertools.product(("zigzag", "striped", "contiguous"), ("cudnn", "fa2", "fa3")):
-        f, context = partial(call_ring_flash_attn, schedule), partial(on_kernel, kernel)
-        PEERS.append(Peer("ring-flash-attn", kernel, schedule, f, context, backward=kernel != "fa3"))
+        make, context = partial(make_ring_flash_attn, schedule), partial(on_kernel, kernel)
+        PEERS.append(Peer("ring-flash-attn", kernel, schedule, make, context, backward=kernel != "fa3"))
 LIBRARIES = list(dict.fromkeys(peer.library for peer in PEERS))
 
 # -----------------------------------------------------------------------------
@@ -360,20 +594,23 @@ def generator(name):
     return torch.Generator(DEVICE).manual_seed(zlib.crc32(name.encode()))
 
 
-def normal(g, *shape):
-    return torch.randn(*shape, generator=g, dtype=DTYPE, device=DEVICE)
+def normal(g, *shape, dtype=DTYPE):
+    return torch.randn(*shape, generator=g, dtype=dtype, device=DEVICE)
 
 
-def make(name, B, S, H, HKV, D):
+def make(name, B, S, H, HKV, D, dtype=DTYPE):
     """q, k, v, do."""
     g = generator(name)
-    return [normal(g, B, S, heads, D) for heads in (H, HKV, HKV, H)]
+    return [normal(g, B, S, heads, D, dtype=dtype) for heads in (H, HKV, HKV, H)]
 
 
 def attention_call(f, tensors, what):
-    """A function that returns f(q, k, v), with gradients if what="fwd+bwd"; tensors: q, k, v, do."""
+    """A function that returns what="fwd": [o] of f(q, k, v); "bwd": gradients, again and again of one
+    forward; "fwd+bwd": o and gradients. tensors: q, k, v, do."""
     *inputs, do = tensors
-    inputs = [x.detach().requires_grad_(what == "fwd+bwd") for x in inputs]
+    inputs = [x.detach().requires_grad_(what != "fwd") for x in inputs]
+    if what == "bwd":
+        return partial(torch.autograd.grad, f(*inputs), inputs, do, retain_graph=True)
 
     def call():
         o = f(*inputs)
@@ -387,43 +624,81 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def wall_us(f, calls=50, rounds=5):
-    """Microseconds per call, the host's work included: the median of rounds of many calls."""
-    times = []
-    for _ in range(rounds + 1):
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            f()
-        synchronize()
-        times.append((time.perf_counter() - start) / calls * 1e6)
-    return statistics.median(times[1:])  # the first round compiles and warms up
+# timers: microseconds of one of n calls in a row, after one that compiles and warms up
 
 
-def median_ms(f):
-    if not GPU:
-        return wall_us(f, calls=1) / 1e3
-    rep = max(100, 5 * wall_us(f, calls=1, rounds=1) / 1e3)  # five calls even of the longest
-    return triton.testing.do_bench(f, rep=rep, return_mode="median")
-
-
-def ends_us(f, rounds=20):
-    """Median microseconds from the end of a call to that of the next. The host's time shows if it limits."""
-    if not GPU:
-        return wall_us(f, 1, rounds)
-    f()  # its end is where the clock starts
-    ends = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
-    ends[0].record()
-    for end in ends[1:]:
+def wall_us(f, n):
+    """The host's work included."""
+    f()
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(n):
         f()
-        end.record()
+    synchronize()
+    return (time.perf_counter() - start) / n * 1e6
+
+
+def events_us(f, n, before=None):
+    """Median from the end of a call to that of the next: the host's time shows if it limits. before: a
+    function that runs before each call; from its end then."""
+    if not GPU:
+        return wall_us(f, n)
+    f()  # its end is where the clock starts
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(n)]
+    last = torch.cuda.Event(enable_timing=True)
+    last.record()
+    for pair in pairs:
+        if before:
+            before(), pair[0].record()
+        f()
+        pair[1].record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(ends)) * 1e3
+    starts = [pair[0] for pair in pairs] if before else [last, *(pair[1] for pair in pairs)]
+    return statistics.median(a.elapsed_time(pair[1]) for a, pair in zip(starts, pairs)) * 1e3
 
 
-def graph_us(f):
-    """The same, of a CUDA graph of f()."""
-    return ends_us(capture(f)[0])
+def cold_us(f, n):
+    """Of the GPU, with nothing of the inputs in its L2 cache."""
+    return events_us(f, n, flush().zero_ if GPU else None)
+
+
+@cache
+def flush():
+    return torch.empty(2**28, dtype=torch.int8, device=DEVICE)
+
+
+def slowest_us(who, row, call, n, context=nullcontext, timer=events_us):
+    """On the slowest rank; None if it fails on any."""
+
+    def timed():
+        if N_RANKS > 1:
+            dist.barrier()
+        synchronize()
+        return timer(call, n)
+
+    us = attempt(who, row, timed, context=context, all_ranks=True)
+    return us and slowest(us)[0]
+
+
+def in_turns(row, calls, timer, context=None):
+    """{who: microseconds per call} of those that do not fail, on the slowest rank. context: of each, if not
+    that of the contender.
+
+    The median of five rounds in which all take turns. Each begins in another place, as a busy GPU gets
+    slower. Calls of more than 0.3 s are timed once."""
+    if context is None:
+        context = {who: CONTENDERS[who].context for who in calls}
+    about = {who: slowest_us(who, row, call, 1, context[who], timer) for who, call in calls.items()}
+    found = {who: [us] for who, us in about.items() if us}
+    order = list(found)
+    for i in range(5 if GPU else 2):
+        start = i * len(order) // 5
+        for who in order[start:] + order[:start]:
+            if about[who] < 3e5:
+                n = int(min(50, max(2, 5e4 / about[who]))) if GPU else 1
+                us = slowest_us(who, row, calls[who], n, context[who], timer)
+                found[who] = [*found[who], us] if i else [us]
+    return {who: statistics.median(us) for who, us in found.items() if all(us)}
 
 
 def n_caches(needed):
@@ -431,20 +706,26 @@ def n_caches(needed):
     return min(16, -(-4 * torch.cuda.get_device_properties().L2_cache_size // needed)) if GPU else 1
 
 
-HOW = ("graph", "eager") if GPU else ("eager",)  # calls of decoding are timed
+HOW = {"graph": events_us, "eager": wall_us} if GPU else {"eager": wall_us}  # decoding and its timers
 
 
-def decode_us(call, q, caches):
-    """{how: microseconds per call} of call(q, k, v) on caches [(k, v)] in turn, eight times or more."""
-    caches = caches * -(-8 // len(caches))
-
-    def calls():
-        return [call(q, k, v) for k, v in caches]
-
-    us = dict(eager=wall_us(calls, calls=max(1, 48 // len(caches)) if GPU else 1))
-    if GPU:
-        us["graph"] = graph_us(calls)
-    return {how: us[how] / len(caches) for how in HOW}
+def decode_us(row, callers, context=None):
+    """{how: {who: microseconds per call}}. callers: {who: (f, q, [(k, v)])}; f(q, k, v) is called on the
+    caches in turn, eight times or more."""
+    if context is None:
+        context = {who: CONTENDERS[who].context for who in callers}
+    callers = {who: (f, q, caches * -(-8 // len(caches))) for who, (f, q, caches) in callers.items()}
+    calls = {who: lambda x=x: [x[0](x[1], *kv) for kv in x[2]] for who, x in callers.items()}
+    found = {}
+    for how, timer in HOW.items():
+        if how == "graph":
+            made = {who: attempt(who, row, capture, f, context=context[who]) for who, f in calls.items()}
+            timed = {who: x[0] for who, x in made.items() if x}
+        else:
+            timed = calls
+        us = in_turns(row, timed, timer, context)
+        found[how] = {who: t / len(callers[who][2]) for who, t in us.items()}
+    return found
 
 
 @cache
@@ -452,7 +733,7 @@ def copy_gbs():
     """GB/s, read and written, of a copy of 1 GiB: the most that memory gives in practice."""
     x = torch.randn(2**29, dtype=torch.bfloat16, device=DEVICE)
     y = torch.empty_like(x)
-    return 2 * x.nbytes / median_ms(lambda: y.copy_(x)) / 1e6
+    return 2 * x.nbytes / events_us(lambda: y.copy_(x), 20) / 1e3
 
 
 def peak_bytes(call):
@@ -470,25 +751,33 @@ def relative_error(x, true):
     return error
 
 
+def same_bits(call, results, times=1):
+    """Do more calls return the same?"""
+    return all(torch.equal(x, y) for _ in range(times) for x, y in zip(call(), results, strict=True))
+
+
 # -----------------------------------------------------------------------------
 # tables. A section is a title, a function, and {row name: arguments}. function(row name, *arguments) measures
 # and returns lines, {heading: text, number, or None for a dash}, which are printed and go into the JSON
 
-LEFT = {"name": 25, "what": 15, "best peer": 15, "variants": 0}  # widths of the columns of text
+LEFT = {"name": 25, "what": 15, "best peer": 15, "who": 26, "variants": 0}  # widths of the columns of text
+
+
+def shown(x):
+    if isinstance(x, str):
+        return x
+    return "-" if x is None else f"{x:.0f}" if x >= 1e4 else f"{x:.1e}" if abs(x) < 1e-3 else f"{x:.4g}"
 
 
 def print_line(line):
-    cells = []
-    for heading, x in line.items():
-        if not isinstance(x, str):
-            x = "-" if x is None else f"{x:.0f}" if x >= 1e4 else f"{x:.1e}" if abs(x) < 1e-3 else f"{x:.4g}"
-        cells.append(x.ljust(LEFT[heading]) if heading in LEFT else x.rjust(max(8, len(heading))))
+    cells = [(heading, shown(x)) for heading, x in line.items()]
+    cells = [x.ljust(LEFT[h]) if h in LEFT else x.rjust(max(8, len(h))) for h, x in cells]
     print("  ".join(cells).rstrip(), flush=True)
 
 
 def of_best(values, better=min):
     """How many times as good as the best peer ours is, and that peer. values: {contender: number}."""
-    peers = {who: x for who, x in values.items() if who not in ("ours", "triton")}
+    peers = {who: x for who, x in values.items() if not who.startswith(OURS)}
     best, ratio = better(peers, key=peers.get, default=None), None
     if best and peers[best] and values.get("ours"):
         ratio = peers[best] / values["ours"] if better is min else values["ours"] / peers[best]
@@ -505,66 +794,67 @@ def size(S):
 
 
 def kernels(quick):
-    masks, heads, flexed = (True, False), [(D, 2048 // D) for D in (64, 128)], set()
     if GPU:
-        lengths = 512, K, 2 * K, 4 * K, 8 * K, 16 * K, 64 * K
-        shapes = [(D, S, H, H, causal) for D, H in heads for S in lengths for causal in masks]
-        shapes += [(128, S, 32, 8, causal) for S in (8 * K, 16 * K) for causal in masks]
-        shapes += [(D, 4 * K, 2048 // D, 2048 // D, True) for D in (80, 96, 192, 256)]
-        shapes = [s for s in shapes if not quick or s[0] in (64, 128) and s[1] in (4 * K, 16 * K)]
-        title = "B*S = 16384 tokens (at 64k 65536), H*D = 2048, or H/HKV as named; L2 cache cold"
+        lengths = (4 * K, 16 * K) if quick else (512, K, 4 * K, 8 * K, 16 * K, 64 * K)
+        shapes = [(D, S, 2048 // D, 2048 // D) for D in (64, 128) for S in lengths]
+        shapes += [(128, S, 32, 8) for S in (8 * K, 16 * K) if not quick]
+        shapes = [(*shape, mask) for shape in shapes for mask in (CAUSAL, FULL)]
+        shapes += [(D, 4 * K, 2048 // D, 2048 // D, CAUSAL) for D in (80, 96, 192, 256) if not quick]
+        title = "B*S = 16384 tokens (at 64k 65536), H*D = 2048, or H/HKV as named; flex at 16k only"
     else:
-        some, title = ((512, 4), (512, 2)) if quick else ((512, 4), (512, 2), (K, 4)), "B1 H4"
-        shapes = [(64, S, 4, HKV, causal) for S, HKV in some for causal in masks]
+        shapes = [(64, S, 4, HKV, mask) for S, HKV in ((512, 4), (512, 2)) for mask in (CAUSAL, FULL)]
+        title = "B1 H4"
     rows = {}
-    for D, S, H, HKV, causal in shapes:
-        name = f"D{D} {size(S)} {'causal' if causal else 'full'}" + (f" {H}/{HKV}" if H != HKV else "")
-        B = max(1, 16 * K // S) if GPU else 1
-        rows[name] = (B, S, H, HKV, D), causal, flexed if quick else set()
+    for D, S, H, HKV, mask in shapes:
+        name = f"D{D} {size(S)} {'causal' if mask.causal else 'full'}" + (f" {H}/{HKV}" if H != HKV else "")
+        names = [who for who in KERNELS if who != "flex" or S == 16 * K]
+        rows[name] = (max(1, 16 * K // S) if GPU else 1, S, H, HKV, D), mask, names
     return f"kernels: {title}", kernel_row, rows
 
 
-def true_results(q, k, v, do, causal):
-    """Of the reference in ring_attn.py, which takes blocks of queries: (S, S) scores never exist."""
-    f = partial(ring_attn.ring_attn, group=None, causal=causal, backend="torch")
-    o, *grads = attention_call(f, [x.to(TRUE_DTYPE) for x in (q, k, v, do)], "fwd+bwd")()
-    return dict(fwd=[o.detach()], bwd=grads)
+def masked(quick, some, title):
+    B, S, H, HKV, D = shape = (1, 32 * K, 32, 8, 128) if GPU else (1, 512, 4, 2, 64)
+    chosen = {"causal": CAUSAL, **dict([*masks(S).items()][some])}
+    rows = {f"mask {name}": (shape, mask, KERNELS) for name, mask in chosen.items()}
+    text = f"{title}: B1 S{S} {H}/{HKV} D{D}, all causal; 16 documents: of random lengths"
+    return text, kernel_row, rows
 
 
-def measure(contender, what, tensors, causal, truth):
-    """(ms, the largest relative error of o, or of dq, dk and dv) of what="fwd" or "bwd"."""
-    call = contender.call(tensors, "fwd", causal)
-    if what == "bwd":
-        *inputs, do = map(contender.turn, tensors)
-        inputs = [x.detach().requires_grad_() for x in inputs]
-        o = contender.f(*inputs, causal=causal)
-        call = partial(torch.autograd.grad, o, inputs, do, retain_graph=True)
-    ms, results = median_ms(call), call()
-    pairs = zip(map(contender.turn, results), truth[what], strict=True)
-    return ms, max(relative_error(x[-1:, :, -true.shape[2] :], true) for x, true in pairs)
+def truth_of(mask, tensors, H, dtype):
+    """o, dq, dk, dv by the formula; tensors: of the last of H heads."""
+    return attention_call(partial(dense, mask, H), [x.to(dtype) for x in tensors], "fwd+bwd")()
 
 
-def kernel_row(name, shape, causal, flexed):
-    """flexed: the (D, causal) for which flex is left out."""
+def kernel_row(name, shape, mask, names):
     (B, S, H, HKV, D), tensors = shape, make(name, *shape)
     # the truth of one batch item and key/value head, the last, where offsets are largest
-    truth = true_results(*(x[-1:, :, -(x.shape[2] // HKV) :] for x in tensors), causal)
-    ms, errors = dict(fwd={}, bwd={}), dict(fwd={}, bwd={})
-    for who, contender in CONTENDERS.items():
-        for what in () if who == "flex" and (D, causal) in flexed else ms:
-            args = contender, what, tensors, causal, truth
-            found = attempt(who, name, measure, *args, context=contender.context)
-            if found is None:
-                break  # without a forward there is no backward
-            ms[what][who], errors[what][who] = found
-    flexed.add((D, causal))
-    ms["fwd+bwd"] = {who: ms["fwd"][who] + t for who, t in ms["bwd"].items()}
+    truth = truth_of(mask, [x[-1:, :, -(x.shape[2] // HKV) :] for x in tensors], H, TRUE_DTYPE)
+    us, errors, same = {}, {}, {}
+
+    def prepare(contender, what, expected):
+        call = contender.call(tensors, what, mask)
+        results = call()
+        pairs = zip(map(contender.turn, results), expected, strict=True)
+        error = max(relative_error(x[-1:, :, -true.shape[2] :], true) for x, true in pairs)
+        return call, error, same_bits(call, results)
+
+    for what, expected in ("fwd", truth[:1]), ("bwd", truth[1:]):
+        found = of_each(names, name, prepare, what, expected)
+        us[what] = in_turns(name, {who: call for who, (call, *_) in found.items()}, cold_us)
+        for who, (_, error, repeats) in found.items():
+            errors[who] = max(error, errors.get(who, 0))
+            same[who] = "yes" if repeats and same.get(who) != "no" else "no"
+        names = list(us[what])  # without a forward there is no backward
+        found.clear()
+    us["fwd+bwd"] = {who: us["fwd"][who] + t for who, t in us["bwd"].items()}
     lines = []
-    for (what, times), products in zip(ms.items(), (2, 5, 7)):
-        flop = 2 * products * B * H * S * S * D / (2 if causal else 1)
-        rates = {who: flop / t / FLOP_PER_MS for who, t in times.items()}
-        lines.append(compare(name, f"{what} {RATE}", rates, CONTENDERS, max))
-    return lines + [compare(name, f"{what} error", x, CONTENDERS) for what, x in errors.items()]
+    for (what, times), products in zip(us.items(), (2, 5, 7)):
+        flop = 2 * products * B * H * mask.pairs(S) * D
+        rates = {who: flop / t * 1e3 / FLOP_PER_MS for who, t in times.items()}
+        lines.append(compare(name, f"{what} {RATE}", rates, KERNELS, max))
+    blank = {"of best": "", "best peer": ""}
+    lines.append(compare(name, "error", errors, KERNELS))
+    return [*lines, compare(name, "deterministic", {}, KERNELS) | {w: same.get(w) for w in KERNELS} | blank]
 
 
 def small(quick):
@@ -579,12 +869,12 @@ one thread: eager, with autograd in the thread that calls"""
 def small_row(name, graph, what, threads):
     tensors = make(name, 1, 2 * K, 32, 32, 128)
 
-    def measure_small(contender):
+    def prepare(contender):
         call = contender.call(tensors, what)
-        with torch.autograd.set_multithreading_enabled(threads):
-            return wall_us(capture(call)[0] if graph else call)
+        return capture(call)[0] if graph else call
 
-    return [compare(name, "us", of_each(EAGER, name, measure_small), EAGER)]
+    with torch.autograd.set_multithreading_enabled(threads):
+        return [compare(name, "us", in_turns(name, of_each(EAGER, name, prepare), wall_us), EAGER)]
 
 
 def memory(quick):
@@ -602,6 +892,91 @@ def memory_row(name, T):
     return [compare(name, unit, {who: x / n for who, x in peaks.items()}, EAGER) for unit, n in units.items()]
 
 
+# what --errors measures: the smallest shapes that have all kinds of tiles, so that float64 is quick
+ERROR_S, REPEATS, VIRTUAL = (2 * K, 20, (4, 8)) if GPU else (64, 2, (2,))
+ERROR_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def errors(quick, dtype="bf16"):
+    chosen = {"causal": CAUSAL, "full": FULL, **masks(ERROR_S)}
+    rows = {f"error {dtype} {name}": (mask, ERROR_DTYPES[dtype]) for name, mask in chosen.items()}
+    heads, D = ("4/2" if N_RANKS == 1 else "4/4"), RING_D
+    title = f"""errors in {dtype}: B2 S{ERROR_S} {heads} D{D}; all but full causal. The largest absolute error of each
+tensor beside float64: of SDPA, and of others as multiples of SDPA's. For softcap and ALiBi the formula in {dtype}
+takes SDPA's place. test.py allows 2 for o, 3 for gradients
+same bits: in {REPEATS} more calls, forward and backward. ours xN: the worst of all schedules on a virtual ring of N"""
+    return title, error_row, rows
+
+
+def error_contenders(mask, H):
+    """{who: (its layout, what its calls run in, [(schedule, make f)])}"""
+
+    def on_ring(**options):
+        f = partial(ours, mask, H, ring_attn.ring_attn)
+        return [(x, partial(f, schedule=x, **options)) for x in ring_attn.SCHEDULES]
+
+    if N_RANKS == 1:
+        found = {
+            who: (CONTENDERS[who], [("contiguous", partial(CONTENDERS[who].make, mask, H))])
+            for who in KERNELS
+        }
+        rings = {f"ours x{n}": on_ring(group=ring_attn.VirtualRing(n)) for n in VIRTUAL}
+        for who, makes in rings.items():  # whole tensors go in
+            found[who] = CONTENDERS["ours"], [("contiguous", make) for _, make in makes]
+        return found
+    found = {f"ours {x}": (CONTENDERS["ours"], on_ring(transport=x)) for x in ("p2p", "symmetric")[: 1 + GPU]}
+    for peer in PEERS:
+        contender = Contender(peer.make, peer.heads_first, peer.context)
+        who = f"{peer.library} {peer.schedule} {peer.variant}"
+        found[who] = contender, [(peer.schedule, partial(peer.make, mask, H))]
+    return found
+
+
+def error_row(name, mask, dtype):
+    H, HKV = (4, 2) if N_RANKS == 1 else (4, 4)
+    tensors = make(name, 2, ERROR_S, H, HKV, RING_D, dtype)
+    truth = truth_of(mask, tensors, H, torch.float64)
+
+    def largest(results, expected):
+        found = [(x - true).abs().max().item() for x, true in zip(results, expected)]
+        return [x if math.isfinite(x) else math.inf for x in found]
+
+    if mask.softcap or mask.alibi:
+        yardstick = largest(truth_of(mask, tensors, H, dtype), truth)
+    else:
+        judge = Contender(biased_sdpa, True)
+        yardstick = largest(map(judge.turn, judge.call(tensors, "fwd+bwd", mask)()), truth)
+
+    def measure(what, contender, makes):
+        worst, repeats = [0.0] * 4, True
+        for schedule, make_f in makes:
+            mine = partial(ring_attn.shard, schedule=schedule, rank=RANK, n_ranks=N_RANKS)
+            inputs = [contender.turn(mine(x)).contiguous() for x in tensors]
+            call = attention_call(make_f(), inputs, what)
+            results = call()
+            worst = [*map(max, worst, largest(map(contender.turn, results), map(mine, truth)))] + worst[
+                len(results) :
+            ]
+            repeats &= same_bits(call, results, REPEATS)
+        return *worst, not repeats
+
+    columns = "o", "dq", "dk", "dv"
+    lines = [{"name": name, "who": "SDPA"} | dict(zip(columns, yardstick)) | {"same bits": ""}]
+    for who, (contender, makes) in error_contenders(mask, H).items():
+        line = lines[0] | {"who": who}
+        for what, n in ("fwd", 1), ("fwd+bwd", 4):  # some have no backward
+            args = measure, what, contender, makes
+            found = attempt(who, name, *args, context=contender.context, all_ranks=True)
+            if found is None:
+                line |= dict.fromkeys(columns[n // 4 :], why(who, name))
+                break
+            *worst, differ = slowest(*found)
+            line |= {x: a / b for x, a, b in zip(columns[:n], worst, yardstick)}
+            line["same bits"] = "no" if differ else "yes"
+        lines.append(line)
+    return lines
+
+
 def schedules(quick):
     rows = {f"schedule {schedule}": (schedule, 4) for schedule in ring_attn.SCHEDULES}
     rows["schedule none"] = next(iter(ring_attn.SCHEDULES)), 1
@@ -613,7 +988,7 @@ causal. rank 0 to 3: shares of the scores"""
 def schedule_row(name, schedule, n_ranks):
     ring, tensors = ring_attn.VirtualRing(n_ranks), make(name, 2, 512, 4, 4, 64)
     f = partial(ring_attn.ring_attn, schedule=schedule, group=ring, backend="torch")
-    line = {"name": name, "ms": median_ms(attention_call(f, tensors, "fwd+bwd"))}
+    line = {"name": name, "ms": wall_us(attention_call(f, tensors, "fwd+bwd"), 3) / 1e3}
     for rank, share in enumerate(work_shares(schedule, n_ranks)):
         line[f"rank {rank}"] = share
     return [line]
@@ -636,7 +1011,7 @@ def decode(quick):
         rows["decode M4"] = DecodeShape(8, 32, 8, 8 * K, M=4)
         some = re.compile("B1 |B64|24/8|ragged|window" if quick else "")
         rows = {name: x for name, x in rows.items() if some.search(name)}
-        title = """decode: D128, one token
+        title = """decode: D128, one token; ours float8: keys and values in float8_e4m3fn, with scales
 ragged: B32 32/8, one sequence of 128k tokens and 31 of 512. pages (of 64), M4 (four new tokens): B8 32/8 8k.
 window: the last 4k of B1 32/8 128k
 graph: microseconds of calls in one CUDA graph. Each has a cache of its own, as many as make four times the L2
@@ -657,17 +1032,6 @@ def make_cache(name, i, shape):
     return [normal(g, B, N, shape.HKV, shape.D) for _ in "kv"]
 
 
-def measure_decode(contender, name, shape, q, lengths, table, truth):
-    """({how: microseconds per call}, relative error of o), or None for what the contender does not do."""
-    call = contender.decode(shape, lengths, table)
-    if call is None:
-        return None
-    q, n = contender.turn(q), n_caches(shape.needed())
-    caches = [[contender.turn(x).contiguous() for x in make_cache(name, i, shape)] for i in range(n)]
-    error = relative_error(contender.turn(call(q, *caches[0]))[-1:], truth)
-    return decode_us(call, q, caches), error
-
-
 @torch.no_grad()
 def decode_row(name, shape):
     g = generator(name)
@@ -681,13 +1045,22 @@ def decode_row(name, shape):
     last = [x if x is None else x[-1:] for x in (lengths, table)]
     k, v = ((x if shape.page_size else x[-1:]).to(TRUE_DTYPE) for x in make_cache(name, 0, shape))
     truth = decode_ours(shape, *last)(q[-1:].to(TRUE_DTYPE), k, v, backend="torch")
-    found = of_each(DECODERS, name, measure_decode, name, shape, q, lengths, table, truth)
-    us = {how: {who: times[how] for who, (times, _) in found.items()} for how in HOW}
+
+    def prepare(contender):
+        call, mine = contender.decode(shape, lengths, table), contender.turn(q)
+        if call is None:
+            return None
+        caches = [make_cache(name, i, shape) for i in range(n_caches(shape.needed()))]
+        caches = [[contender.store(contender.turn(x)) for x in kv] for kv in caches]
+        return relative_error(contender.turn(call(mine, *caches[0]))[-1:], truth), (call, mine, caches)
+
+    found = of_each(DECODERS, name, prepare)
+    us = decode_us(name, {who: x for who, (_, x) in found.items()})
     lines = [compare(name, f"{how} us", x, DECODERS) for how, x in us.items()]
     for what, unit in (("GB/s", 1), ("of copy", copy_gbs())) if GPU else ():
         rates = {who: shape.needed() / t / 1e3 / unit for who, t in us["graph"].items()}
         lines.append(compare(name, what, rates, DECODERS, max))
-    return lines + [compare(name, "error", {who: error for who, (_, error) in found.items()}, DECODERS)]
+    return lines + [compare(name, "error", {who: error for who, (error, _) in found.items()}, DECODERS)]
 
 
 def sharded(quick):
@@ -704,91 +1077,67 @@ def sharded_row(name, shape):
     caches = [make_cache(name, i, shape) for i in range(n_caches(shape.needed() // N_RANKS))]
     stripes = [[x[:, RANK::N_RANKS].contiguous() for x in kv] for kv in caches]
 
-    def timed(call, caches):
-        return decode_us(call, q, caches), call(q, *caches[0]).to(TRUE_DTYPE)
-
-    many = attempt("ours", name, timed, sharded_decode_attn, stripes)
-    one = attempt("ours", name, timed, decode_attn, caches) if RANK == 0 else None
-    times = [many[0][how] if many else math.inf for how in HOW]
-    times = slowest(*times)  # the other ranks wait here for rank 0
+    callers = {"ours": (sharded_decode_attn, q, stripes), "one rank": (decode_attn, q, caches)}
+    times = decode_us(name, callers, dict.fromkeys(callers, nullcontext))
     who, lines = ("ours", "one rank"), []
-    for how, t in zip(HOW, times):
-        us = ({"ours": t} if math.isfinite(t) else {}) | ({"one rank": one[0][how]} if one else {})
+    for how, us in times.items():
         rates = {x: shape.needed() / t / 1e3 for x, t in us.items()}
         lines.append(compare(name, f"{how} us", us, who))
         lines.append(compare(name, f"{how} GB/s", rates, who, max))
-    error = attempt("ours", name, relative_error, many[1], one[1]) if many and one else None
+
+    def error():
+        return relative_error(*(f(q, *kv[0]).to(TRUE_DTYPE) for f, q, kv in callers.values()))
+
+    error = attempt("ours", name, error, all_ranks=True)
     return [*lines, compare(name, "error", {} if error is None else {"ours": error}, who)]
 
 
 # -----------------------------------------------------------------------------
 # rings
 
-RING_CALLS = {"fwd": 2, "fwd+bwd": 7}  # FLOP under a causal mask, over B * H * S * S * D
-RING_D = 128 if GPU else 64
+RING_CALLS = {"fwd": 2, "fwd+bwd": 7}  # products of two matrices
 
 
-def rings(quick):
-    H, HKV, others, lengths, some = 4, 2, ((4, 4),), (128, 256), (256,)
-    if GPU:
-        H, HKV, others, lengths = 32, 8, ((32, 32), (64, 8)), (2 * K, 8 * K, 32 * K, 128 * K)
-        some = 8 * K, 32 * K
+def rings(quick, lengths=(2 * K, 8 * K)):
+    H, HKV, others, some = (32, 8, ((32, 32), (64, 8)), (8 * K, 32 * K)) if GPU else (4, 2, ((4, 4),), (256,))
     rows = {}
-    for T in some if quick else lengths:
-        for schedule in ring_attn.SCHEDULES:
+    for T in lengths if GPU else (128, 256):
+        for schedule in ring_attn.SCHEDULES if T in some or not quick else ():
             rows[f"ring {schedule} {size(T)}"] = schedule, T, H, HKV
             if schedule == COMMON and T in some:
                 rows[f"ring {schedule} {size(T)} p2p"] = schedule, T, H, HKV, "p2p"
         for heads in others if T in some and not quick else ():
             rows[f"ring {COMMON} {size(T)} {heads[0]}/{heads[1]}"] = COMMON, T, *heads
+    return ring_title, ring_row, rows
 
-    def title():
-        first = make("the first ring", 2, 128, H, HKV, RING_D)[:3]
-        attempt("ours", "the first ring", ring_attn.ring_attn, *first, all_ranks=True)
-        ring = ring_attn.resolve_ring(None)
-        return f"""rings: {N_RANKS} ranks, causal, D{RING_D}, B1 (or what the schedule needs), tokens per rank
+
+def masked_rings(quick):
+    T, H, HKV = (32 * K, 32, 8) if GPU else (256, 4, 2)
+    some = (COMMON, None), (COMMON, "p2p"), ("striped", None), ("contiguous", None)
+    rows = {}
+    for (name, mask), (schedule, transport) in itertools.product(masks(N_RANKS * T).items(), some):
+        if (GPU or not transport) and (schedule != "contiguous" or mask.window):
+            row = f"ring {schedule} {name}" + (f" {transport}" if transport else "")
+            rows[row] = schedule, T, H, HKV, transport, mask
+    return ring_title, ring_row, rows
+
+
+def ring_title():
+    first = make("the first ring", 2, 128, 4, 2, RING_D)[:3]
+    attempt("ours", "the first ring", ring_attn.ring_attn, *first, all_ranks=True)
+    ring = ring_attn.resolve_ring(None)
+    return f"""rings: {N_RANKS} ranks, causal, D{RING_D}, B1 (or what the schedule needs), tokens per rank
 transport {ring.transport} ({ring.why}), or as named
-ms: between the ends of calls in a row, on the slowest rank; the median of rounds in which all take turns (one
-    of calls over 0.3 s). Backwards run in the thread that calls, as in train.py. graph: in a CUDA graph
+ms: between the ends of calls in a row, on the slowest rank; of calls over 0.3 s, one. Backwards run in the
+    thread that calls, as in train.py. graph: in a CUDA graph
 {RATE}: of each rank. of ideal: one GPU's ms for the whole sequence, on all GPUs at once, / {N_RANKS} / ours
 exposed: ms beyond those of the same hops where nothing moves. launches: kernels on the attention's stream
 GiB: peak beyond the inputs, symmetric memory included
 peers: ms of B1 under our schedule, or {COMMON} if no peer has it, of each library's fastest variant"""
 
-    return title, ring_row, rows
-
-
-def slowest_us(who, row, call, rounds, context=nullcontext):
-    """Microseconds per call on the slowest rank; None if it fails on any."""
-
-    def timed():
-        dist.barrier()
-        synchronize()
-        return ends_us(call, rounds)
-
-    us = attempt(who, row, timed, context=context, all_ranks=True)
-    return us and slowest(us)[0]
-
-
-def in_turns(row, contenders):
-    """{who: milliseconds per call} of those that do not fail. contenders: {who: (call, what it runs in)}.
-
-    The median of rounds in which all take turns. Each is first in one round, as a busy GPU gets slower.
-    Calls of more than 0.3 s are timed once."""
-    about = {who: slowest_us(who, row, call, 1, context) for who, (call, context) in contenders.items()}
-    found = {who: [us] for who, us in about.items() if us}  # an estimate, with the compilation done
-    order = list(found)
-    for i in range(max(3, len(order))):
-        for who in order[i:] + order[:i]:
-            if about[who] < 3e5:
-                call, context = contenders[who]
-                us = slowest_us(who, row, call, int(min(20, max(2, 1e5 / about[who]))), context)
-                found[who] = [*found[who], us] if i else [us]
-    return {who: statistics.median(us) / 1e3 for who, us in found.items() if all(us)}
-
 
 @lru_cache(maxsize=1)  # of long sequences, memory holds one
-def one_gpu(T, H, HKV):
+def one_gpu(T, H, HKV, mask):
     """All ranks' tokens on every rank alone: ([q, k, v, do], [o, dq, dk, dv]), or (None, None)."""
     S = N_RANKS * T
 
@@ -796,9 +1145,13 @@ def one_gpu(T, H, HKV):
         if S > 512 * K:
             raise ValueError("more than 512k tokens would take minutes")
         tensors = make("one GPU", 1, S, H, HKV, RING_D)
-        return tensors, attention_call(ring_attn.flash_attn_func, tensors, "fwd+bwd")()
+        return tensors, attention_call(ours(mask, H), tensors, "fwd+bwd")()
 
     return attempt("one GPU", f"ring {size(T)} {H}/{HKV}", results, all_ranks=True) or (None, None)
+
+
+def call_peer(peer, H, q, k, v):  # which may not be installed
+    return peer.make(CAUSAL, H)(q, k, v)
 
 
 @lru_cache(maxsize=1)
@@ -815,7 +1168,7 @@ def fastest_peers(schedule, T, H, HKV):
         tensors = [x.transpose(1, 2).contiguous() if peer.heads_first else x for x in tensors]
         variant = f"{peer.library} {peer.variant}" + " repeated" * (repeats > 1)
         for what in RING_CALLS if peer.backward else ("fwd",):
-            call = attention_call(peer.f, tensors, what)
+            call = attention_call(partial(call_peer, peer, H), tensors, what)
             us = slowest_us(variant, row, call, 1, peer.context)
             if us and us < 3e5:  # a short one three times: a pause of one of the hosts must not decide
                 again = [slowest_us(variant, row, call, 3, peer.context) for _ in range(3 if us < 5e4 else 1)]
@@ -864,18 +1217,18 @@ def count_launches(call):
         return len(attention_stream(profiled(call, 1, Path(folder, "trace.json")))[1])
 
 
-def ring_rates(what, ms, one_ms, B, S, H):
+def ring_rates(what, ms, one_ms, B, pairs, H):
     """one_ms: of one GPU, with one of the B sequences."""
-    flop, ideal = RING_CALLS[what] * B * H * S * S * RING_D, one_ms and B * one_ms / N_RANKS
+    flop, ideal = 2 * RING_CALLS[what] * B * H * pairs * RING_D, one_ms and B * one_ms / N_RANKS
     rate = ms and flop / N_RANKS / ms / FLOP_PER_MS
     return {"ms": ms, RATE: rate, "of ideal": ms and ideal and ideal / ms}
 
 
-def ring_row(name, schedule, T, H, HKV, transport=None):
-    B, S = ring_attn.SCHEDULES[schedule].batch_groups, N_RANKS * T
-    sequence, results = one_gpu(T, H, HKV)
+def ring_row(name, schedule, T, H, HKV, transport=None, mask=CAUSAL):
+    B, pairs = ring_attn.SCHEDULES[schedule].batch_groups, mask.pairs(N_RANKS * T)
+    sequence, results = one_gpu(T, H, HKV, mask)
     theirs = schedule if any(peer.schedule == schedule for peer in PEERS) else COMMON
-    peers = fastest_peers(theirs, T, H, HKV)
+    peers = fastest_peers(theirs, T, H, HKV) if mask == CAUSAL else dict.fromkeys(RING_CALLS, {})
 
     def mine(x):
         """This rank's shard of B sequences; every other one has the heads reversed."""
@@ -884,21 +1237,25 @@ def ring_row(name, schedule, T, H, HKV, transport=None):
 
     tensors = [mine(x) for x in sequence] if sequence else make(f"{name} {RANK}", B, T, H, HKV, RING_D)
     ring = ring_attn.resolve_ring(None)
-    ours = partial(ring_attn.ring_attn, schedule=schedule, group=ring, transport=transport)
-    silent = partial(ours, group=silent_ring(), transport="p2p")
-    calls = {what: attention_call(ours, tensors, what) for what in RING_CALLS}
+    whole, on_ring = ours(mask, H), ours(mask, H, ring_attn.ring_attn, schedule=schedule)
+    calls = {
+        what: attention_call(partial(on_ring, group=ring, transport=transport), tensors, what)
+        for what in RING_CALLS
+    }
+    silent = partial(on_ring, group=silent_ring(), transport="p2p")
     lines = []
     for what, call in calls.items():
         contenders = {"ours": call, "silent": attention_call(silent, tensors, what)}
         if sequence:
-            contenders["one GPU"] = attention_call(ring_attn.flash_attn_func, sequence, what)
-        contenders = {who: (f, nullcontext) for who, f in contenders.items()}
-        times = in_turns(name, contenders | peers[what])
+            contenders["one GPU"] = attention_call(whole, sequence, what)
+        context = dict.fromkeys(contenders, nullcontext) | {x: where for x, (_, where) in peers[what].items()}
+        contenders |= {x: f for x, (f, _) in peers[what].items()}
+        times = {x: us / 1e3 for x, us in in_turns(name, contenders, events_us, context).items()}
         ms, silent_ms, one_ms = map(times.get, ("ours", "silent", "one GPU"))
         variants = [who for who in peers[what] if who in times]
         library_ms = {x: times[who] for x in LIBRARIES for who in variants if who.startswith(x)}
         line = {"name": name, "what": what, "transport": transport or ring.transport, "heads": f"{H}/{HKV}"}
-        line |= ring_rates(what, ms, one_ms, B, S, H) | {"exposed": ms and silent_ms and ms - silent_ms}
+        line |= ring_rates(what, ms, one_ms, B, pairs, H) | {"exposed": ms and silent_ms and ms - silent_ms}
         line |= {"launches": None, "GiB": None if what == "fwd+bwd" else "", "error": None, "one GPU": one_ms}
         line |= {x: library_ms.get(x) for x in LIBRARIES}
         line |= of_best(library_ms | ({"ours": ms / B} if ms else {}))
@@ -923,16 +1280,61 @@ def ring_row(name, schedule, T, H, HKV, transport=None):
             forward["error"], *grads = slowest(*found)
             both["error"] = max(grads)
     for line, call in zip([forward, both], calls.values()) if GPU and T == 2 * K else ():
-        if us := attempt("ours in a CUDA graph", name, graph_us, call, all_ranks=True):
-            rates = ring_rates(line["what"], slowest(us)[0] / 1e3, line["one GPU"], B, S, H)
+        captured = attempt("ours in a CUDA graph", name, capture, call, all_ranks=True)
+        if us := captured and slowest_us("ours in a CUDA graph", name, captured[0], 20):
+            rates = ring_rates(line["what"], us / 1e3, line["one GPU"], B, pairs, H)
             lines.append(dict.fromkeys(line, "") | {"name": name, "what": f"graph {line['what']}"} | rates)
     return lines
 
 
+# -----------------------------------------------------------------------------
+# training, as train.py does it
+
+
+def training(quick):
+    flags = ["--steps=12", "--log_every=4", "--eval_batches=1", "--sample_tokens=0"]
+    if not GPU:
+        flags += ["--steps=2", "--seq_len=64", "--batch_size=4", "--n_layers=1", "--dim=64", "--device=cpu"]
+    rows = {f"train {schedule}": [*flags, f"--schedule={schedule}"] for schedule in ring_attn.SCHEDULES}
+    if GPU and not quick:
+        more = "--seq_len=1048576 --batch_size=1 --n_layers=4 --dim=512 --checkpoint --steps=2 --log_every=1"
+        rows[f"train {COMMON} 1M tokens"] = [*flags, f"--schedule={COMMON}", *more.split()]
+    title = "training: train.py's default model, the last line that it logs. 1M tokens: 4 layers of 512, one sequence"
+    return title, train_row, {name: (x,) for name, x in rows.items()}
+
+
+def train_row(name, flags):
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [folder] * N_RANKS
+        if N_RANKS > 1:
+            dist.all_gather_object(folders, folder)
+        args = train.parse([*flags, f"--out={folders[0]}"])
+
+        def run():
+            with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+                train.train(args)
+
+        if attempt("ours", name, run, all_ranks=True) is None and name in sum(FAILED.values(), []):
+            return [{"name": name, "ms per step": None}]
+        with open(Path(folders[0], "metrics.csv"), newline="") as f:
+            last = [row for row in csv.DictReader(f) if row["loss"]][-1]
+        slowest(0)  # all have read it
+    names = {"loss": "loss", "tokens_per_second": "tokens/s", "mfu": "MFU", "memory_gib": "GiB"}
+    line = {"name": name, "ms per step": 1e3 * float(last["seconds_per_step"])}
+    return [line | {text: float(last[x]) if last[x] else None for x, text in names.items()}]
+
+
 if N_RANKS > 1:
-    SECTIONS = [rings, sharded]
+    SECTIONS = {"rings": rings, "ring-masks": masked_rings, "sharded": sharded, "train": training}
+    if GPU:
+        SECTIONS["rings-32k"] = partial(rings, lengths=(32 * K,))
 else:
-    SECTIONS = [kernels, small, memory, decode] if GPU else [kernels, schedules, decode]
+    SECTIONS = {"kernels": kernels, "masks": partial(masked, some=slice(4), title="windows, documents")}
+    SECTIONS["mods"] = partial(masked, some=slice(4, None), title="sinks, softcap, ALiBi")
+    SECTIONS |= dict(small=small, memory=memory) if GPU else dict(schedules=schedules)
+    SECTIONS["decode"] = decode
+SECTIONS |= {f"errors-{dtype}": partial(errors, dtype=dtype) for dtype in ERROR_DTYPES}
+ONLY_ALL = {"errors-bf16", "errors-fp16", "train"}  # parts that run only where --all or --part asks for them
 
 # -----------------------------------------------------------------------------
 # what overlaps: a profile of every rank
@@ -1017,53 +1419,13 @@ def trace(folder):
 
 
 # -----------------------------------------------------------------------------
-# pictures for the README: mid-tones, which read on white and on dark pages and to colour-blind eyes
-
-INK, BLUE, ORANGE, GREEN, PURPLE, GOLD = "#7a7f87", "#2f7fc1", "#d1661a", "#179a76", "#b8629b", "#a8860b"
-
-
-def svg(path, width, height, parts, footer=""):
-    font = 'font-family="-apple-system, Segoe UI, Helvetica, Arial, sans-serif"'
-    start = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" {font}>'
-    path.write_text("\n".join([start, *parts, label(width - 10, height - 10, footer, "end", 11), "</svg>\n"]))
-    print(f"wrote {path}", flush=True)
-
-
-def label(x, y, text, anchor="start", size=13, weight="normal", color=INK):
-    style = f'font-size="{size}" font-weight="{weight}" text-anchor="{anchor}" fill="{color}"'
-    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{html.escape(str(text))}</text>'
-
-
-def rect(x, y, width, height, color, opacity=1):
-    size = f'width="{max(width, 0.3):.2f}" height="{height:.2f}"'
-    return f'<rect x="{x:.2f}" y="{y:.2f}" {size} fill="{color}" fill-opacity="{opacity}"/>'
-
-
-def stroke(x, y, to_x, to_y, style='stroke-opacity="0.35"'):
-    return f'<path d="M{x:.1f} {y:.1f}L{to_x:.1f} {to_y:.1f}" stroke="{INK}" {style}/>'
-
+# pictures and RESULTS.md
 
 DASHED = 'stroke-width="1.5" stroke-dasharray="4 3"'
 
 
-def legend(x, y, entries):
-    """A row of (colour, text)."""
-    parts = []
-    for color, text in entries:
-        parts += [rect(x, y - 10, 12, 12, color), label(x + 18, y, text)]
-        x += 40 + 7 * len(text)
-    return parts
-
-
 def measured_on(found):
     return f"{found['n_ranks']} x {found['gpu'] or 'CPU'} | torch {found['torch']} | commit {found['commit']}"
-
-
-def ticks(top, n=5):
-    """About n round numbers up to top."""
-    step = 10 ** math.floor(math.log10(top / n))
-    step *= next(m for m in (1, 2, 5, 10) if top / (m * step) <= n)
-    return [i * step for i in range(int(top / step) + 1)]
 
 
 def staircase(x, y, side, visible, color, opacity):
@@ -1109,13 +1471,13 @@ def schedules_figure(folder):
             parts.append(rect(bars, top + 4, 280 * shares[rank], side - 8, color))
             parts.append(label(854, top + 14, f"{shares[rank]:.0%}", "end", 12))
         x = bars + 280 / R
-        parts.append(stroke(x, y - 2, x, y + 24 * R - 2, DASHED))
+        parts.append(stroke([(x, y - 2), (x, y + 24 * R - 2)], DASHED))
         y += 24 + max(24 * R, 28 + round(n_groups * (height + 4)))
     text = "squares: queries down, keys across, coloured by the rank they come from. dashed: an even share"
     svg(folder / "schedules.svg", 870, y + 10, parts, text)
 
 
-def throughput_figure(found, lines):
+def throughput_figure(path, found, lines):
     """Bars for tokens per GPU, forward and forward + backward; lines: of the rings of one schedule."""
     who = {"ours": BLUE, "torch cp": ORANGE, "ring-flash-attn": GREEN}
     titles = f"this project, {COMMON}", "torch context_parallel", f"ring-flash-attn, {COMMON}"
@@ -1127,13 +1489,11 @@ def throughput_figure(found, lines):
     names = list(dict.fromkeys(line["name"] for line in lines))
     top = 1.08 * max(rate for line in lines for rate in rates(line).values() if rate)
     base, height, width, bar = 330, 250, 400, 400 * 0.8 / len(names) / len(who)
-    parts = [*legend(60, 28, zip(who.values(), titles)), stroke(660, 24, 684, 24, DASHED)]
+    parts = [*legend(60, 28, zip(who.values(), titles)), stroke([(660, 24), (684, 24)], DASHED)]
     parts.append(label(690, 28, "one GPU with the whole sequence"))
     for left, what, title in (60, "fwd", "forward"), (510, "fwd+bwd", "forward + backward"):
         parts.append(label(left, 62, f"{title}, TFLOP/s per GPU", size=14, weight="bold"))
-        for tick in ticks(top):
-            y = base - height * tick / top
-            parts += [stroke(left, y, left + width, y), label(left - 6, y + 4, f"{tick:g}", "end", 11)]
+        parts += y_axis(left, base, width, height, top)
         for line in (line for line in lines if line["what"] == what):
             x, heights = left + width * (names.index(line["name"]) + 0.1) / len(names), rates(line)
             heights = {key: (rate, height * rate / top) for key, rate in heights.items() if rate}
@@ -1146,12 +1506,12 @@ def throughput_figure(found, lines):
                     parts.append(label(middle, base - y - 4, f"{rate:.0f}", "middle", 11, *style))
             if "ideal" in heights:
                 y = base - heights["ideal"][1]
-                parts.append(stroke(x - 4, y, x + 3 * bar, y, DASHED))
+                parts.append(stroke([(x - 4, y), (x + 3 * bar, y)], DASHED))
             tokens = f"{line['name'].split()[-1]} per GPU"
             parts.append(label(x + 1.5 * bar - 2, base + 18, tokens, "middle", 12))
     what = f"{lines[0]['heads']} heads, D128, {found['dtype']}, causal, transport {lines[0]['transport']}"
     parts.append(label(10, 390, f"{what}; peers: the fastest of their variants", size=11))
-    svg(ASSETS / "throughput.svg", 940, 400, parts, measured_on(found))
+    svg(path, 940, 400, parts, measured_on(found))
 
 
 def overlap_figure(path, found):
@@ -1176,35 +1536,118 @@ def overlap_figure(path, found):
         y += 14
     for tick in ticks(end / 1e3, 8):
         x = left + width * tick * 1e3 / end
-        parts += [stroke(x, 84, x, y), label(x, y + 16, f"{tick:g}", "middle", 11)]
+        parts += [stroke([(x, 84), (x, y)]), label(x, y + 16, f"{tick:g}", "middle", 11)]
     parts.append(label(left - 8, y + 16, "ms", "end", 11))
     svg(path, left + width + 30, y + 50, parts, measured_on(found))
 
 
+def errors_figure(path, found, lines):
+    """For each mask a column of each contender's worst ratio, over o, dq, dk and dv; hollow where bits differ."""
+    who = [x for x in dict.fromkeys(line["who"] for line in lines) if x != "SDPA"]
+    colors = dict(zip(who, itertools.cycle((BLUE, ORANGE, GREEN, PURPLE, GOLD, INK))))
+    names = list(dict.fromkeys(line["name"] for line in lines))
+    top, base, height, step = 4, 330, 240, 16 + 8 * len(who)
+    width = step * len(names)
+    parts = y_axis(60, base, width, height, top)
+    parts.append(label(60, 74, "largest error / SDPA's", weight="bold"))
+    for i, color in enumerate(colors.values()):
+        parts += legend(60 + 170 * (i % 6), 24 + 18 * (i // 6), [(color, who[i])])
+    for at in (2, 3):  # what test.py allows
+        parts.append(stroke([(60, base - height * at / top), (60 + width, base - height * at / top)], DASHED))
+    for line in lines:
+        ratios = [line[x] for x in ("o", "dq", "dk", "dv") if isinstance(line[x], float)]
+        if line["who"] == "SDPA" or not ratios:
+            continue
+        x = 60 + step * names.index(line["name"]) + 8 + 8 * who.index(line["who"])
+        y = base - height * min(max(ratios), top) / top
+        parts.append(rect(x, y - 3, 6, 6, colors[line["who"]], 1 if line["same bits"] == "yes" else 0.3))
+        if max(ratios) > top:
+            parts.append(label(x + 3, y - 6, f"{max(ratios):.0f}", "middle", 9))
+    for i, name in enumerate(names):
+        _, dtype, mask = name.split(" ", 2)
+        parts += [
+            label(60 + step * (i + 0.5), base + 16 + 13 * n, x, "middle", 10)
+            for n, x in enumerate((mask, dtype))
+        ]
+    parts.append(
+        label(
+            10,
+            base + 54,
+            "pale: bits differ from call to call. dashed: test.py's bounds, of o and of gradients",
+            size=11,
+        )
+    )
+    svg(path, max(width + 80, 900), base + 84, parts, measured_on(found))
+
+
+def markdown(runs):
+    """RESULTS.md: a table for each part, each with the GPU and commit that made it."""
+    text = [
+        "# Results\n",
+        "`bench.py --figures` wrote this file from the output of `bench.py --all`, or of its parts.\n",
+    ]
+    card = "gpu", "n_ranks", "torch", "triton", "cuda", "cudnn", "dtype", "commit"
+    cards = dict.fromkeys(tuple(found[x] for x in card) for found in runs)
+    text.append(md_table(["GPU", "ranks", *card[2:]], cards))
+    for found in sorted(runs, key=lambda x: (x["gpu"], x["n_ranks"])):
+        for part, table in found["parts"].items():
+            title, *notes = table["title"].split("\n")
+            text.append(f"## {part}: {found['n_ranks']} x {found['gpu']}\n")
+            command = f"torchrun --nproc_per_node={found['n_ranks']}" if found["n_ranks"] > 1 else "python"
+            text.append(f"```\n{command} bench.py --part={part}\n```\n\n{title}.\n")
+            text += [f"{' '.join(' '.join(notes).split())}.\n"] if notes else []
+            heads = list(dict.fromkeys(x for line in table["rows"] for x in line))
+            text.append(md_table(heads, [[shown(line.get(x, "")) for x in heads] for line in table["rows"]]))
+            text += [
+                f"- {reason} ({len(rows)} rows, the first {rows[0]})"
+                for reason, rows in table["failed"].items()
+            ]
+            text += [""] if table["failed"] else []
+    return "\n".join(text).rstrip() + "\n"
+
+
+def md_table(heads, rows):
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def lines_of(found, pattern):
+    """Of a run on GPUs, the lines whose names fit."""
+    tables = found["parts"].values() if found.get("gpu") else ()
+    return [line for table in tables for line in table["rows"] if re.fullmatch(pattern, line["name"])]
+
+
 def ring_lines(found):
-    """Of a run on GPUs, the lines that throughput.svg shows."""
-    if not found.get("gpu"):
-        return []
-    name = re.compile(rf"ring {COMMON} (2|8|32)k")
-    return [x for x in found["rows"] if name.fullmatch(x["name"]) and x["what"] in RING_CALLS and x["ms"]]
+    """The lines that throughput.svg shows."""
+    return [x for x in lines_of(found, rf"ring {COMMON} (2|8|32)k") if x["what"] in RING_CALLS and x["ms"]]
+
+
+def error_lines(found):
+    return lines_of(found, "error .*")
 
 
 def figures(runs):
-    """The README's pictures, from runs on GPUs: throughput from all with the machine and commit of the first
-    one with rings, the overlap from the first one with a trace."""
+    """The README's pictures and RESULTS.md, from runs on GPUs: throughput and errors from all with the machine
+    and commit of the first one that has them, the overlap from the first one with a trace."""
     ASSETS.mkdir(exist_ok=True)
     schedules_figure(ASSETS)
-    timed = next(filter(ring_lines, runs), None)
-    traced = next((found for found in runs if found.get("trace") and found["gpu"]), None)
-    if timed:
-        same = [found for found in runs if measured_on(found) == measured_on(timed)]
-        throughput_figure(timed, [line for found in same for line in ring_lines(found)])
-    if traced:
+    wrote = ["schedules.svg"]
+    pictures = ("throughput.svg", ring_lines, throughput_figure), ("errors.svg", error_lines, errors_figure)
+    for name, find, draw in pictures:
+        if first := next(filter(find, runs), None):
+            same = [found for found in runs if measured_on(found) == measured_on(first)]
+            draw(ASSETS / name, first, [line for found in same for line in find(found)])
+            wrote.append(name)
+    if traced := next((found for found in runs if found.get("trace") and found["gpu"]), None):
         overlap_figure(ASSETS / "overlap.svg", traced)
-    command = "torchrun --nproc_per_node=2 bench.py --figures"
-    for name, found, flags in ("throughput", timed, ""), ("overlap", traced, " --trace"):
-        if not found:
-            print(f"no {name}.svg: it takes {command}{flags}, on GPUs, or --figures FILE with its output")
+        wrote.append("overlap.svg")
+    if measured := [found for found in runs if found["gpu"] and found["parts"]]:
+        (ASSETS / "RESULTS.md").write_text(markdown(measured))
+        wrote.append("RESULTS.md")
+    commits = {found["commit"] for found in runs if found["gpu"]}
+    print(f"wrote {', '.join(wrote)} into {ASSETS}; other files need the output of runs on GPUs with --all")
+    if len(commits) > 1:
+        print(f"these runs are of several commits: {', '.join(map(str, commits))}")
 
 
 # -----------------------------------------------------------------------------
@@ -1225,27 +1668,51 @@ def refuse(parser, text):
     sys.exit(2)
 
 
+def tell_failed():
+    """Prints the reason for each dash; did one of ours fail?"""
+    for reason, rows in FAILED.items():
+        print(f"- {reason} ({len(rows)} row{'s' * (len(rows) > 1)}, the first {rows[0]})")
+    return any(reason.startswith(OURS) for reason in FAILED)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rows: some lengths and head dims only")
     text = 'only rows whose name contains TEXT, such as "decode" or "16k causal"'
     parser.add_argument("--filter", default="", metavar="TEXT", help=text)
+    parts = [*SECTIONS, "trace"]
+    text = f"only this part of the tables, once or more; with as many processes as here: {', '.join(parts)}"
+    parser.add_argument("--part", action="append", choices=parts, metavar="NAME", help=text)
+    parser.add_argument(
+        "--errors", action="store_true", help="only errors beside float64: all parts errors-*"
+    )
+    parser.add_argument("--all", action="store_true", help="all parts")
     text = "profile every rank into FOLDER (default: runs/trace): Chrome traces, overlap.svg; alone: no rows"
     parser.add_argument("--trace", nargs="?", const="runs/trace", metavar="FOLDER", help=text)
-    text = "draw the README's pictures into assets, from this run, or from FILEs: the output of earlier runs"
+    text = (
+        "write pictures and RESULTS.md into assets, from this run, or from FILEs: the output of earlier runs"
+    )
     parser.add_argument("--figures", nargs="*", metavar="FILE", help=text)
     args = parser.parse_args()
     if ring_attn.INTERPRET:
         refuse(parser, "TRITON_INTERPRET=1 is set: the interpreter's speed says nothing; unset it")
-    sections = [section(args.quick) for section in SECTIONS]
-    names = [name for _, _, rows in sections for name in rows]
-    if not any(args.filter in name for name in names):
+    chosen = set(args.part or ()) | {part for part in SECTIONS if args.errors and part.startswith("errors")}
+    if not chosen:
+        chosen = {part for part in SECTIONS if args.all or args.filter or part not in ONLY_ALL}
+        only_trace = args.trace and not (args.quick or args.filter or args.all or args.figures is not None)
+        chosen = set() if only_trace else chosen | {"trace"} if args.all and N_RANKS > 1 else chosen
+    if "trace" in chosen:
+        args.trace = args.trace or "runs/trace"
+    sections = {part: make(args.quick) for part, make in SECTIONS.items() if part in chosen}
+    names = [name for _, _, rows in sections.values() for name in rows]
+    if names and not any(args.filter in name for name in names):
         refuse(parser, f"--filter={args.filter!r} is in no name; there are: {', '.join(names)}")
-    if args.figures or args.figures is not None and not args.trace and not (GPU and N_RANKS > 1):
+    if args.figures or args.figures is not None and not args.trace and not GPU:
         try:
             runs = [json.loads(Path(file).read_text().strip().splitlines()[-1]) for file in args.figures]
-        except (OSError, ValueError, IndexError) as error:
-            refuse(parser, f"--figures: the last line of a FILE must be the JSON of a run: {error}")
+            [(found["parts"], found["gpu"], found["n_ranks"]) for found in runs]
+        except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+            refuse(parser, f"--figures: the last line of a FILE must be the JSON of a run: {error!r}")
         return figures(runs) if RANK == 0 else None
     if N_RANKS > 1:
         try:
@@ -1254,6 +1721,7 @@ def main():
             refuse(parser, str(error))
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was measured is kept
 
     torch.backends.cuda.matmul.allow_tf32 = False  # the truth is float32 throughout
     found = dict(commit=commit(), gpu=torch.cuda.get_device_name() if GPU else None, torch=torch.__version__)
@@ -1262,42 +1730,49 @@ def main():
     print(" | ".join(f"{key} {value}" for key, value in found.items()))
     if not GPU:
         print("no GPU here: these rows check that everything works; their times say nothing of speed")
-    print(f"""FLOP: forward 4*B*H*S*S*D, half of it under a causal mask; backward 2.5 times the forward
-of best: how many times as good as the best peer ours is. Inputs are normal, times medians
-error: relative (Frobenius), of o, or the worst of dq, dk, dv; of rings to one GPU, of other rows to
+    print(f"""FLOP: 4*D of the forward for each score that the mask leaves; backward 2.5 times the forward
+of best: how many times as good as the best peer ours is; ours free: deterministic=False; fa4 det: True
+deterministic: do two calls, forward and backward, return the same bits? Inputs are normal, times medians
+error: relative (Frobenius), the worst of o, dq, dk, dv; of rings to one GPU, of other rows to
     {str(TRUE_DTYPE)[6:]}, for the last sequence (kernels: and key head)""")
-    found |= dict(rows=[], failed=FAILED)
-    only_trace, status = args.trace and not (args.quick or args.filter or args.figures is not None), 0
+    found |= dict(parts={})
+    status = 0
     try:
-        for title, measure_row, rows in () if only_trace else sections:
-            chosen = [name for name in rows if args.filter in name]
-            if chosen:
-                print(f"\n{title() if callable(title) else title}", flush=True)
-            for name in chosen:
-                lines = measure_row(name, *rows[name])
-                found["rows"] += lines
-                for line in [dict(zip(lines[0], lines[0]))] * (name == chosen[0]) + lines:
-                    print_line(line)
+        for part, (title, measure_row, rows) in sections.items():
+            if not (rows := {name: x for name, x in rows.items() if args.filter in name}):
+                continue
+            FAILED.clear()
+            table = found["parts"][part] = dict(title=title() if callable(title) else title, rows=[])
+            print(f"\n{table['title']}", flush=True)
+            start = time.perf_counter()
+            try:
+                for i, (name, row) in enumerate(rows.items()):
+                    lines = measure_row(name, *row)
+                    table["rows"] += lines
+                    for line in [dict(zip(lines[0], lines[0]))] * (i == 0) + lines:
+                        print_line(line)
+            finally:
+                table |= dict(failed=dict(FAILED), seconds=time.perf_counter() - start)
+                status |= tell_failed()
+                print(f"part {part}: {table['seconds']:.0f} s", flush=True)
         if args.trace:
+            FAILED.clear()
             found["trace"] = trace(Path(args.trace))
+            status |= tell_failed()
     except KeyboardInterrupt:
-        print("\ninterrupted: below is what was measured so far", end="")
+        print("\ninterrupted: below is what was measured so far")
         status = 130
-    print()
-    for reason, failed in FAILED.items():
-        print(f"- {reason} ({len(failed)} rows, the first {failed[0]})")
-    if args.quick and "flex" in CONTENDERS and kernels in SECTIONS:
-        print("- flex: --quick compiles it once per head dim and mask, of the kernels")
-    if RANK == 0 and not status:
+    if RANK == 0 and status != 130:
         if found.get("trace"):
             overlap_figure(Path(args.trace) / "overlap.svg", found)
+            print(f"wrote {Path(args.trace) / 'overlap.svg'}")
         if args.figures is not None:
             figures([found])
     rounded = json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.4g}"))
     print(json.dumps(rounded), flush=True)
-    if N_RANKS > 1 and not status:  # interrupted ranks may stand at different collectives, and would wait
+    if N_RANKS > 1 and status != 130:  # interrupted ranks may stand at different collectives, and would wait
         dist.destroy_process_group()
-    sys.exit(status or any(reason.startswith(("ours:", "triton:")) for reason in FAILED))
+    sys.exit(status)
 
 
 if __name__ == "__main__":
