@@ -760,7 +760,7 @@ def same_bits(call, results, times=1):
 # tables. A section is a title, a function, and {row name: arguments}. function(row name, *arguments) measures
 # and returns lines, {heading: text, number, or None for a dash}, which are printed and go into the JSON
 
-LEFT = {"name": 25, "what": 15, "best peer": 15, "who": 26, "variants": 0}  # widths of the columns of text
+LEFT = {"name": 31, "what": 15, "best peer": 15, "who": 26, "variants": 0}  # widths of the columns of text
 
 
 def shown(x):
@@ -893,7 +893,7 @@ def memory_row(name, T):
 
 
 # what --errors measures: the smallest shapes that have all kinds of tiles, so that float64 is quick
-ERROR_S, REPEATS, VIRTUAL = (2 * K, 20, (4, 8)) if GPU else (64, 2, (2,))
+ERROR_S, REPEATS, VIRTUAL = (2 * K, 20, (4, 8)) if GPU else (128, 2, (2,))
 ERROR_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -901,10 +901,10 @@ def errors(quick, dtype="bf16"):
     chosen = {"causal": CAUSAL, "full": FULL, **masks(ERROR_S)}
     rows = {f"error {dtype} {name}": (mask, ERROR_DTYPES[dtype]) for name, mask in chosen.items()}
     heads, D = ("4/2" if N_RANKS == 1 else "4/4"), RING_D
-    title = f"""errors in {dtype}: B2 S{ERROR_S} {heads} D{D}; all but full causal. The largest absolute error of each
-tensor beside float64: of SDPA, and of others as multiples of SDPA's. For softcap and ALiBi the formula in {dtype}
-takes SDPA's place. test.py allows 2 for o, 3 for gradients
-same bits: in {REPEATS} more calls, forward and backward. ours xN: the worst of all schedules on a virtual ring of N"""
+    title = f"""errors in {dtype}: B2 S{ERROR_S} {heads} D{D}; all but full causal. The largest absolute
+error of each tensor beside float64: of SDPA, and of others as multiples of SDPA's, of which test.py allows 2
+for o, 3 for gradients. For softcap and ALiBi the formula in {dtype} takes SDPA's place
+same bits: in {REPEATS} more calls, forward and backward. ours xN: the worst of all schedules, virtual ring"""
     return title, error_row, rows
 
 
@@ -971,27 +971,10 @@ def error_row(name, mask, dtype):
                 line |= dict.fromkeys(columns[n // 4 :], why(who, name))
                 break
             *worst, differ = slowest(*found)
-            line |= {x: a / b for x, a, b in zip(columns[:n], worst, yardstick)}
+            line |= {x: a / max(b, 1e-12) for x, a, b in zip(columns[:n], worst, yardstick)}
             line["same bits"] = "no" if differ else "yes"
         lines.append(line)
     return lines
-
-
-def schedules(quick):
-    rows = {f"schedule {schedule}": (schedule, 4) for schedule in ring_attn.SCHEDULES}
-    rows["schedule none"] = next(iter(ring_attn.SCHEDULES)), 1
-    title = """schedules: forward + backward of four ranks in turn on this CPU (none: of one); B2 S512 H4 D64
-causal. rank 0 to 3: shares of the scores"""
-    return title, schedule_row, rows
-
-
-def schedule_row(name, schedule, n_ranks):
-    ring, tensors = ring_attn.VirtualRing(n_ranks), make(name, 2, 512, 4, 4, 64)
-    f = partial(ring_attn.ring_attn, schedule=schedule, group=ring, backend="torch")
-    line = {"name": name, "ms": wall_us(attention_call(f, tensors, "fwd+bwd"), 3) / 1e3}
-    for rank, share in enumerate(work_shares(schedule, n_ranks)):
-        line[f"rank {rank}"] = share
-    return [line]
 
 
 def work_shares(schedule, n_ranks):
@@ -1131,7 +1114,6 @@ transport {ring.transport} ({ring.why}), or as named
 ms: between the ends of calls in a row, on the slowest rank; of calls over 0.3 s, one. Backwards run in the
     thread that calls, as in train.py. graph: in a CUDA graph
 {RATE}: of each rank. of ideal: one GPU's ms for the whole sequence, on all GPUs at once, / {N_RANKS} / ours
-exposed: ms beyond those of the same hops where nothing moves. launches: kernels on the attention's stream
 GiB: peak beyond the inputs, symmetric memory included
 peers: ms of B1 under our schedule, or {COMMON} if no peer has it, of each library's fastest variant"""
 
@@ -1178,18 +1160,6 @@ def fastest_peers(schedule, T, H, HKV):
     return {what: {variant: call for _, variant, call in x.values()} for what, x in best.items()}
 
 
-class SilentRing(ring_attn.Ring):
-    """A ring on which nothing moves: its hops compute with whatever is in their buffers."""
-
-    def exchange(self, *what):
-        return lambda: None
-
-
-@cache
-def silent_ring():
-    return SilentRing(dist.group.WORLD)
-
-
 def profiled(call, calls, path):
     """Events of a Chrome trace of some calls, written to path."""
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * GPU
@@ -1210,11 +1180,6 @@ def attention_stream(events):
         if event.get("cat") == "kernel" and "nccl" not in event["name"]:
             streams.setdefault(event["tid"], []).append(event)
     return max(streams.items(), key=lambda x: len(x[1]))
-
-
-def count_launches(call):
-    with tempfile.TemporaryDirectory() as folder:
-        return len(attention_stream(profiled(call, 1, Path(folder, "trace.json")))[1])
 
 
 def ring_rates(what, ms, one_ms, B, pairs, H):
@@ -1242,34 +1207,29 @@ def ring_row(name, schedule, T, H, HKV, transport=None, mask=CAUSAL):
         what: attention_call(partial(on_ring, group=ring, transport=transport), tensors, what)
         for what in RING_CALLS
     }
-    silent = partial(on_ring, group=silent_ring(), transport="p2p")
     lines = []
     for what, call in calls.items():
-        contenders = {"ours": call, "silent": attention_call(silent, tensors, what)}
+        contenders = {"ours": call}
         if sequence:
             contenders["one GPU"] = attention_call(whole, sequence, what)
         context = dict.fromkeys(contenders, nullcontext) | {x: where for x, (_, where) in peers[what].items()}
         contenders |= {x: f for x, (f, _) in peers[what].items()}
         times = {x: us / 1e3 for x, us in in_turns(name, contenders, events_us, context).items()}
-        ms, silent_ms, one_ms = map(times.get, ("ours", "silent", "one GPU"))
+        ms, one_ms = map(times.get, ("ours", "one GPU"))
         variants = [who for who in peers[what] if who in times]
         library_ms = {x: times[who] for x in LIBRARIES for who in variants if who.startswith(x)}
         line = {"name": name, "what": what, "transport": transport or ring.transport, "heads": f"{H}/{HKV}"}
-        line |= ring_rates(what, ms, one_ms, B, pairs, H) | {"exposed": ms and silent_ms and ms - silent_ms}
-        line |= {"launches": None, "GiB": None if what == "fwd+bwd" else "", "error": None, "one GPU": one_ms}
+        line |= ring_rates(what, ms, one_ms, B, pairs, H)
+        line |= {"GiB": None if what == "fwd+bwd" else "", "error": None, "one GPU": one_ms}
         line |= {x: library_ms.get(x) for x in LIBRARIES}
         line |= of_best(library_ms | ({"ours": ms / B} if ms else {}))
         lines.append(line | {"variants": ", ".join(variants)})
     if not all(line["ms"] for line in lines):
         return lines
     forward, both = lines
-    if GPU:
-        for line, call in zip(lines, calls.values()):
-            n = attempt("launches", name, count_launches, call, all_ranks=True)
-            line["launches"] = n and slowest(n)[0]
-        if peak := attempt("memory", name, peak_bytes, calls["fwd+bwd"], all_ranks=True):
-            staging = ring.memory.local.nbytes if both["transport"] == "symmetric" else 0
-            both["GiB"] = (slowest(peak)[0] + staging) / 2**30
+    if GPU and (peak := attempt("memory", name, peak_bytes, calls["fwd+bwd"], all_ranks=True)):
+        staging = ring.memory.local.nbytes if both["transport"] == "symmetric" else 0
+        both["GiB"] = (slowest(peak)[0] + staging) / 2**30
     if results:
 
         def errors():
@@ -1299,7 +1259,8 @@ def training(quick):
     if GPU and not quick:
         more = "--seq_len=1048576 --batch_size=1 --n_layers=4 --dim=512 --checkpoint --steps=2 --log_every=1"
         rows[f"train {COMMON} 1M tokens"] = [*flags, f"--schedule={COMMON}", *more.split()]
-    title = "training: train.py's default model, the last line that it logs. 1M tokens: 4 layers of 512, one sequence"
+    title = """training: train.py's default model, the last line that it logs
+1M tokens: one sequence, 4 layers of width 512"""
     return title, train_row, {name: (x,) for name, x in rows.items()}
 
 
@@ -1331,7 +1292,7 @@ if N_RANKS > 1:
 else:
     SECTIONS = {"kernels": kernels, "masks": partial(masked, some=slice(4), title="windows, documents")}
     SECTIONS["mods"] = partial(masked, some=slice(4, None), title="sinks, softcap, ALiBi")
-    SECTIONS |= dict(small=small, memory=memory) if GPU else dict(schedules=schedules)
+    SECTIONS |= dict(small=small, memory=memory) if GPU else {}
     SECTIONS["decode"] = decode
 SECTIONS |= {f"errors-{dtype}": partial(errors, dtype=dtype) for dtype in ERROR_DTYPES}
 ONLY_ALL = {"errors-bf16", "errors-fp16", "train"}  # parts that run only where --all or --part asks for them
@@ -1542,42 +1503,40 @@ def overlap_figure(path, found):
 
 
 def errors_figure(path, found, lines):
-    """For each mask a column of each contender's worst ratio, over o, dq, dk and dv; hollow where bits differ."""
+    """A panel for each dtype; for each mask and contender a dot: the worst ratio of o, dq, dk and dv."""
     who = [x for x in dict.fromkeys(line["who"] for line in lines) if x != "SDPA"]
+    left, width, height, top, y = 60, 860, 200, 4, 40 + 18 * -(-len(who) // 4)
     colors = dict(zip(who, itertools.cycle((BLUE, ORANGE, GREEN, PURPLE, GOLD, INK))))
-    names = list(dict.fromkeys(line["name"] for line in lines))
-    top, base, height, step = 4, 330, 240, 16 + 8 * len(who)
-    width = step * len(names)
-    parts = y_axis(60, base, width, height, top)
-    parts.append(label(60, 74, "largest error / SDPA's", weight="bold"))
-    for i, color in enumerate(colors.values()):
-        parts += legend(60 + 170 * (i % 6), 24 + 18 * (i // 6), [(color, who[i])])
-    for at in (2, 3):  # what test.py allows
-        parts.append(stroke([(60, base - height * at / top), (60 + width, base - height * at / top)], DASHED))
+    panels, parts = {}, []
+    for i, name in enumerate(who):
+        parts += legend(left + 215 * (i % 4), 24 + 18 * (i // 4), [(colors[name], f"{i + 1} {name}")])
     for line in lines:
-        ratios = [line[x] for x in ("o", "dq", "dk", "dv") if isinstance(line[x], float)]
-        if line["who"] == "SDPA" or not ratios:
-            continue
-        x = 60 + step * names.index(line["name"]) + 8 + 8 * who.index(line["who"])
-        y = base - height * min(max(ratios), top) / top
-        parts.append(rect(x, y - 3, 6, 6, colors[line["who"]], 1 if line["same bits"] == "yes" else 0.3))
-        if max(ratios) > top:
-            parts.append(label(x + 3, y - 6, f"{max(ratios):.0f}", "middle", 9))
-    for i, name in enumerate(names):
-        _, dtype, mask = name.split(" ", 2)
-        parts += [
-            label(60 + step * (i + 0.5), base + 16 + 13 * n, x, "middle", 10)
-            for n, x in enumerate((mask, dtype))
-        ]
-    parts.append(
-        label(
-            10,
-            base + 54,
-            "pale: bits differ from call to call. dashed: test.py's bounds, of o and of gradients",
-            size=11,
-        )
-    )
-    svg(path, max(width + 80, 900), base + 84, parts, measured_on(found))
+        _, dtype, mask = line["name"].split(" ", 2)
+        panels.setdefault(dtype, {}).setdefault(mask, []).append(line)
+    for dtype, columns in panels.items():
+        y, step = y + height + 24, width / len(columns)
+        title = f"{dtype}: largest error, over that of SDPA"
+        parts += [label(left, y - height - 10, title, weight="bold"), *y_axis(left, y, width, height, top)]
+        for bound in (2, 3):  # test.py's
+            at = y - height * bound / top
+            parts.append(stroke([(left, at), (left + width, at)], DASHED))
+        for i, (mask, some) in enumerate(columns.items()):
+            parts.append(label(left + step * (i + 0.5), y + 18, mask, "middle", 11))
+            for line in some:
+                ratios = [line[x] for x in ("o", "dq", "dk", "dv") if not isinstance(line[x], str)]
+                if line["who"] != "SDPA" and ratios:
+                    n, ratio = who.index(line["who"]), max(ratios)
+                    x, at = left + step * (i + (n + 1) / (len(who) + 1)), y - height * min(ratio, top) / top
+                    parts.append(
+                        rect(x - 3, at - 3, 6, 6, colors[who[n]], 1 if line["same bits"] == "yes" else 0.4)
+                    )
+                    parts.append(
+                        label(x, at - 6, n + 1 if ratio <= top else f"{n + 1}: {ratio:.0f}", "middle", 9)
+                    )
+        y += 34
+    text = "pale: bits differ from call to call. dashed: what test.py allows, of o and of gradients"
+    parts.append(label(10, y + 10, text, size=11))
+    svg(path, left + width + 20, y + 40, parts, measured_on(found))
 
 
 def markdown(runs):
@@ -1591,11 +1550,9 @@ def markdown(runs):
     text.append(md_table(["GPU", "ranks", *card[2:]], cards))
     for found in sorted(runs, key=lambda x: (x["gpu"], x["n_ranks"])):
         for part, table in found["parts"].items():
-            title, *notes = table["title"].split("\n")
             text.append(f"## {part}: {found['n_ranks']} x {found['gpu']}\n")
             command = f"torchrun --nproc_per_node={found['n_ranks']}" if found["n_ranks"] > 1 else "python"
-            text.append(f"```\n{command} bench.py --part={part}\n```\n\n{title}.\n")
-            text += [f"{' '.join(' '.join(notes).split())}.\n"] if notes else []
+            text.append(f"```\n{command} bench.py --part={part}\n\n{table['title'].rstrip()}\n```\n")
             heads = list(dict.fromkeys(x for line in table["rows"] for x in line))
             text.append(md_table(heads, [[shown(line.get(x, "")) for x in heads] for line in table["rows"]]))
             text += [
@@ -1604,6 +1561,10 @@ def markdown(runs):
             ]
             text += [""] if table["failed"] else []
     return "\n".join(text).rstrip() + "\n"
+
+
+def failures(found):
+    return [f"- {why} ({len(x)} row{'s' * (len(x) > 1)}, the first {x[0]})" for why, x in found.items()]
 
 
 def md_table(heads, rows):
@@ -1627,8 +1588,8 @@ def error_lines(found):
 
 
 def figures(runs):
-    """The README's pictures and RESULTS.md, from runs on GPUs: throughput and errors from all with the machine
-    and commit of the first one that has them, the overlap from the first one with a trace."""
+    """The README's pictures and RESULTS.md, from runs on GPUs: throughput and errors from all that share GPU
+    and commit with the first one that has them, the overlap from the first one with a trace."""
     ASSETS.mkdir(exist_ok=True)
     schedules_figure(ASSETS)
     wrote = ["schedules.svg"]
@@ -1655,9 +1616,9 @@ def figures(runs):
 
 
 def commit():
-    """Short hash of the checkout; None outside of one."""
+    """Short hash of the checkout, and whether files differ from it; None outside of one."""
     with contextlib.suppress(OSError):  # no git here
-        command = "git", "rev-parse", "--short", "HEAD"
+        command = "git", "describe", "--always", "--dirty", "--exclude=*"
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
         return done.stdout.strip() or None
 
@@ -1670,8 +1631,7 @@ def refuse(parser, text):
 
 def tell_failed():
     """Prints the reason for each dash; did one of ours fail?"""
-    for reason, rows in FAILED.items():
-        print(f"- {reason} ({len(rows)} row{'s' * (len(rows) > 1)}, the first {rows[0]})")
+    print(*failures(FAILED), sep="\n", end="\n" * bool(FAILED))
     return any(reason.startswith(OURS) for reason in FAILED)
 
 
@@ -1746,11 +1706,11 @@ error: relative (Frobenius), the worst of o, dq, dk, dv; of rings to one GPU, of
             print(f"\n{table['title']}", flush=True)
             start = time.perf_counter()
             try:
-                for i, (name, row) in enumerate(rows.items()):
-                    lines = measure_row(name, *row)
-                    table["rows"] += lines
-                    for line in [dict(zip(lines[0], lines[0]))] * (i == 0) + lines:
+                for name, row in rows.items():
+                    lines = attempt("ours, or its truth", name, measure_row, name, *row, all_ranks=True) or []
+                    for line in [dict(zip(x, x)) for x in lines[:1] if not table["rows"]] + lines:
                         print_line(line)
+                    table["rows"] += lines
             finally:
                 table |= dict(failed=dict(FAILED), seconds=time.perf_counter() - start)
                 status |= tell_failed()

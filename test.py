@@ -3763,6 +3763,9 @@ def check_run_folder(ring):
             assert steps == ["step 1 4 8 12 16 20", "step 1 4 8 12 13 16 20"], f"metrics.csv: {steps}"
             ends = [table[-2][:2] for table in tables]
             assert GPU or ends == [["20", repr(all_steps[-1])]] * 2, f"metrics.csv ends with {ends}"
+            tags = ElementTree.parse(out / "curve.svg").getroot()
+            dots = [x.get("fill") for x in tags if x.tag.endswith("rect") and x.get("height") == "4.00"]
+            assert dots.count(train.GREEN) == 7, f"curve.svg has {dots.count(train.GREEN)} dots of tokens/s"
 
 
 @real
@@ -4099,16 +4102,33 @@ def check_generate():
 
 @local(name="bench.py at the command line")
 def check_bench():
-    """One row of bench.py, whose last line is JSON; a filter that fits nothing is told what there is."""
-    on_cpu = ("schedule zigzag", 1), ("decode ragged", 1), ("sharded decode 2k", 2)
-    for row, n_ranks in [("memory 32k", 1)] if GPU else on_cpu:
+    """Single rows of bench.py, whose last line is JSON, from which RESULTS.md and pictures are made; a filter
+    that fits nothing, a part that is none and a file that is no output are told what there is."""
+    on_cpu = ("mask sinks", 1), ("error bf16 window 2", 1), ("decode ragged", 1), ("sharded decode 2k", 2)
+    on_cpu += ("error fp16 causal", 2), ("ring zigzag 16 documents", 2), ("train striped", 2)
+    runs = []
+    for row, n_ranks in [("memory 32k", 1), ("mask sinks", 1)] if GPU else on_cpu:
         (done,) = call_scripts(("bench.py", "--quick", f"--filter={row}"), n_ranks=n_ranks, timeout=300)
         assert done.returncode == 0, (done.stdout + done.stderr)[-1500:]
         *lines, last = done.stdout.strip().splitlines()
         found = json.loads(last)
-        assert {r["name"] for r in found["rows"]} == {row} and found["n_ranks"] == n_ranks, done.stdout
+        names = {line["name"] for table in found["parts"].values() for line in table["rows"]}
+        assert names == {row} and found["n_ranks"] == n_ranks, done.stdout
         assert any(line.startswith(row) for line in lines), done.stdout
-    command_line_error(*call_scripts(("bench.py", "--filter=nonesuch")), "nonesuch", "D64")
+        runs.append(found | dict(gpu=found["gpu"] or "a GPU"))
+    text = bench.markdown(runs)
+    assert all(
+        f"| {line['name']} |" in text for run in runs for x in run["parts"].values() for line in x["rows"]
+    )
+    with shared_folder(alone()) as folder:
+        for run in runs:
+            if lines := bench.error_lines(run):
+                bench.errors_figure(folder / "errors.svg", run, lines)
+                assert ElementTree.parse(folder / "errors.svg").getroot() is not None
+    bad = ("--filter=nonesuch", "D64"), ("--part=nonesuch", "masks"), ("--figures", "last line")
+    calls = [("bench.py", flag, *(["LICENSE"] if flag == "--figures" else [])) for flag, _ in bad]
+    for done, (flag, word) in zip(call_scripts(*calls), bad, strict=True):
+        command_line_error(done, flag.split("=")[0], word)
 
 
 @local(name="test.py at the command line")
