@@ -695,7 +695,7 @@ def in_turns(row, calls, timer, context=None):
         start = i * len(order) // 5
         for who in order[start:] + order[:start]:
             if about[who] < 3e5:
-                n = int(min(50, max(2, 5e4 / about[who]))) if GPU else 1
+                n = int(min(50, max(2, 4e4 / about[who]))) if GPU else 1
                 us = slowest_us(who, row, calls[who], n, context[who], timer)
                 found[who] = [*found[who], us] if i else [us]
     return {who: statistics.median(us) for who, us in found.items() if all(us)}
@@ -795,7 +795,7 @@ def size(S):
 
 def kernels(quick):
     if GPU:
-        lengths = (4 * K, 16 * K) if quick else (512, K, 4 * K, 8 * K, 16 * K, 64 * K)
+        lengths = (4 * K, 16 * K) if quick else (K, 4 * K, 8 * K, 16 * K, 64 * K)
         shapes = [(D, S, 2048 // D, 2048 // D) for D in (64, 128) for S in lengths]
         shapes += [(128, S, 32, 8) for S in (8 * K, 16 * K) if not quick]
         shapes = [(*shape, mask) for shape in shapes for mask in (CAUSAL, FULL)]
