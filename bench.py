@@ -277,12 +277,12 @@ def fa4_alibi(H):
     import cutlass.cute as cute
 
     @cute.jit
-    def alibi(score, b, h, i, j, seqlen_info, aux_tensors):
+    def alibi(score, b, h, q_idx, kv_idx, seqlen_info, aux_tensors):
         slope = cute.math.exp2((h + 1).to(cutlass.Float32) * (-8.0 / H))
-        return score - slope * (i - j).to(cutlass.Float32)
+        return score - slope * (q_idx - kv_idx).to(cutlass.Float32)
 
     @cute.jit
-    def alibi_bwd(dscore, score, b, h, i, j, seqlen_info, aux_tensors):
+    def alibi_bwd(dscore, score, b, h, q_idx, kv_idx, seqlen_info, aux_tensors):
         return dscore
 
     return alibi, alibi_bwd
