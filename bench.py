@@ -55,7 +55,8 @@ from torch.utils.checkpoint import checkpoint
 
 import ring_attn
 import train
-from decode import capture, decode_attn, quantized, sharded_decode_attn
+from decode import capture, capture_step, decode_attn, quantized, sharded_decode_attn
+from model import AttentionType, Config, Transformer
 from train import BLUE, GOLD, GREEN, INK, ORANGE, PURPLE, setup
 from train import label, legend, rect, stroke, svg, ticks, y_axis
 
@@ -1235,20 +1236,23 @@ def ring_row(name, schedule, T, H, HKV, transport=None, mask=CAUSAL):
 
 
 # -----------------------------------------------------------------------------
-# training, as train.py does it
+# whole models: training, as train.py does it, and generating
 
 
 def training(quick):
     flags = ["--steps=12", "--log_every=4", "--eval_batches=1", "--sample_tokens=0"]
     if not GPU:
         flags += ["--steps=2", "--seq_len=64", "--batch_size=4", "--n_layers=1", "--dim=64", "--device=cpu"]
-    rows = {f"train {schedule}": [*flags, f"--schedule={schedule}"] for schedule in ring_attn.SCHEDULES}
-    if GPU and not quick:
+    rows = {f"train {x}": f"--schedule={x}" for x in ring_attn.SCHEDULES if N_RANKS > 1}
+    if N_RANKS == 1:
+        rows = {"train flash": "--schedule=flash", "train sdpa": "--schedule=sdpa"}
+        rows["train flash compiled"] = "--schedule=flash --compile"
+    elif GPU and not quick:
         more = "--seq_len=1048576 --batch_size=1 --n_layers=4 --dim=512 --checkpoint --steps=2 --log_every=1"
-        rows[f"train {COMMON} 1M tokens"] = [*flags, f"--schedule={COMMON}", *more.split()]
+        rows[f"train {COMMON} 1M tokens"] = f"--schedule={COMMON} {more}"
     title = """training: train.py's default model, the last line that it logs
 1M tokens: one sequence, 4 layers of width 512"""
-    return title, train_row, {name: (x,) for name, x in rows.items()}
+    return title, train_row, {name: ([*flags, *more.split()],) for name, more in rows.items()}
 
 
 def train_row(name, flags):
@@ -1272,8 +1276,48 @@ def train_row(name, flags):
     return [line | {text: float(last[x]) if last[x] else None for x, text in names.items()}]
 
 
+SHAPE = dict(n_layers=8, dim=2048, dim_per_head=128, n_kv_heads=8) if GPU else dict(n_layers=1, dim=64)
+SHAPE_TEXT = ", ".join(f"{name} {n}" for name, n in SHAPE.items())
+
+
+def generating(quick):
+    lengths = (8 * K, 32 * K, 128 * K)[1 if quick else 0 :] if GPU else (256,)
+    title = f"""generate: a prompt of so many tokens, then one more a step; {SHAPE_TEXT}
+on a ring each rank has a part of the prompt and of the cache; one rank: has all, at the same time
+step: {"one replay of a CUDA graph" if GPU else "eager"}, without the sampling"""
+    return title, generate_row, {f"generate {size(S)}": (S,) for S in lengths}
+
+
+@torch.no_grad()
+def generate_row(name, S, steps=50 if GPU else 2):
+    tokens, lines = torch.randint(256, (1, S), generator=generator(name), device=DEVICE), []
+
+    def measure(model):
+        cache = model.to(DEVICE, DTYPE).new_cache(1, S + 4 * steps)
+
+        def prefill():
+            cache.release([0])
+            model.prefill(tokens, cache)
+
+        ms, new = events_us(prefill, 2) / 1e3, tokens[:, -1:]
+        model.step(new, cache)
+        step = capture_step(model.decode, new, cache) if GPU else model.step
+        us = events_us(lambda: step(new, cache), steps)
+        return ms, us
+
+    ranks = {"ours": (AttentionType.STRIPED, RANK, N_RANKS)} if N_RANKS > 1 else {}
+    for who, (kind, rank, n_ranks) in (ranks | {"one rank": (AttentionType.FLASH, 0, 1)}).items():
+        torch.manual_seed(0)
+        model = Transformer(Config(seq_len=S, **SHAPE), rank, n_ranks, kind)
+        if found := attempt("ours", name, measure, model, all_ranks=True):
+            ms, us = slowest(*found)
+            line = {"name": name, "who": who, "prefill ms": ms, "prefill tokens/s": S / ms * 1e3}
+            lines.append(line | {"step us": us, "tokens/s": 1e6 / us})
+    return lines
+
+
 if N_RANKS > 1:
-    SECTIONS = {"rings": rings, "ring-masks": masked_rings, "sharded": sharded, "train": training}
+    SECTIONS = {"rings": rings, "ring-masks": masked_rings, "sharded": sharded}
     if GPU:
         SECTIONS["rings-32k"] = partial(rings, lengths=(32 * K,))
 else:
@@ -1281,8 +1325,14 @@ else:
     SECTIONS["mods"] = partial(masked, some=slice(4, None), title="sinks, softcap, ALiBi")
     SECTIONS |= dict(small=small, memory=memory) if GPU else {}
     SECTIONS["decode"] = decode
+SECTIONS |= {"train": training, "generate": generating}
 SECTIONS |= {f"errors-{dtype}": partial(errors, dtype=dtype) for dtype in ERROR_DTYPES}
-ONLY_ALL = {"errors-bf16", "errors-fp16", "train"}  # parts that run only where --all or --part asks for them
+ONLY_ALL = {
+    "errors-bf16",
+    "errors-fp16",
+    "train",
+    "generate",
+}  # parts that run only where --all or --part asks for them
 
 # -----------------------------------------------------------------------------
 # what overlaps: a profile of every rank

@@ -413,8 +413,8 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, K_SCALE, V_SCALE, bloc
 # A mailbox (SymmetricMemory.mailbox, int64): how many calls have used it, how many programs of this call are
 # done, where the watchdog reads what a GPU waits for, and as what; the rank; how many words a letter box has;
 # where the two letter boxes of each rank are. Each rank writes its part to a letter box of every rank. A word
-# is a float32 and the number of the call: it tells itself that it has arrived, as in NCCL's LL protocol. Calls
-# use the two letter boxes in turn: who has all words of a call knows that the others have read the last one's
+# is a float32 and the number of the call, by which it tells that it has arrived, as in NCCL's LL protocol.
+# Calls use the two in turn: who has all words of a call knows that the others have read those of the last one
 CALLS, DONE, WAITS, REASON, MAIL_RANK, N_WORDS, BOXES = map(tl.constexpr, range(7))
 
 

@@ -97,7 +97,7 @@ GROUPS = {1: None}  # size -> the process group of that size that this process i
 
 
 class Case(NamedTuple):
-    """A row of the output. run(ring) returns (what, error, bound) or None; it raises where something is wrong."""
+    """A row of the output. run(ring) gives (what, error, bound) or None, or raises if something is wrong."""
 
     name: str
     run: Callable
@@ -3476,7 +3476,7 @@ def check_compiled_model(ring, kind, autocast):
     tokens, targets = (model.blocks[0].attn.shard(x) for x in text)
     compiled = torch.compile(model, fullgraph=True, backend="inductor" if GPU else "aot_eager")
     results, low = [], f16 if ring_attn.INTERPRET else bf16
-    # what runs in the operator is of no concern to a graph: the interpreter, which is slow, on one process only
+    # what runs in the operator does not concern a graph: the interpreter, which is slow, on one process only
     with on_torch_path() if ring.n_ranks > 1 else contextlib.nullcontext():
         for f in (model, compiled, compiled):
             with torch.autocast(DEVICE.type, low, enabled=autocast):
@@ -4106,6 +4106,7 @@ def check_bench():
     that fits nothing, a part that is none and a file that is no output are told what there is."""
     on_cpu = ("mask sinks", 1), ("error bf16 window 2", 1), ("decode ragged", 1), ("sharded decode 2k", 2)
     on_cpu += ("error fp16 causal", 2), ("ring zigzag 16 documents", 2), ("train striped", 2)
+    on_cpu += (("generate 256", 2),)
     runs = []
     for row, n_ranks in [("memory 32k", 1), ("mask sinks", 1)] if GPU else on_cpu:
         (done,) = call_scripts(("bench.py", "--quick", f"--filter={row}"), n_ranks=n_ranks, timeout=300)
@@ -4475,7 +4476,7 @@ def report(results, first):
 
 
 def take_turns(everyone, size, cases):
-    """Run the cases, each on the first ring of `size` processes that is free: their results on its first rank.
+    """Run the cases, each on the first ring of `size` processes that is free: results on its first rank.
     The longest are last in this file and begin first."""
     mine = []
     with shared_folder(everyone) as folder:
