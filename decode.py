@@ -411,19 +411,22 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, K_SCALE, V_SCALE, bloc
 
 
 # A mailbox (SymmetricMemory.mailbox, int64): how many calls have used it, how many programs of this call are
-# done, where the watchdog reads what a GPU waits for, and as what; the rank; how many words a letter box has;
-# where the two letter boxes of each rank are. Each rank writes its part to a letter box of every rank. A word
-# is a float32 and the number of the call, by which it tells that it has arrived, as in NCCL's LL protocol.
-# Calls use the two in turn: who has all words of a call knows that the others have read those of the last one
-CALLS, DONE, WAITS, REASON, MAIL_RANK, N_WORDS, BOXES = map(tl.constexpr, range(7))
+# done, where the watchdog reads what a GPU waits for, and as what; where the letter boxes of all ranks for
+# even calls are, then those for odd ones. Each rank writes its part to a letter box of every rank. A word is a
+# float32 and the number of the call, by which it tells that it has arrived, as in NCCL's LL protocol. Who has
+# all words of a call knows that the others have read those of the call before: two letter boxes are enough
+CALLS, DONE, WAITS, REASON, BOXES = map(tl.constexpr, range(5))
 
 
 @triton.jit
-def letter_box(MAILBOX, rank, call):
+def letter_box(MAILBOX, rank, n_ranks, call):
     """Where the words of a call to this rank are."""
-    return tl.load(MAILBOX + BOXES + rank).to(tl.pointer_type(tl.int64)) + call % 2 * tl.load(
-        MAILBOX + N_WORDS
-    )
+    return tl.load(MAILBOX + BOXES + call % 2 * n_ranks + rank).to(tl.pointer_type(tl.int64))
+
+
+@triton.jit
+def tell_watchdog(MAILBOX, number):
+    tl.store(tl.load(MAILBOX + WAITS).to(tl.pointer_type(tl.int32)), number.to(tl.int32))
 
 
 @triton.jit
@@ -433,47 +436,45 @@ def as_words(x, call):
 
 @triton.jit
 def load_part(PART, mask, other, call):
-    """float32 numbers; with a call, the number of words, which may be still on their way."""
+    """float32 numbers; with a call, from words, which may be still on their way."""
     if call is None:
         return tl.load(PART, mask=mask, other=other)
     else:
         words = tl.load(PART, mask=mask, other=call << 32, volatile=True)
-        while tl.max((words >> 32 != call).to(tl.int32).reshape(words.numel), 0) > 0:
+        while tl.max(((words >> 32).to(tl.int32) != call.to(tl.int32)).to(tl.int32)) > 0:
             words = tl.load(PART, mask=mask, other=call << 32, volatile=True)
         return tl.where(mask, words.to(tl.int32).to(tl.float32, bitcast=True), other)
 
 
 @triton.jit
-def send_mail(PART, MAILBOX, call, n_ranks, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def send_mail(PART, MAILBOX, call, rank, n_ranks, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Write rows of PART (rows, D + 1), every num_programs-th, to all ranks' letter boxes."""
-    rank, offs_d = tl.load(MAILBOX + MAIL_RANK).to(tl.int32), tl.arange(0, BLOCK_D)
-    if tl.program_id(0) == 0:
-        tl.store(
-            tl.load(MAILBOX + WAITS).to(tl.pointer_type(tl.int32)), tl.load(MAILBOX + REASON).to(tl.int32)
-        )
+    offs_d = tl.arange(0, BLOCK_D)
+    if tl.program_id(0) == 0:  # with the call's number: the next call is another wait
+        tell_watchdog(MAILBOX, tl.load(MAILBOX + REASON) | (call & 0x7FFF) << 16)
     for row in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
-        part = PART + row * (HEAD_DIM + 1)
+        part, at = PART + row * (HEAD_DIM + 1), (rank * rows + row) * (HEAD_DIM + 1)
         o, lse = tl.load(part + offs_d, mask=offs_d < HEAD_DIM), tl.load(part + HEAD_DIM)
         for i in tl.range(1, n_ranks + 1):
-            to = letter_box(MAILBOX, (rank + i) % n_ranks, call) + (rank * rows + row) * (HEAD_DIM + 1)
+            to = letter_box(MAILBOX, (rank + i) % n_ranks, n_ranks, call) + at
             tl.store(to + offs_d, as_words(o, call), mask=offs_d < HEAD_DIM)
             tl.store(to + HEAD_DIM, as_words(lse, call))
 
 
 @triton.jit
-def merge_row(PARTS, epoch, first, step, n, row, head, O, LSE, SINK, lse_offset, stride_part, stride_o,
+def merge_row(PARTS, call, first, step, n, row, head, O, LSE, SINK, lse_offset, stride_part, stride_o,
               stride_l, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """Merge the n rows first + i * step of PARTS, of o and at lse_offset lse, into row `row` of O and LSE.
-    epoch: of a mailbox, if PARTS is one, else None."""
+    call: of words, if PARTS are words, else None."""
     m_i, l_i = tl.full([1], -float("inf"), tl.float32), tl.zeros([1], tl.float32)
     acc = tl.zeros([1, BLOCK_D], tl.float32)
     offs_d = tl.arange(0, BLOCK_D)
     for start in tl.range(0, n, CHUNK):
         i = start + tl.arange(0, CHUNK)
         part = PARTS + (first + i * step).to(tl.int64) * stride_part
-        lse = load_part(part + lse_offset, i < n, -float("inf"), epoch) * LOG2E  # [CHUNK]
+        lse = load_part(part + lse_offset, i < n, -float("inf"), call) * LOG2E  # [CHUNK]
         mask = (i < n)[:, None] & (offs_d < HEAD_DIM)[None, :]
-        o = load_part(part[:, None] + offs_d[None, :], mask, 0.0, epoch)  # [CHUNK, BLOCK_D]
+        o = load_part(part[:, None] + offs_d[None, :], mask, 0.0, call)  # [CHUNK, BLOCK_D]
         m_new = tl.maximum(m_i, tl.max(lse, 0))
         shift = tl.where(m_new == -float("inf"), 0.0, m_new)
         w = tl.math.exp2(lse - shift)
@@ -517,7 +518,7 @@ def merge_splits_kernel(PARTS, O, LSE, SEQLENS, blocks, SINK, sizes, stride_o, s
 
 
 @triton.jit
-def merge_ranks_kernel(PARTS, O, LSE, SINK, MAILBOX, n_ranks, rows, H, PDL: tl.constexpr,
+def merge_ranks_kernel(PARTS, O, LSE, SINK, MAILBOX, rank, n_ranks, rows, H, PDL: tl.constexpr,
                        HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """Rows of the result from what each rank found: PARTS (n_ranks, rows, D + 1), lse behind o. With a
     MAILBOX PARTS has this rank's only: all ranks run this kernel, which first sends them."""
@@ -526,8 +527,8 @@ def merge_ranks_kernel(PARTS, O, LSE, SINK, MAILBOX, n_ranks, rows, H, PDL: tl.c
     call = None
     if MAILBOX is not None:
         call = tl.load(MAILBOX + CALLS) + 1
-        send_mail(PARTS, MAILBOX, call, n_ranks, rows, HEAD_DIM, BLOCK_D)
-        PARTS = letter_box(MAILBOX, tl.load(MAILBOX + MAIL_RANK), call)
+        send_mail(PARTS, MAILBOX, call, rank, n_ranks, rows, HEAD_DIM, BLOCK_D)
+        PARTS = letter_box(MAILBOX, rank, n_ranks, call)
     for row in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
         merge_row(PARTS, call, row, rows, n_ranks, row, row % H, O, LSE, SINK,
                   HEAD_DIM, HEAD_DIM + 1, HEAD_DIM, 1, HEAD_DIM, BLOCK_D, CHUNK)  # fmt: skip
@@ -535,7 +536,7 @@ def merge_ranks_kernel(PARTS, O, LSE, SINK, MAILBOX, n_ranks, rows, H, PDL: tl.c
         if tl.atomic_add(MAILBOX + DONE, 1) == tl.num_programs(0) - 1:  # all programs have read CALLS
             tl.store(MAILBOX + DONE, 0)
             tl.store(MAILBOX + CALLS, call)
-            tl.store(tl.load(MAILBOX + WAITS).to(tl.pointer_type(tl.int32)), 0)
+            tell_watchdog(MAILBOX, call * 0)
 
 
 # -----------------------------------------------------------------------------
@@ -976,11 +977,16 @@ def config_of(call, ring=ring_attn.ALONE, problem=None):
     problem = problem or problem_of(call)
 
     def prepare():
-        if ring.n_ranks > 1:
-            ring.prepare(call.q, None, 0, 0, mail_bytes(call))
-        return make_config(call) if call.backend == "triton" else None
+        if call.backend != "triton":
+            return None
+        if ring.n_ranks > 1 and mail_bytes(call) <= MOST_MAIL:
+            ring.prepare(call.q, None, 0, 0, max(2**20, triton.next_power_of_2(mail_bytes(call))))
+        return make_config(call)
 
     return ring_attn.agree_once(ring, kind, given, problem, lambda: check_decode(call), prepare)
+
+
+MOST_MAIL = 2**24  # bytes in a letter box; larger parts are all-gathered, in half the bytes
 
 
 def mail_bytes(call):
@@ -1002,14 +1008,15 @@ def merge_parts(parts, sink=None, dtype=torch.float32):
     """o (B, M, H, D) in dtype and lse (B, H, M) from what decode_part found on each of R ranks, stacked:
     parts (R, B, M, H, D + 1). sink: None, or a logit for each query head, (H,)."""
     check_gradients(parts=parts, sink=sink)
-    o, lse = merged(parts, len(parts), sink, dtype)
+    o, lse = merged(parts, sink, dtype)
     return o, lse.transpose(1, 2)
 
 
-def merged(parts, n_ranks, sink, dtype, mailbox=None):
-    """merge_parts, but lse (B, M, H). mailbox: if parts (1, B, M, H, D + 1) has this rank's only."""
+def merged(parts, sink, dtype, ring=None):
+    """merge_parts, but lse (B, M, H). ring: of ranks that each give their own part, (1, B, M, H, D + 1), and
+    send it to each other."""
     (*_, B, M, H, D), device = parts.shape, parts.device
-    D -= 1
+    D, (rank, n_ranks) = D - 1, (0, len(parts)) if ring is None else (ring.rank, ring.n_ranks)
     if not (parts.is_cuda or ring_attn.INTERPRET) or parts.dtype != torch.float32:
         o, lse = reference_merge(parts[..., :D], parts[..., D].transpose(2, 3), sink)
         return o.to(dtype), lse.transpose(1, 2).contiguous()
@@ -1018,14 +1025,16 @@ def merged(parts, n_ranks, sink, dtype, mailbox=None):
     pdl = parts.is_cuda and ring_attn.capability(device)[0] >= 9
     constants = dict(PDL=pdl, HEAD_DIM=D, BLOCK_D=max(16, triton.next_power_of_2(D)))
     constants |= dict(CHUNK=min(64, triton.next_power_of_2(n_ranks)))
-    depends = parts.shape, n_ranks, dtype, *(x is None or (x.dtype, x.data_ptr() % 16) for x in (parts, sink))
-    args = parts, o, lse, sink, mailbox, n_ranks, B * M * H, H
+    depends = parts.shape, rank, n_ranks, ring is None, dtype
+    depends = *depends, *(x is None or (x.dtype, x.data_ptr() % 16) for x in (parts, sink))
     # real and virtual ranks agree to the last bit only if the compiler does not choose what to fuse
     options = dict(num_warps=4, enable_fp_fusion=False, **dict(launch_pdl=True) if pdl else {})
     # programs that wait for other ranks must all run at once
-    grid = B * M * H if mailbox is None else min(B * M * H, 128)
+    grid = B * M * H if ring is None else min(B * M * H, 128)
     with ring_attn.device_guard(parts):
-        launch(merge_ranks_kernel, device, (*depends, mailbox is None), grid, args, constants, **options)
+        mailbox = None if ring is None else ring.memory.use_mailbox()
+        args = parts, o, lse, sink, mailbox, rank, n_ranks, B * M * H, H
+        launch(merge_ranks_kernel, device, depends, grid, args, constants, **options)
     return o, lse
 
 
@@ -1149,10 +1158,10 @@ def run(call, ring, return_lse, debug, problem=None):
         return o, lse
     part = packed_part(call, config)
     if config is not None and ring.memory is not None and ring.memory.sizes[2] >= mail_bytes(call):
-        return merged(part[None], ring.n_ranks, sink, q.dtype, ring.memory.use_mailbox())
+        return merged(part[None], sink, q.dtype, ring)
     parts = part.new_empty(ring.n_ranks * len(part), *part.shape[1:])  # gloo joins them along a dimension
     all_gather(parts, part, group=ring.group)
-    return merged(parts.unflatten(0, (ring.n_ranks, -1)), ring.n_ranks, sink, q.dtype)
+    return merged(parts.unflatten(0, (ring.n_ranks, -1)), sink, q.dtype)
 
 
 def operands(call):
@@ -1243,7 +1252,7 @@ class KVCache:
         self.k_scale, self.v_scale = (list(map(in_pages, layers)) for layers in scales)
         self.host_lengths, self.lengths = [0] * B, torch.zeros(B, dtype=torch.int32, **of)
         self.pages, self.free = [[] for _ in range(B)], list(range(n_pages))
-        self.page_table = torch.zeros(B, max_pages, dtype=torch.int32, **of)
+        self.page_table = torch.full((B, max_pages), -1, dtype=torch.int32, **of)  # -1: not handed out
         if not self.paged:
             self.pages, self.free = [[b] for b in range(B)], []
             self.page_table[:, 0] = torch.arange(B)
@@ -1304,6 +1313,13 @@ class KVCache:
                 self.pages[b] = []
         if rows:
             self.lengths[rows] = 0
+        if rows and self.paged:
+            self.page_table[rows] = -1
+
+    def restore(self, lengths):
+        """Go back to these host_lengths, after an error in what came after `reserve`."""
+        self.host_lengths = lengths
+        self.lengths.copy_(torch.tensor(lengths))
 
     def positions(self, n):
         """Positions of the last n tokens, (B, n) int64; below 0 where a sequence is empty."""
@@ -1315,8 +1331,12 @@ class KVCache:
         positions that a sequence does not have, it is the trash slot."""
         rows = (self.rows if rows is None else rows)[:, None]
         R, index = self.ring.n_ranks, pos // self.ring.n_ranks  # of the tokens that this rank keeps
-        page = self.page_table[rows, (index // self.page_size).clamp(0, self.page_table.shape[1] - 1)]
+        i, max_pages = index // self.page_size, self.page_table.shape[1]
+        page = self.page_table[rows, i.clamp(0, max_pages - 1)]
         mine = (pos % R == self.ring.rank) & (pos >= 0) & (pos < self.lengths[rows])
+        mine = (
+            mine & (i < max_pages) & (page >= 0)
+        )  # nothing else may be written to, whatever was not reserved
         return torch.where(mine, page.long() * self.page_size + index % self.page_size, self.trash)
 
     def write(self, layer, k, v, slots):
@@ -1363,9 +1383,13 @@ def capture_step(step, tokens, cache):
     cache, which reserves their room first. step: what is to be done on the device, such as
     Transformer.decode; it must have run before. Its next call overwrites what it returns."""
     tokens = tokens.clone()
-    replay, result = capture(lambda: step(tokens, cache), warm_up=False)
+    captured = cache
+    replay, result = capture(lambda: step(tokens, captured), warm_up=False)
 
     def replay_step(new, cache):
+        if cache is not captured or new.shape != tokens.shape:
+            need = f"the cache that it was captured with, and tokens {tuple(tokens.shape)}"
+            raise ValueError(f"a captured step takes {need}, not {tuple(new.shape)}; capture another")
         cache.reserve(new.shape[1])
         tokens.copy_(new)
         replay()

@@ -205,6 +205,7 @@ def to_the_left(tokens, mask):
             f"mask ({shape}) must be a bool tensor of the shape of tokens, {tuple(tokens.shape)}"
         )
     mask, i = mask.to(device).bool(), torch.arange(S, device=device)
+    tokens = tokens.masked_fill(~mask, 0)  # padding may be no token at all
     first, n = mask.int().argmax(1, keepdim=True), mask.sum(1, keepdim=True)
     wrong = (n == 0) | (mask != (first <= i) & (i < first + n)).any(1, keepdim=True)
     if wrong.any():
@@ -370,26 +371,36 @@ class Transformer(nn.Module):
         if any(held[b] for b in rows):
             have = f"sequences {rows} of the cache hold {[held[b] for b in rows]} tokens"
             raise ValueError(f"{have}; prefill wants empty ones: release them, or make another cache")
-        more = [0] * len(held)
-        for b, n in zip(rows, lengths):
-            more[b] = n
+        more = dict(zip(rows, lengths))
+        more = [more.get(b, 0) for b in range(len(held))]
         cache.reserve(more)
-        cache.extend(more)
-        x = attn.shard(tokens)  # no token sees the padding at the end, so that attention need not know of it
-        rows = torch.tensor(rows, device=tokens.device)
-        x = self.hidden(x, cache, rows, seq_len=R * x.shape[1])
-        last = cache.lengths[rows].long() - 1  # (B,)
-        x = x[torch.arange(B, device=x.device), last // R]  # (B, dim)
-        if R > 1:  # only one rank has the last token of a prompt
-            x = x.where((last % R == attn.rank)[:, None], 0)
-            dist.all_reduce(x, group=cache.ring.group)
-        return F.linear(x, self.embedding.weight)
+        try:
+            cache.extend(more)
+            x = attn.shard(
+                tokens
+            )  # no token sees the padding at the end, so that attention need not know of it
+            at = torch.tensor(rows, device=tokens.device)
+            x = self.hidden(x, cache, at, seq_len=R * x.shape[1])
+            last = cache.lengths[at].long() - 1  # (B,)
+            x = x[torch.arange(B, device=x.device), last // R]  # (B, dim)
+            if R > 1:  # only one rank has the last token of a prompt
+                x = x.where((last % R == attn.rank)[:, None], 0)
+                dist.all_reduce(x, group=cache.ring.group)
+            return F.linear(x, self.embedding.weight)
+        except BaseException:
+            cache.release(rows)  # not all of their keys are there
+            raise
 
     def step(self, tokens, cache):
         """Put tokens (B, M), the same on every rank, behind those in the cache: the logits (B, M, vocab_size)
         after each. A sequence that was released stays empty; its logits mean nothing. Without gradients."""
+        before = cache.host_lengths
         cache.reserve(tokens.shape[1])
-        return self.decode(tokens, cache)
+        try:
+            return self.decode(tokens, cache)
+        except BaseException:
+            cache.restore(before)  # without tokens whose keys are not there
+            raise
 
     @torch.no_grad()
     def decode(self, tokens, cache):

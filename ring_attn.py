@@ -3318,15 +3318,21 @@ class SymmetricMemory:
         sizes = [kv_bytes] * min(2, ring.n_ranks - 1) + [grad_bytes] * 2 + [2 * mail_bytes]
         *starts, end = itertools.accumulate((4096, *(-(-n // 1024) * 1024 for n in sizes)))
         self.kv_staging, self.grad_staging, mail = starts[:-3], starts[-3:-1], starts[-1]  # offsets
-        self.local = symmetric_memory.empty(end, dtype=torch.uint8, device=device)
+        error = None
+        try:
+            self.local = symmetric_memory.empty(end, dtype=torch.uint8, device=device)
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"
+        if errors := by_rank(ring.gather(error)):  # the others would wait for this rank
+            raise RuntimeError(errors)
         self.handle = symmetric_memory.rendezvous(self.local, ring.group)
         self.base = list(self.handle.buffer_ptrs)  # by rank: where its memory is, for this process
         for clear in self.local[:4096], self.local[mail:]:
             clear.zero_()
         others = " or ".join(str(rank) for rank in range(ring.n_ranks) if rank != ring.rank)
         _, *reason = ring.waiter.write(("its part of what is decoded", ring.n_ranks - 1, others))
-        boxes = [base + mail for base in self.base]
-        self.mailbox = torch.tensor([0, 0, *reason, ring.rank, mail_bytes // 8, *boxes], device=device)
+        boxes = [base + mail + odd * mail_bytes for odd in (0, 1) for base in self.base]
+        self.mailbox = torch.tensor([0, 0, *reason, *boxes], device=device)
         self.mail_stream = None  # the stream of the last call
         torch.cuda.synchronize(device)
         dist.barrier(ring.group, device_ids=[device.index])  # nobody signals before all flags are clear
@@ -3334,13 +3340,13 @@ class SymmetricMemory:
 
     def use_mailbox(self):
         """The mailbox, for a kernel on the current stream, which waits for kernels that used it before."""
-        stream = torch._C._cuda_getCurrentRawStream(self.local.device.index)
         if self.copy_stream.capturing():
             self.in_graph = True
-        elif stream != self.mail_stream:
-            if self.mail_stream is not None:
-                self.copy_stream.order(self.mail_stream, stream)
-            self.mail_stream = stream
+            return self.mailbox
+        stream = torch._C._cuda_getCurrentRawStream(self.local.device.index)
+        if self.mail_stream not in (None, stream):
+            self.copy_stream.order(self.mail_stream, stream)
+        self.mail_stream = stream
         return self.mailbox
 
     def views(self, starts, x, dtype):
@@ -3517,7 +3523,7 @@ def release_memory():
 
 class Waiter:
     """What a stream of this process waits for. The GPU writes a number to `word` when a wait begins, and 0
-    when it ends: an index of `reasons`, each (what, hop, rank)."""
+    when it ends: its lower 16 bits are an index of `reasons`, each (what, hop, rank)."""
 
     def __init__(self, ring):
         self.ring, self.reasons = ring, [None]
@@ -3566,7 +3572,7 @@ class Watchdog(threading.Thread):
                     waiter.seen, waiter.since = number, now
                 elif now - waiter.since > waiter.timeout:
                     sys.stdout.flush()
-                    lost = lost_message(waiter.ring, waiter.reasons[number], waiter.timeout)
+                    lost = lost_message(waiter.ring, waiter.reasons[number & 0xFFFF], waiter.timeout)
                     print(f"ring_attn: {lost}", file=sys.stderr, flush=True)
                     os._exit(1)
 

@@ -2693,7 +2693,7 @@ def check_ragged(ring, kind, dtype=None, **options):
     ]
     most = max(sum(-(-L // span) for L in step) for step in steps)  # pages in use at once
     for left, paged in product((False, True), repeat=2):
-        tokens, mask = torch.zeros(4, 20, dtype=torch.int64, device=DEVICE), torch.zeros(4, 20, device=DEVICE)
+        tokens, mask = torch.full((4, 20), -1, device=DEVICE), torch.zeros(4, 20, device=DEVICE)
         for b, (n, prompt) in enumerate(zip(lengths, prompts)):
             at = slice(20 - n, None) if left else slice(n)
             tokens[b, at], mask[b, at] = prompt[0], 1
@@ -2743,6 +2743,8 @@ def check_refill(model, span, prompts, alone, new_cache):
     cache = new_cache(page_size=span // model.blocks[0].attn.n_ranks, n_pages=n_pages)
     model.prefill(tokens, cache, torch.tensor([longest, n]), rows=[2, 0])
     refused, i, new = None, 0, torch.zeros(4, 1, dtype=torch.int64, device=DEVICE)
+    if not GPU:  # what fails leaves no tokens without keys
+        raises(lambda: model.step(new - 1, cache), "index", kind=IndexError)
     while refused is None:  # until a page is needed, and none is free
         pages_fit()
         new[[2, 0], 0] = alone[[1, 0], i]
@@ -2755,9 +2757,25 @@ def check_refill(model, span, prompts, alone, new_cache):
             refused = str(error)
     assert f"0 of {n_pages} are free" in refused, refused
     assert before == (cache.host_lengths, cache.pages, cache.free), "the refused step left traces"
+
+    def keys():  # of layer 0, as bytes
+        at = [
+            cache.slots(torch.arange(cache.host_lengths[b], device=DEVICE)[None], cache.rows[[b]])
+            for b in (0, 2)
+        ]
+        return [cache.flat[0][0][0].view(torch.uint8)[x] for x in at]
+
+    held = keys()
+    with contextlib.suppress(ValueError):  # on a CPU
+        model.decode(new, cache)  # without reserve
+    cache.restore(cache.host_lengths)
+    same_bits(keys(), held, "tokens without a page went into another's")
     raises(lambda: model.prefill(prompts[2], cache, rows=[2]), "[2]", "release")
     cache.release([2])
     pages_fit()
+    if not GPU and cache.ring.n_ranks == 1:
+        raises(lambda: model.prefill(prompts[2] - 99, cache, rows=[3]), "index", kind=IndexError)
+        pages_fit()
     got = model.prefill(prompts[2], cache, rows=[3])  # a token
     assert got.argmax(-1).item() == alone[2, 0], "prefill beside a sequence that goes on"
     for j in range(4):
@@ -3174,16 +3192,21 @@ def check_letter_boxes(ring, n_calls=5):
             torch.from_file(str(folder / f"box {r}"), shared=True, size=size, dtype=torch.int64)
             for r in range(ring.n_ranks)
         ]
-        waits, where = torch.zeros(1, dtype=torch.int32), [box.data_ptr() for box in boxes]
-        mailbox = torch.tensor([0, 0, waits.data_ptr(), 7, ring.rank, size // 2, *where])
+        waits, halves = torch.zeros(1, dtype=torch.int32), [half for odd in (0, 1) for half in boxes]
+        where = [box.data_ptr() + i // ring.n_ranks * 4 * size for i, box in enumerate(halves)]
+        mailbox = torch.tensor(
+            [2**31 - 3, 0, waits.data_ptr(), 7, *where]
+        )  # call numbers that overflow 32 bits
+        memory = SimpleNamespace(use_mailbox=lambda: mailbox)
+        among = SimpleNamespace(rank=ring.rank, n_ranks=ring.n_ranks, memory=memory)
         ring.gather(None)  # all have zeros in them
         for i in range(n_calls):
             torch.manual_seed(i)
             parts, sink = torch.randn(ring.n_ranks, (3, 1)[i % 2], 1, 4, 9), torch.randn(4) if i > 2 else None
             parts[0, 0, 0, 0, -1] = -inf
-            got = decode.merged(parts[ring.rank, None], ring.n_ranks, sink, f32, mailbox)
-            same_bits(got, decode.merged(parts, ring.n_ranks, sink, f32), f"call {i}")
-            assert mailbox[:2].tolist() == [i + 1, 0] and waits == 0, f"{mailbox.tolist()} {waits}"
+            got = decode.merged(parts[ring.rank, None], sink, f32, among)
+            same_bits(got, decode.merged(parts, sink, f32), f"call {i}")
+            assert mailbox[:2].tolist() == [2**31 - 2 + i, 0] and waits == 0, f"{mailbox.tolist()} {waits}"
         ring.gather(None)  # all have read them
 
 
