@@ -309,11 +309,11 @@ class DecodeShape(NamedTuple):
     lengths: list | None = None  # tokens in the cache of each sequence, if not N
     page_size: int | None = None
 
-    def needed(self):
-        """Bytes of the keys and values that a call must read."""
+    def needed(self, float8=False):
+        """Bytes of the keys and values that a call must read; float8: with a scale for each D numbers."""
         most = self.window + self.M - 1 if self.window else self.N
         seen = sum(min(L, most) for L in self.lengths or [self.N] * self.B)
-        return 2 * seen * self.HKV * self.D * DTYPE.itemsize
+        return 2 * seen * self.HKV * (self.D + 4 if float8 else self.D * DTYPE.itemsize)
 
 
 def decode_ours(shape, lengths, table):
@@ -690,7 +690,7 @@ def in_turns(row, calls, timer, context=None):
 
 def n_caches(needed):
     """How many caches of `needed` bytes make four times L2: calls on them in turn find it cold."""
-    return min(16, -(-4 * torch.cuda.get_device_properties().L2_cache_size // needed)) if GPU else 1
+    return -(-4 * torch.cuda.get_device_properties().L2_cache_size // needed) if GPU else 1
 
 
 HOW = {"graph": events_us, "eager": wall_us} if GPU else {"eager": wall_us}  # decoding and its timers
@@ -706,7 +706,8 @@ def decode_us(row, callers, context=None):
     found = {}
     for how, timer in HOW.items():
         if how == "graph":
-            made = {who: attempt(who, row, capture, f, context=context[who]) for who, f in calls.items()}
+            options = dict(all_ranks=True)
+            made = {x: attempt(x, row, capture, f, context=context[x], **options) for x, f in calls.items()}
             timed = {who: x[0] for who, x in made.items() if x}
         else:
             timed = calls
@@ -787,7 +788,9 @@ def kernels(quick):
         shapes += [(128, S, 32, 8) for S in (8 * K, 16 * K) if not quick]
         shapes = [(*shape, mask) for shape in shapes for mask in (CAUSAL, FULL)]
         shapes += [(D, 4 * K, 2048 // D, 2048 // D, CAUSAL) for D in (80, 96, 192, 256) if not quick]
-        title = "B*S = 16384 tokens (at 64k 65536), H*D = 2048, or H/HKV as named; flex at 16k only"
+        title = (
+            "B*S = 16384 tokens (at 64k 65536), H*D = 2048, or H/HKV as named; flex at 16k only, not tuned"
+        )
     else:
         shapes = [(64, S, 4, HKV, mask) for S, HKV in ((512, 4), (512, 2)) for mask in (CAUSAL, FULL)]
         title = "B1 H4"
@@ -803,7 +806,7 @@ def masked(quick, some, title):
     B, S, H, HKV, D = shape = (1, 32 * K, 32, 8, 128) if GPU else (1, 512, 4, 2, 64)
     chosen = {"causal": CAUSAL, **dict([*masks(S).items()][some])}
     rows = {f"mask {name}": (shape, mask, KERNELS) for name, mask in chosen.items()}
-    text = f"{title}: B1 S{S} {H}/{HKV} D{D}, all causal; 16 documents: of random lengths"
+    text = f"{title}: B1 S{S} {H}/{HKV} D{D}, all causal; 16 documents: of random lengths; flex: not tuned"
     return text, kernel_row, rows
 
 
@@ -935,15 +938,13 @@ def error_row(name, mask, dtype):
         yardstick = largest(map(judge.turn, judge.call(tensors, "fwd+bwd", mask)()), truth)
 
     def measure(what, contender, makes):
-        worst, repeats = [0.0] * 4, True
+        worst, repeats = [0.0] * (4 if what == "fwd+bwd" else 1), True
         for schedule, make_f in makes:
             mine = partial(ring_attn.shard, schedule=schedule, rank=RANK, n_ranks=N_RANKS)
             inputs = [contender.turn(mine(x)).contiguous() for x in tensors]
             call = attention_call(make_f(), inputs, what)
             results = call()
-            worst = [*map(max, worst, largest(map(contender.turn, results), map(mine, truth)))] + worst[
-                len(results) :
-            ]
+            worst = [*map(max, worst, largest(map(contender.turn, results), map(mine, truth)))]
             repeats &= same_bits(call, results, REPEATS)
         return *worst, not repeats
 
@@ -1021,7 +1022,8 @@ def decode_row(name, shape):
         call, mine = contender.decode(shape, lengths, table), contender.turn(q)
         if call is None:
             return None
-        caches = [make_cache(name, i, shape) for i in range(n_caches(shape.needed()))]
+        n = n_caches(shape.needed(contender.store is quantized))
+        caches = [make_cache(name, i, shape) for i in range(n)]
         caches = [[contender.store(contender.turn(x)) for x in kv] for kv in caches]
         return relative_error(contender.turn(call(mine, *caches[0]))[-1:], truth), (call, mine, caches)
 
@@ -1029,7 +1031,8 @@ def decode_row(name, shape):
     us = decode_us(name, {who: x for who, (_, x) in found.items()})
     lines = [compare(name, f"{how} us", x, DECODERS) for how, x in us.items()]
     for what, unit in (("GB/s", 1), ("of copy", copy_gbs())) if GPU else ():
-        rates = {who: shape.needed() / t / 1e3 / unit for who, t in us["graph"].items()}
+        needed = {who: shape.needed(CONTENDERS[who].store is quantized) for who in DECODERS}
+        rates = {who: needed[who] / t / 1e3 / unit for who, t in us["graph"].items()}
         lines.append(compare(name, what, rates, DECODERS, max))
     return lines + [compare(name, "error", {who: error for who, (error, _) in found.items()}, DECODERS)]
 

@@ -641,14 +641,10 @@ def make_config(call):
         BLOCK_N //= 2
     while num_stages > 1 and 2 * (num_stages - 1) * BLOCK_N * BLOCK_D * of_cache > shared_memory:
         num_stages -= 1
-    if call.n_splits:
-        grid = row_tiles * call.n_splits
-    elif GROUPS_B == 1 and not blocked and not windowed:
-        grid = row_tiles * max(
-            1, min(triton.cdiv(N, BLOCK_N), n_programs // row_tiles)
-        )  # as count_splits finds
-    else:
-        grid = row_tiles + n_programs
+    most = call.n_splits  # splits of a row tile; None: not known here
+    if not most and GROUPS_B == 1 and not blocked and not windowed:
+        most = max(1, min(triton.cdiv(N, BLOCK_N), n_programs // row_tiles))  # as count_splits finds
+    grid = row_tiles * most if most else row_tiles + n_programs
     pages = (*call.k.shape[:2], call.page_table.shape[1]) if paged else (0, 1, 0)
     sizes = Sizes(
         H // HKV // G, B, H, HEAD_SETS, G, M, N, call.capacity(), call.rank, call.n_ranks,
