@@ -412,9 +412,9 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, K_SCALE, V_SCALE, bloc
 
 # A mailbox (SymmetricMemory.mailbox, int64): how many calls have used it, how many programs of this call are
 # done, where the watchdog reads what a GPU waits for, and as what; where the letter boxes of all ranks for
-# even calls are, then those for odd ones. Each rank writes its part to a letter box of every rank. A word is a
-# float32 and the number of the call, by which it tells that it has arrived, as in NCCL's LL protocol. Who has
-# all words of a call knows that the others have read those of the call before: two letter boxes are enough
+# even calls are, then those for odd ones. Each rank writes its part to a letter box of every rank. A word is
+# a float32 and the number of the call, by which it tells that it has arrived, as in NCCL's LL protocol. Who
+# has all words of a call knows that the others have read those of the call before: two letter boxes do
 CALLS, DONE, WAITS, REASON, BOXES = map(tl.constexpr, range(5))
 
 
@@ -773,6 +773,12 @@ def is_int(x, least, most=math.inf):
     return isinstance(x, int) and not isinstance(x, bool) and least <= x <= most
 
 
+def int_list(x):
+    """Ints in a tensor, an array or any iterable, or one, as a list."""
+    x = x.tolist() if hasattr(x, "tolist") else x
+    return [x] if isinstance(x, (int, float)) else list(x)
+
+
 def is_plain(x):
     return isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_nested
 
@@ -958,15 +964,16 @@ def make_call(q, k, v, rank, n_ranks, backend=None, sm_scale=None, *args, **opti
     return Call(q, k, v, rank, n_ranks, backend, sm_scale, *args, **options)
 
 
-def config_of(call, ring=ring_attn.ALONE, problem=None):
+def config_of(call, ring=ring_attn.ALONE, problem=None, debug=False):
     """The LaunchConfig of a call, or None for the torch path. The first call of a kind is checked, on a ring
     on all ranks together. problem: what a graph's maker found wrong."""
     values = repr(call[3:10])  # rank to n_splits; 1, 1.0 and True differ
     tensors = *call[:3], *call[10:]
-    kind = values, problem, torch.is_grad_enabled(), *[x if x is None else kind_of(x) for x in tensors]
+    kind = values, debug, problem, torch.is_grad_enabled(), *[x if x is None else kind_of(x) for x in tensors]
     if kind in ring.agreed:
         return ring.agreed[kind]
     given = call._asdict() | dict(rank=0, aux=(), block_mask=None, page_table=call.page_table is not None)
+    given["debug"] = debug
     for name, x in given.items():  # what the ranks must have alike
         is_tensor = isinstance(x, torch.Tensor)
         given[name] = ring_attn.summary(x) if is_tensor else getattr(x, "__name__", repr(x))
@@ -1085,6 +1092,8 @@ def decode_part(q, k, v, rank, n_ranks, **options):
     """What one rank contributes to sharded_decode_attn, for transports of your own: (B, M, H, D + 1) float32
     or wider, o and behind it lse, for merge_parts. options: those of decode_attn but return_lse and debug; a
     sink of logits belongs to merge_parts."""
+    if not is_int(n_ranks, 1) or not is_int(rank, 0, n_ranks - 1):
+        raise ValueError(f"{rank=} must be from 0 to n_ranks - 1, {n_ranks=} 1 or more")
     call = make_call(q, k, v, rank, n_ranks, **options)
     if call.sink_logits() is not None:
         raise ValueError("the logits of sink count once: give them to merge_parts")
@@ -1143,7 +1152,7 @@ def numbered_mods(*numbers):
 
 def run(call, ring, return_lse, debug, problem=None):
     """o (B, M, H, D), and lse (B, M, H) or None."""
-    config, sink, q = config_of(call, ring, problem), call.sink_logits(), call.q
+    config, sink, q = config_of(call, ring, problem, debug), call.sink_logits(), call.q
     if debug or ring.n_ranks == 1 and not q.is_cuda:
         ring_attn.agree_now(ring, {}, None, lambda: check_values(call))
     if ring.n_ranks == 1:
@@ -1208,21 +1217,24 @@ class KVCache:
 
     k, v: lists of n_layers tensors (B, N, n_kv_heads, D), N = n_tokens / n_ranks, rounded up. page_size: if
     given, they are pages (n_pages, page_size, n_kv_heads, D), which a sequence takes as it grows; n_pages:
-    None for enough for all. dtype: torch.float8_e4m3fn halves a 16-bit cache; each (token, head) has a scale
-    in k_scale, v_scale, else None.
+    None for enough for all. dtype: float64, float32, bfloat16, float16, or torch.float8_e4m3fn, which halves
+    a 16-bit cache; each (token, head) then has a scale in k_scale, v_scale, else None.
     host_lengths: tokens of each sequence, a list of ints; lengths: the same as a tensor (B,) int32 on the
-    device, which kernels read. page_table: (B, max_pages) int32 on the device; pages: the same as lists;
-    free: the pages that no sequence has.
+    device, which kernels read. page_table: (B, max_pages) int32 on the device, -1 where there is no page;
+    pages: the same as lists; free: the pages that no sequence has.
     group: the process group that shares the tokens, token p on rank p % n_ranks; None: all are here. All
     ranks hand out pages alike, for the rank that has most tokens.
-    Raises ValueError for sizes below 1, and n_pages without page_size.
+    Tokens are added by `reserve` on the host, then `extend`, then `write` for each layer on the device.
+    Raises ValueError for sizes below 1, another dtype, and n_pages without page_size.
     """
 
     def __init__(self, n_layers, B, n_tokens, n_kv_heads, dim_per_head, dtype=torch.bfloat16, device="cpu",
                  group=None, page_size=None, n_pages=None):  # fmt: skip
-        if min(n_layers, B, n_tokens, n_kv_heads, dim_per_head) < 1:
+        if not all(is_int(x, 1) for x in (n_layers, B, n_tokens, n_kv_heads, dim_per_head)):
             given = f"{n_layers=}, {B=}, {n_tokens=}, {n_kv_heads=} and {dim_per_head=}"
-            raise ValueError(f"{given} must be 1 or more")
+            raise ValueError(f"{given} must be ints of 1 or more")
+        if dtype not in (dtypes := (torch.float64, torch.float32, torch.bfloat16, torch.float16, FLOAT8)):
+            raise ValueError(f"{dtype=} must be one of {', '.join(map(str, dtypes))}")
         sizes_fit = all(x is None or is_int(x, 1) for x in (page_size, n_pages))
         if not sizes_fit or page_size is None and n_pages is not None:
             need = "must be 1 or more, or None, and n_pages needs a page_size"
@@ -1257,8 +1269,8 @@ class KVCache:
     def check_room(self, n, pages=True):
         """Raise ValueError unless n more tokens fit, as for `reserve`; pages=False: if enough pages will be
         free. Returns the lengths with them, and the new pages, (sequence, index in it) each."""
-        lengths = self.host_lengths
-        if isinstance(n, int):
+        lengths, n = self.host_lengths, int_list(n) if hasattr(n, "tolist") or not is_int(n, 0) else n
+        if is_int(n, 0):
             if not any(lengths):
                 raise ValueError(f"no sequence has tokens that {n} could follow; prefill prompts first")
             n = [n if L else 0 for L in lengths]
@@ -1297,9 +1309,9 @@ class KVCache:
         self.lengths += torch.as_tensor(n, device=self.lengths.device)
 
     def release(self, rows):
-        """Drop the sequences `rows`, an iterable of ints: they are empty, cost nothing, and stay so until the
-        next prefill of them. Their pages are free."""
-        rows = list(rows)
+        """Drop the sequences `rows`, ints: they are empty, cost nothing, and stay so until the next prefill
+        of them. Their pages are free."""
+        rows = int_list(rows)
         if not all(is_int(b, 0, len(self.pages) - 1) for b in rows):
             raise ValueError(f"{rows=} must be from 0 to {len(self.pages) - 1}, the sequences of the cache")
         for b in rows:

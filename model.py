@@ -15,6 +15,7 @@ Sources: RoPE (arXiv 2104.09864), RMSNorm (1910.07467), GQA (2305.13245), tied e
 """
 
 import functools
+import hashlib
 import math
 from dataclasses import dataclass
 from enum import Enum
@@ -27,7 +28,7 @@ from einops import rearrange
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import ring_attn
-from decode import KVCache, capture_step
+from decode import KVCache, capture_step, int_list, is_int
 
 
 class AttentionType(Enum):
@@ -199,10 +200,11 @@ def to_the_left(tokens, mask):
     """tokens (B, S), those of a row where mask is True moved to its begin, and how many, a list. ValueError
     unless these are one run in each row of mask (B, S)."""
     S, device = tokens.shape[1], tokens.device
-    if not isinstance(mask, torch.Tensor) or mask.shape != tokens.shape:
-        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+    kind = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+    like_bool = isinstance(mask, torch.Tensor) and not mask.is_floating_point() and mask.shape == tokens.shape
+    if not like_bool or (mask != mask.bool()).any():
         raise ValueError(
-            f"mask ({shape}) must be a bool tensor of the shape of tokens, {tuple(tokens.shape)}"
+            f"mask ({kind}) must be bool, or ints of 0 and 1, of the shape of tokens, {(*tokens.shape,)}"
         )
     mask, i = mask.to(device).bool(), torch.arange(S, device=device)
     tokens = tokens.masked_fill(~mask, 0)  # padding may be no token at all
@@ -212,6 +214,11 @@ def to_the_left(tokens, mask):
         rows = wrong[:, 0].nonzero()[:, 0].tolist()
         raise ValueError(f"rows {rows} of mask must each be True for one run of tokens, padded left or right")
     return tokens.gather(1, (first + i) % S), n[:, 0].tolist()
+
+
+def checksum(x):
+    """Of a tensor or None, for ranks to compare."""
+    return x if x is None else hashlib.blake2b(x.numpy(force=True).tobytes(), digest_size=8).hexdigest()
 
 
 @dataclass
@@ -336,8 +343,7 @@ class Transformer(nn.Module):
 
     def new_cache(self, B, n_tokens, dtype=None, **options):
         """An empty KVCache for B sequences of up to n_tokens tokens, striped over the ranks of the model.
-        dtype: None, that of the model or of autocast, or torch.float8_e4m3fn, of half the size. options:
-        page_size and n_pages of KVCache."""
+        dtype: of KVCache; None: that of the model, or of autocast. options: its page_size and n_pages."""
         attn, weight = self.blocks[0].attn, self.embedding.weight
         kind = weight.device.type
         autocast = torch.is_autocast_enabled(kind)
@@ -346,39 +352,70 @@ class Transformer(nn.Module):
         ring = ring_attn.resolve_ring(attn.group) if attn.n_ranks > 1 else None
         return KVCache(*shape, dtype, weight.device, ring, **options)
 
+    def check_tokens(self, tokens, cache):
+        """Raise ValueError unless tokens are (B, M) int64, and the cache, if there is one, fits the model."""
+        attn = self.blocks[0].attn
+        if (
+            not isinstance(tokens, torch.Tensor)
+            or tokens.ndim != 2
+            or 0 in tokens.shape
+            or tokens.dtype != torch.int64
+        ):
+            is_tensor = isinstance(tokens, torch.Tensor)
+            given = f"{tokens.dtype} {tuple(tokens.shape)}" if is_tensor else type(tokens).__name__
+            raise ValueError(f"tokens ({given}) must be an int64 tensor (B, S), neither of them 0")
+        if cache is not None:
+            mine = len(self.blocks), attn.n_kv_heads, attn.dim_per_head, attn.n_ranks
+            theirs = len(cache.k), *cache.k[0].shape[2:], cache.ring.n_ranks
+            if mine != theirs:
+                text = f"the cache is of (layers, heads, dim, ranks) {theirs}, and the model of {mine}"
+                raise ValueError(f"{text}; make it with new_cache of this model")
+
     @torch.no_grad()
     def prefill(self, tokens, cache, lengths=None, rows=None):
-        """Put tokens (B, S), the same on every rank, into the empty cache: logits (B, vocab_size) after them.
+        """Put prompts, tokens (B, S), the same on every rank, into empty sequences of the cache: the logits
+        (B, vocab_size) after each prompt.
 
-        lengths: tokens of each prompt, B ints from 1 to S, of which padding follows; None: S. rows: the
-        sequences of the cache that the prompts become, B ints; None: all. Others may hold tokens.
+        lengths: tokens of each prompt, B ints from 1 to S; padding follows them; None: S. rows: the sequences
+        of the cache that the prompts become, B ints; None: all. Other sequences may hold tokens.
         On a ring each rank runs 1/n of them, and the model's type must be STRIPED, as the cache is. Without
-        gradients. Raises ValueError for another type, other lengths, sequences that hold something, and what
-        the cache has no room for.
+        gradients. Raises ValueError, on every rank, for another type, other lengths, a cache of another
+        model, sequences that hold something, what the cache has no room for, arguments that differ by rank.
         """
-        (B, S), attn = tokens.shape, self.blocks[0].attn
-        R, kind = attn.n_ranks, attn.attn_type
-        if R > 1 and kind is not AttentionType.STRIPED:
-            fix = "make the model with AttentionType.STRIPED"
-            raise ValueError(f"attn_type={kind} does not fit the cache, which is striped on {R} ranks; {fix}")
-        lengths = [S] * B if lengths is None else list(map(int, lengths))
-        held = cache.host_lengths
-        rows = list(range(len(held)) if rows is None else rows)
-        if len(lengths) != B or not all(1 <= n <= S for n in lengths):
-            raise ValueError(f"{lengths=} must be {B} ints from 1 to {S}, as the tokens are {B, S}")
-        if not len(rows) == B == len(set(rows) & set(range(len(held)))):
-            raise ValueError(f"{rows=} must be {B} of the {len(held)} sequences of the cache, one a prompt")
-        if any(held[b] for b in rows):
-            have = f"sequences {rows} of the cache hold {[held[b] for b in rows]} tokens"
-            raise ValueError(f"{have}; prefill wants empty ones: release them, or make another cache")
+        attn = self.blocks[0].attn
+        R, kind, held = attn.n_ranks, attn.attn_type, cache.host_lengths
+        ring = ring_attn.ALONE if R == 1 else ring_attn.resolve_ring(attn.group)
+
+        def check():
+            nonlocal lengths, rows
+            if R > 1 and kind is not AttentionType.STRIPED:
+                fix = "make the model with AttentionType.STRIPED"
+                raise ValueError(
+                    f"attn_type={kind} does not fit the cache, which is striped on {R} ranks; {fix}"
+                )
+            self.check_tokens(tokens, cache)
+            B, S = tokens.shape
+            lengths = [S] * B if lengths is None else int_list(lengths)
+            rows = list(range(len(held))) if rows is None else int_list(rows)
+            if len(lengths) != B or not all(is_int(n, 1, S) for n in lengths):
+                raise ValueError(f"{lengths=} must be {B} ints from 1 to {S}, as the tokens are {B, S}")
+            if not len(rows) == len(set(rows)) == B or not all(is_int(b, 0, len(held) - 1) for b in rows):
+                raise ValueError(
+                    f"{rows=} must be {B} of the {len(held)} sequences of the cache, one a prompt"
+                )
+            if any(held[b] for b in rows):
+                have = f"sequences {rows} of the cache hold {[held[b] for b in rows]} tokens"
+                raise ValueError(f"{have}; prefill wants empty ones: release them, or make another cache")
+
+        same = dict(lengths=repr(lengths), rows=repr(rows), tokens=R > 1 and checksum(tokens))
+        ring_attn.agree_now(ring, same, None, check)
+        B = len(tokens)
         more = dict(zip(rows, lengths))
         more = [more.get(b, 0) for b in range(len(held))]
         cache.reserve(more)
         try:
             cache.extend(more)
-            x = attn.shard(
-                tokens
-            )  # no token sees the padding at the end, so that attention need not know of it
+            x = attn.shard(tokens)  # no token sees the padding at the end: attention need not know of it
             at = torch.tensor(rows, device=tokens.device)
             x = self.hidden(x, cache, at, seq_len=R * x.shape[1])
             last = cache.lengths[at].long() - 1  # (B,)
@@ -392,8 +429,14 @@ class Transformer(nn.Module):
             raise
 
     def step(self, tokens, cache):
-        """Put tokens (B, M), the same on every rank, behind those in the cache: the logits (B, M, vocab_size)
-        after each. A sequence that was released stays empty; its logits mean nothing. Without gradients."""
+        """Put tokens (B, M), the same on every rank, behind those in the cache, B of all its sequences: the
+        logits (B, M, vocab_size) after each. A sequence that was released stays empty; its logits mean
+        nothing. Without gradients."""
+        self.check_tokens(tokens, cache)
+        if len(tokens) != len(cache.host_lengths):
+            raise ValueError(
+                f"tokens {tuple(tokens.shape)} must be of {len(cache.host_lengths)} sequences, as the cache"
+            )
         before = cache.host_lengths
         cache.reserve(tokens.shape[1])
         try:
@@ -404,35 +447,63 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens, cache):
-        """`step` after cache.reserve(M): what torch.compile(fullgraph=True) and CUDA graphs take."""
+        """What `step` does on the device, after cache.reserve(M): without it nothing is kept of the tokens.
+        torch.compile(fullgraph=True) and CUDA graphs take it."""
         cache.extend(tokens.shape[1])
         return F.linear(self.hidden(tokens, cache), self.embedding.weight)
 
     @torch.no_grad()
     def stream(self, tokens, n_tokens, temperature=0.8, top_k=None, generator=None, cache=None, graph=False,
                mask=None, stop=None):  # fmt: skip
-        """Continue tokens (B, S), the same on every rank, by n_tokens sampled ones: yields each, (B, 1).
+        """Continue tokens (B, S) int64 by n_tokens sampled ones: yields each, (B, 1). All arguments are the
+        same on every rank. A model with dropout should be in eval mode.
 
-        temperature: 0 takes the likeliest token. top_k: sample among so many. generator: on this device, with
-        the same seed on every rank. cache: an empty one. graph: replay a CUDA graph from the third token on.
+        temperature: 0 takes the likeliest token. top_k: sample among so many. generator: on this device; on a
+        ring rank 0's decides. cache: an empty one of B sequences with room for S + n_tokens - 1 tokens each;
+        it is left filled. graph: on a GPU, replay a CUDA graph from the third token on.
         mask: (B, S) bool, True for the tokens of a prompt, False for padding to the left or right of them.
-        stop: None, or a token that ends its sequence, which is released from the cache. It is followed by
-        itself, until all sequences have ended. Waits for the GPU in each step.
-        Raises ValueError before the first token if something does not fit; later only if a cache with fewer
-        pages than all sequences may need has none left.
+        stop: None, or a token that ends its sequence, which is released from the cache; `stop` fills it up
+        until all sequences have ended. Waits for the GPU in each step.
+        Raises ValueError on every rank, when the first token is asked for, if something does not fit; later
+        only if a cache with fewer pages than all sequences may need has none left.
         """
-        B, S = tokens.shape
-        if not 0 <= temperature < math.inf or S == 0 or (top_k is not None and top_k < 1):
-            need = f"{temperature=} must be 0 or more, {top_k=} 1 or more or None"
-            raise ValueError(f"{need}, and the prompt, {S} tokens, not empty")
-        if stop is not None and not 0 <= stop < self.config.vocab_size:
-            raise ValueError(f"{stop=} must be a token, 0 to {self.config.vocab_size - 1}, or None")
-        lengths = [S] * B
-        if mask is not None:
-            tokens, lengths = to_the_left(tokens, mask)
-        need = [n + max(n_tokens, 1) - 1 for n in lengths]  # the last token does not go into the cache
-        cache = self.new_cache(B, max(need)) if cache is None else cache
-        cache.check_room(need, pages=stop is None)  # a sequence that ends early gives its pages to others
+        attn, lengths = self.blocks[0].attn, None
+        ring = ring_attn.ALONE if attn.n_ranks == 1 else ring_attn.resolve_ring(attn.group)
+        same = dict(n_tokens=n_tokens, temperature=temperature, top_k=top_k, graph=graph, stop=repr(stop))
+        if ring.n_ranks > 1:
+            same |= {
+                x: checksum(y) if isinstance(y, torch.Tensor) else repr(y)
+                for x, y in (("mask", mask), ("tokens", tokens))
+            }
+
+        def check():
+            nonlocal tokens, lengths, cache
+            self.check_tokens(tokens, cache)
+            (B, S), V = tokens.shape, self.config.vocab_size
+            if (
+                not is_int(n_tokens, 0)
+                or not 0 <= temperature < math.inf
+                or not (top_k is None or is_int(top_k, 1))
+            ):
+                need = f"{temperature=} must be a number of 0 or more, {top_k=} an int of 1 or more, or None"
+                raise ValueError(f"{n_tokens=} must be an int of 0 or more, {need}")
+            if stop is not None and not is_int(stop, 0, V - 1):
+                raise ValueError(f"{stop=} must be a token, 0 to {V - 1}, or None")
+            if graph and not tokens.is_cuda:
+                raise ValueError(f"{graph=} needs tokens on a GPU, not on {tokens.device}")
+            if cache is not None and len(cache.host_lengths) != B:
+                raise ValueError(
+                    f"the cache has {len(cache.host_lengths)} sequences and tokens {B}; make it for {B}"
+                )
+            lengths = [S] * B
+            if mask is not None:
+                tokens, lengths = to_the_left(tokens, mask)
+            need = [n + max(n_tokens, 1) - 1 for n in lengths]  # the last token does not go into the cache
+            cache = self.new_cache(B, max(need)) if cache is None else cache
+            cache.check_room(need, pages=stop is None)  # a sequence that ends early gives its pages to others
+
+        ring_attn.agree_now(ring, same, None, check)
+        B = len(tokens)
         step = self.step
         for i in range(n_tokens):
             if i == 0:
@@ -458,12 +529,13 @@ class Transformer(nn.Module):
         if temperature == 0:
             return logits.argmax(-1, keepdim=True)
         if top_k is not None:
-            least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+            logits, tokens = logits.topk(min(top_k, logits.shape[-1]))
+        logits = logits - logits.amax(-1, keepdim=True)  # however small the temperature
+        new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+        return new if top_k is None else tokens.gather(1, new)
 
     def generate(self, tokens, n_tokens, *args, **options):
         """tokens (B, S) and n_tokens more: (B, S + n_tokens), or less where all sequences have ended before.
-        Arguments as for `stream`. Padding stays where it was: between a prompt and what follows it, if it is
-        on the right."""
+        Arguments as for `stream`, which, unlike this, loses nothing where pages run out. Padding stays where
+        it was: between a prompt and what follows it, if it is on the right."""
         return torch.cat([tokens, *self.stream(tokens, n_tokens, *args, **options)], dim=1)

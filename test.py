@@ -2604,6 +2604,9 @@ def check_decode_errors():
     raises(lambda: KVCache(1, 1, 0, 1, 1), "n_tokens=0")
     raises(lambda: KVCache(1, 1, 1, 1, 1, n_pages=3), "n_pages=3", "page_size")
     raises(lambda: KVCache(1, 1, 1, 1, 1, page_size=0), "page_size=0")
+    raises(lambda: KVCache(1, 2.0, 1, 1, 1), "B=2.0")
+    raises(lambda: KVCache(1, 1, 1, 1, 1, torch.int8), "int8", "float16")
+    raises(lambda: decode_part(q, k, k, 2, 2), "rank=2", "n_ranks=2")
     if not GPU:
         refused("interpreter", q=q.bfloat16(), k=k.bfloat16(), backend="triton")
     assert call().isfinite().all()
@@ -2722,8 +2725,22 @@ def check_ragged(ring, kind, dtype=None, **options):
     hole[1, 10], empty[2] = False, False
     refused("rows [1] of mask", mask=hole)
     refused("rows [2] of mask", mask=empty)
-    refused("mask", "(4, 20)", mask=mask[:, 1:])
-    refused("stop=61", "60", stop=61)
+    refused("mask", "(4, 20)", mask=mask.bool()[:, 1:])
+    refused("float32", "bool", mask=mask)
+    for stop in (61, 1.5, True):
+        refused(f"stop={stop}", "60", stop=stop)
+    raises(lambda: model.generate(tokens, -1), "n_tokens=-1")
+    raises(lambda: model.generate(tokens[0], 1), "tokens", "(20,)")
+    refused("3 sequences", cache=model.new_cache(3, 40))
+    refused("(3, 2, 16", "new_cache", cache=KVCache(3, 4, 40, 2, 16, device=DEVICE, group=ring))
+    raises(lambda: model.step(tokens[:2, :1], new_cache()), "(2, 1)", "4 sequences")
+    if not GPU:
+        refused("graph=True", "GPU", graph=True)
+    if ring.n_ranks > 1:
+        refused("(2, 2, 16, 1)", "ranks", cache=reference.new_cache(4, 40))
+        refused("ranks disagree", "mask", mask=(mask if ring.rank else torch.ones_like(mask)).bool())
+        refused("ranks disagree", "stop", stop=ring.rank)
+        raises(lambda: model.prefill(tokens[:1], new_cache(), rows=[ring.rank]), "ranks disagree", "rows")
     check_refill(model, span, prompts, alone, new_cache)
 
 

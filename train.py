@@ -28,6 +28,7 @@ import codecs
 import csv
 import datetime
 import html
+import itertools
 import json
 import math
 import os
@@ -383,12 +384,14 @@ def curve_figure(table, path, footer):
         y += height
         parts += [label(x, y - height - 10, title, weight="bold"), *y_axis(x, y, width, height, top)]
         for name, color in colors.items():
-            points = [(x + width * step / last, y - height * value / top) for step, value in curves[name]]
-            points = [point for point in points if math.isfinite(point[1])]
-            parts += [rect(a - 2, b - 2, 4, 4, color) for a, b in points]
-            parts += [stroke(points, 'stroke-width="2"', color)] if points else []
+            for good, run in itertools.groupby(curves[name], lambda point: math.isfinite(point[1])):
+                points = [(x + width * step / last, y - height * value / top) for step, value in run if good]
+                parts += [rect(a - 2, b - 2, 4, 4, color) for a, b in points]
+                parts += [stroke(points, 'stroke-width="2"', color)] if points else []
         y += 50
-    parts += [label(x + width * tick / last, y - 32, f"{tick:g}", "middle", 11) for tick in ticks(last)]
+    steps = [tick for tick in ticks(last) if tick == int(tick)]
+    parts += [label(x + width * tick / last, y - 32, f"{tick:,.0f}", "middle", 11) for tick in steps]
+    parts.append(label(x, y - 16, "step"))
     svg(path, x + width + 30, y, parts, footer)
 
 
