@@ -1709,11 +1709,13 @@ def main():
     if names and not any(args.filter in name for name in names):
         refuse(parser, f"--filter={args.filter!r} is in no name; there are: {', '.join(names)}")
     if args.figures or args.figures is not None and not args.trace and not GPU:
-        try:
-            runs = [json.loads(Path(file).read_text().strip().splitlines()[-1]) for file in args.figures]
-            [(found["parts"], found["gpu"], found["n_ranks"]) for found in runs]
-        except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
-            refuse(parser, f"--figures: the last line of a FILE must be the JSON of a run: {error!r}")
+        runs = []
+        for file in args.figures:
+            try:
+                runs.append(json.loads(Path(file).read_text().strip().splitlines()[-1]))
+                [runs[-1][x] for x in ("parts", "gpu", "n_ranks")]
+            except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+                refuse(parser, f"--figures: the last line of {file} must be the JSON of a run: {error!r}")
         return figures(runs) if RANK == 0 else None
     if N_RANKS > 1:
         try:

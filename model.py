@@ -341,6 +341,22 @@ class Transformer(nn.Module):
             keys = ((begun**2 / 2 - begun**3 / (6 * seq_len) + (n - begun) * keys).sum() / n.sum()).item()
         return 6 * weights + 3.5 * self.config.n_layers * 4 * keys * self.config.dim
 
+    def ring_of_cache(self):
+        """The ring whose ranks share a cache of this model. ValueError if its type does not fit a cache."""
+        attn = self.blocks[0].attn
+        R, kind = attn.n_ranks, attn.attn_type
+        if R == 1:
+            return ring_attn.ALONE
+        if kind is not AttentionType.STRIPED:
+            fix = "make the model with AttentionType.STRIPED"
+            raise ValueError(f"attn_type={kind} does not fit a cache, which is striped on {R} ranks; {fix}")
+        ring = ring_attn.resolve_ring(attn.group)
+        if ring.n_ranks != R:
+            raise ValueError(
+                f"the model is on {R} ranks, and its process group has {ring.n_ranks}: pass its group"
+            )
+        return ring
+
     def new_cache(self, B, n_tokens, dtype=None, **options):
         """An empty KVCache for B sequences of up to n_tokens tokens, striped over the ranks of the model.
         dtype: of KVCache; None: that of the model, or of autocast. options: its page_size and n_pages."""
@@ -349,8 +365,7 @@ class Transformer(nn.Module):
         autocast = torch.is_autocast_enabled(kind)
         dtype = dtype or (torch.get_autocast_dtype(kind) if autocast else weight.dtype)
         shape = len(self.blocks), B, n_tokens, attn.n_kv_heads, attn.dim_per_head
-        ring = ring_attn.resolve_ring(attn.group) if attn.n_ranks > 1 else None
-        return KVCache(*shape, dtype, weight.device, ring, **options)
+        return KVCache(*shape, dtype, weight.device, self.ring_of_cache(), **options)
 
     def check_tokens(self, tokens, cache):
         """Raise ValueError unless tokens are (B, M) int64, and the cache, if there is one, fits the model."""
@@ -382,17 +397,11 @@ class Transformer(nn.Module):
         gradients. Raises ValueError, on every rank, for another type, other lengths, a cache of another
         model, sequences that hold something, what the cache has no room for, arguments that differ by rank.
         """
-        attn = self.blocks[0].attn
-        R, kind, held = attn.n_ranks, attn.attn_type, cache.host_lengths
-        ring = ring_attn.ALONE if R == 1 else ring_attn.resolve_ring(attn.group)
+        attn, ring, held = self.blocks[0].attn, self.ring_of_cache(), cache.host_lengths
+        R = ring.n_ranks
 
         def check():
             nonlocal lengths, rows
-            if R > 1 and kind is not AttentionType.STRIPED:
-                fix = "make the model with AttentionType.STRIPED"
-                raise ValueError(
-                    f"attn_type={kind} does not fit the cache, which is striped on {R} ranks; {fix}"
-                )
             self.check_tokens(tokens, cache)
             B, S = tokens.shape
             lengths = [S] * B if lengths is None else int_list(lengths)
@@ -467,8 +476,7 @@ class Transformer(nn.Module):
         Raises ValueError on every rank, when the first token is asked for, if something does not fit; later
         only if a cache with fewer pages than all sequences may need has none left.
         """
-        attn, lengths = self.blocks[0].attn, None
-        ring = ring_attn.ALONE if attn.n_ranks == 1 else ring_attn.resolve_ring(attn.group)
+        ring, lengths = self.ring_of_cache(), None
         same = dict(n_tokens=n_tokens, temperature=temperature, top_k=top_k, graph=graph, stop=repr(stop))
         if ring.n_ranks > 1:
             same |= {

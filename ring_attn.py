@@ -1386,7 +1386,10 @@ def named_attn_func(schedule):
         actual = ring.n_ranks, ring.rank, ring.prev_rank, ring.next_rank
         if given != actual:
             names = "n_ranks, rank, prev_rank, next_rank"
-            problem = f"{names} are {given}; in this process group they are {actual}"
+            problem = (
+                f"{names} are {given}; in this process group they are {actual}: pass those, or make the "
+            )
+            problem += "group first, by torch.distributed.init_process_group()"
         return attend(q, k, v, schedule, ring, causal, sm_scale, problem=problem, bias=bias, **options)
 
     func.__name__ = func.__qualname__ = f"{public_name(schedule)}_attn_func"

@@ -2657,6 +2657,14 @@ def check_stream(ring, kind, **options):
         off = (torch.cat(logits, 1) - torch.cat(got[1:], 1)).abs().max().item()
         assert off < 1e-4 * expected.abs().max().item(), f"a compiled step is off by {off}"
         assert graphs.frame_count == 1, f"{graphs.frame_count} graphs"
+    if GPU and ring.n_ranks == 1:
+        cache, new = model.new_cache(2, 41), tokens[:, 20:21]
+        model.prefill(tokens[:, :19], cache), model.step(tokens[:, 19:20], cache)
+        step = decode.capture_step(model.decode, new, cache)
+        raises(lambda: step(tokens[:, 20:22], cache), "captured", "(2, 2)")
+        raises(lambda: step(new, model.new_cache(2, 41)), "captured")
+        off = (step(new, cache)[:, 0] - expected[:, 20]).abs().max().item()
+        assert off < 1e-4 * expected.abs().max().item(), f"a captured step after refused ones is off by {off}"
     refused = partial(raises, partial(model.generate, tokens, 3))
     refused("the cache is full", "43 more", cache=model.new_cache(2, 42))
     refused("temperature=-1", temperature=-1)
