@@ -615,7 +615,7 @@ def make_config(call):
         BLOCK_SIZE //= call.n_ranks
     HEAD_SETS, G = (H, 1) if GROUPS_H > 1 else (HKV, H // HKV)
     float8, narrow, of_cache = call.k.dtype == FLOAT8, dtype.itemsize == 2, call.k.dtype.itemsize
-    BLOCK_D = max(32 if float8 else 16, triton.next_power_of_2(D))
+    BLOCK_D = max(32 if float8 else 16, ring_attn.next_power_of_2(D))
     # wgmma takes 64, but keys from shared memory only, where float8 is not converted yet
     BLOCK_M = 16 if G * M <= 16 else 64 if narrow and D <= 128 and not float8 else 32
     ROW_TILES = triton.cdiv(G * M, BLOCK_M)
@@ -656,7 +656,7 @@ def make_config(call):
     constants = dict(MOD=mods or None, MASK_MOD=call.mask_mod)
     constants |= dict(CAUSAL=bool(call.causal or windowed) and M > 1, WINDOWED=windowed)  # one query sees all
     shared = dict(TILES_PER_BLOCK=triton.cdiv(BLOCK_SIZE, BLOCK_N) if blocked else 0)
-    shared |= dict(MAX_GROUPS=triton.next_power_of_2(GROUPS_B * GROUPS_H), PDL=pdl)
+    shared |= dict(MAX_GROUPS=ring_attn.next_power_of_2(GROUPS_B * GROUPS_H), PDL=pdl)
     shared |= dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
     CHUNK, merge_warps = (64, 4) if merge_grid <= n_sm else (16, 2)  # few large programs, or many small ones
     options, merge_options = dict(num_warps=num_warps, num_stages=num_stages), dict(num_warps=merge_warps)
@@ -983,7 +983,7 @@ def config_of(call, ring=ring_attn.ALONE, problem=None, debug=False):
         if call.backend != "triton":
             return None
         if ring.n_ranks > 1 and mail_bytes(call) <= MOST_MAIL:
-            ring.prepare(call.q, None, 0, 0, max(2**20, triton.next_power_of_2(mail_bytes(call))))
+            ring.prepare(call.q, None, 0, 0, max(2**20, ring_attn.next_power_of_2(mail_bytes(call))))
         return make_config(call)
 
     return ring_attn.agree_once(ring, kind, given, problem, lambda: check_decode(call), prepare)
@@ -1026,8 +1026,8 @@ def merged(parts, sink, dtype, ring=None):
     o = torch.empty(B, M, H, D, dtype=dtype, device=device)
     lse = torch.empty(B, M, H, dtype=torch.float32, device=device)
     pdl = parts.is_cuda and ring_attn.capability(device)[0] >= 9
-    constants = dict(PDL=pdl, HEAD_DIM=D, BLOCK_D=max(16, triton.next_power_of_2(D)))
-    constants |= dict(CHUNK=min(64, triton.next_power_of_2(n_ranks)))
+    constants = dict(PDL=pdl, HEAD_DIM=D, BLOCK_D=max(16, ring_attn.next_power_of_2(D)))
+    constants |= dict(CHUNK=min(64, ring_attn.next_power_of_2(n_ranks)))
     depends = parts.shape, rank, n_ranks, ring is None, dtype
     depends = *depends, *(x is None or (x.dtype, x.data_ptr() % 16) for x in (parts, sink))
     # real and virtual ranks agree to the last bit only if the compiler does not choose what to fuse
