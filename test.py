@@ -4466,6 +4466,13 @@ def compile_kernels(few=False):
         types["blocks"] = decode.BlockTables(*["*i32"] * n_tables, *["constexpr"] * (4 - n_tables))
         options = dict(num_warps=4, num_stages=3)
         report(f"decode {name}", True, function, types, constants, **options)
+    types = dict.fromkeys(("rank", "n_ranks", "rows", "H"), "i32") | dict(O="*bf16", MAILBOX="*i64")
+    types |= dict.fromkeys(("PARTS", "LSE"), "*fp32")
+    constants = dict(PDL=True, HEAD_DIM=128, BLOCK_D=128, CHUNK=8)
+    sass, _, used, spilled = compiled(decode.merge_ranks_kernel, types, constants, num_warps=4)
+    whole = [re.search(x, sass) for x in (r"STG\S*\.64", r"LDG\S*\.64\S*STRONG")]  # words are one number
+    all_good &= spilled == 0 and all(whole)
+    print(f"{'merge of ranks':32} {used:>4} {spilled:>5}{'' if all(whole) else '   BAD'}", flush=True)
     return all_good
 
 
