@@ -706,9 +706,10 @@ def decode_us(row, callers, context=None):
     found = {}
     for how, timer in HOW.items():
         if how == "graph":
-            options = dict(all_ranks=True)
-            made = {x: attempt(x, row, capture, f, context=context[x], **options) for x, f in calls.items()}
-            timed = {who: x[0] for who, x in made.items() if x}
+            timed = {}
+            for who, f in calls.items():
+                if made := attempt(who, row, capture, f, context=context[who], all_ranks=True):
+                    timed[who] = made[0]
         else:
             timed = calls
         us = in_turns(row, timed, timer, context)

@@ -410,71 +410,71 @@ def decode_kernel(Q, K, V, O, LSE, PARTS, SEQLENS, PAGES, K_SCALE, V_SCALE, bloc
                    2 * BLOCK_D, 2 * BLOCK_D, BLOCK_D, BLOCK_D)  # fmt: skip
 
 
-# A mailbox (SymmetricMemory.mailbox, int64): how many calls have used it, how many programs of this call are
-# done, where the watchdog reads what a GPU waits for, and as what; where the letter boxes of all ranks for
-# even calls are, then those for odd ones. Each rank writes its part to a letter box of every rank. A word is
-# a float32 and the number of the call, by which it tells that it has arrived, as in NCCL's LL protocol. Who
-# has all words of a call knows that the others have read those of the call before: two letter boxes do
-CALLS, DONE, WAITS, REASON, BOXES = map(tl.constexpr, range(5))
+# Ranks that can read each other's memory send their parts to the receive buffers of all. A word there is a
+# float32 and the epoch, the number of the call, by which it tells that it has arrived, as in NCCL's LL
+# protocol. Who has all words of an epoch knows that the others have read those of the one before: two do.
+# PEERS (SymmetricMemory.peers, int64): the epoch, how many programs of this call are done, where the watchdog
+# reads what a GPU waits for, and as what; the receive buffers of all ranks for even epochs, then for odd ones
+EPOCH, DONE, WAITS, REASON, BUFFERS = map(tl.constexpr, range(5))
 
 
 @triton.jit
-def letter_box(MAILBOX, rank, n_ranks, call):
-    """Where the words of a call to this rank are."""
-    return tl.load(MAILBOX + BOXES + call % 2 * n_ranks + rank).to(tl.pointer_type(tl.int64))
+def receive_buffer(PEERS, rank, n_ranks, epoch):
+    """Where the words of an epoch to this rank are."""
+    return tl.load(PEERS + BUFFERS + epoch % 2 * n_ranks + rank).to(tl.pointer_type(tl.int64))
 
 
 @triton.jit
-def tell_watchdog(MAILBOX, number):
-    tl.store(tl.load(MAILBOX + WAITS).to(tl.pointer_type(tl.int32)), number.to(tl.int32))
+def tell_watchdog(PEERS, number):
+    tl.store(tl.load(PEERS + WAITS).to(tl.pointer_type(tl.int32)), number.to(tl.int32))
 
 
 @triton.jit
-def as_words(x, call):
-    return (call << 32) | (x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
+def as_words(x, epoch):
+    return (epoch << 32) | (x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
 
 
 @triton.jit
-def load_part(PART, mask, other, call):
-    """float32 numbers; with a call, from words, which may be still on their way."""
-    if call is None:
+def load_part(PART, mask, other, epoch):
+    """float32 numbers; with an epoch, from words, which may be still on their way."""
+    if epoch is None:
         return tl.load(PART, mask=mask, other=other)
     else:
-        words = tl.load(PART, mask=mask, other=call << 32, volatile=True)
-        while tl.max(((words >> 32).to(tl.int32) != call.to(tl.int32)).to(tl.int32)) > 0:
-            words = tl.load(PART, mask=mask, other=call << 32, volatile=True)
+        words = tl.load(PART, mask=mask, other=epoch << 32, volatile=True)
+        while tl.max(((words >> 32).to(tl.int32) != epoch.to(tl.int32)).to(tl.int32)) > 0:
+            words = tl.load(PART, mask=mask, other=epoch << 32, volatile=True)
         return tl.where(mask, words.to(tl.int32).to(tl.float32, bitcast=True), other)
 
 
 @triton.jit
-def send_mail(PART, MAILBOX, call, rank, n_ranks, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Write rows of PART (rows, D + 1), every num_programs-th, to all ranks' letter boxes."""
+def send_part(PART, PEERS, epoch, rank, n_ranks, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write rows of PART (rows, D + 1), every num_programs-th, to all ranks' receive buffers."""
     offs_d = tl.arange(0, BLOCK_D)
-    if tl.program_id(0) == 0:  # with the call's number: the next call is another wait
-        tell_watchdog(MAILBOX, tl.load(MAILBOX + REASON) | (call & 0x7FFF) << 16)
+    if tl.program_id(0) == 0:  # with the epoch: the next one is another wait
+        tell_watchdog(PEERS, tl.load(PEERS + REASON) | (epoch & 0x7FFF) << 16)
     for row in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
         part, at = PART + row * (HEAD_DIM + 1), (rank * rows + row) * (HEAD_DIM + 1)
         o, lse = tl.load(part + offs_d, mask=offs_d < HEAD_DIM), tl.load(part + HEAD_DIM)
         for i in tl.range(1, n_ranks + 1):
-            to = letter_box(MAILBOX, (rank + i) % n_ranks, n_ranks, call) + at
-            tl.store(to + offs_d, as_words(o, call), mask=offs_d < HEAD_DIM)
-            tl.store(to + HEAD_DIM, as_words(lse, call))
+            to = receive_buffer(PEERS, (rank + i) % n_ranks, n_ranks, epoch) + at
+            tl.store(to + offs_d, as_words(o, epoch), mask=offs_d < HEAD_DIM)
+            tl.store(to + HEAD_DIM, as_words(lse, epoch))
 
 
 @triton.jit
-def merge_row(PARTS, call, first, step, n, row, head, O, LSE, SINK, lse_offset, stride_part, stride_o,
+def merge_row(PARTS, epoch, first, step, n, row, head, O, LSE, SINK, lse_offset, stride_part, stride_o,
               stride_l, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """Merge the n rows first + i * step of PARTS, of o and at lse_offset lse, into row `row` of O and LSE.
-    call: of words, if PARTS are words, else None."""
+    epoch: of the words, if PARTS are words, else None."""
     m_i, l_i = tl.full([1], -float("inf"), tl.float32), tl.zeros([1], tl.float32)
     acc = tl.zeros([1, BLOCK_D], tl.float32)
     offs_d = tl.arange(0, BLOCK_D)
     for start in tl.range(0, n, CHUNK):
         i = start + tl.arange(0, CHUNK)
         part = PARTS + (first + i * step).to(tl.int64) * stride_part
-        lse = load_part(part + lse_offset, i < n, -float("inf"), call) * LOG2E  # [CHUNK]
+        lse = load_part(part + lse_offset, i < n, -float("inf"), epoch) * LOG2E  # [CHUNK]
         mask = (i < n)[:, None] & (offs_d < HEAD_DIM)[None, :]
-        o = load_part(part[:, None] + offs_d[None, :], mask, 0.0, call)  # [CHUNK, BLOCK_D]
+        o = load_part(part[:, None] + offs_d[None, :], mask, 0.0, epoch)  # [CHUNK, BLOCK_D]
         m_new = tl.maximum(m_i, tl.max(lse, 0))
         shift = tl.where(m_new == -float("inf"), 0.0, m_new)
         w = tl.math.exp2(lse - shift)
@@ -518,25 +518,25 @@ def merge_splits_kernel(PARTS, O, LSE, SEQLENS, blocks, SINK, sizes, stride_o, s
 
 
 @triton.jit
-def merge_ranks_kernel(PARTS, O, LSE, SINK, MAILBOX, rank, n_ranks, rows, H, PDL: tl.constexpr,
+def merge_ranks_kernel(PARTS, O, LSE, SINK, PEERS, rank, n_ranks, rows, H, PDL: tl.constexpr,
                        HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
-    """Rows of the result from what each rank found: PARTS (n_ranks, rows, D + 1), lse behind o. With a
-    MAILBOX PARTS has this rank's only: all ranks run this kernel, which first sends them."""
+    """Rows of the result from what each rank found: PARTS (n_ranks, rows, D + 1), lse behind o. With PEERS
+    PARTS has this rank's only: all ranks run this kernel, which first sends them."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-    call = None
-    if MAILBOX is not None:
-        call = tl.load(MAILBOX + CALLS) + 1
-        send_mail(PARTS, MAILBOX, call, rank, n_ranks, rows, HEAD_DIM, BLOCK_D)
-        PARTS = letter_box(MAILBOX, rank, n_ranks, call)
+    epoch = None
+    if PEERS is not None:
+        epoch = tl.load(PEERS + EPOCH) + 1
+        send_part(PARTS, PEERS, epoch, rank, n_ranks, rows, HEAD_DIM, BLOCK_D)
+        PARTS = receive_buffer(PEERS, rank, n_ranks, epoch)
     for row in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
-        merge_row(PARTS, call, row, rows, n_ranks, row, row % H, O, LSE, SINK,
+        merge_row(PARTS, epoch, row, rows, n_ranks, row, row % H, O, LSE, SINK,
                   HEAD_DIM, HEAD_DIM + 1, HEAD_DIM, 1, HEAD_DIM, BLOCK_D, CHUNK)  # fmt: skip
-    if MAILBOX is not None:
-        if tl.atomic_add(MAILBOX + DONE, 1) == tl.num_programs(0) - 1:  # all programs have read CALLS
-            tl.store(MAILBOX + DONE, 0)
-            tl.store(MAILBOX + CALLS, call)
-            tell_watchdog(MAILBOX, call * 0)
+    if PEERS is not None:
+        if tl.atomic_add(PEERS + DONE, 1) == tl.num_programs(0) - 1:  # all programs have read the epoch
+            tl.store(PEERS + DONE, 0)
+            tl.store(PEERS + EPOCH, epoch)
+            tell_watchdog(PEERS, epoch * 0)
 
 
 # -----------------------------------------------------------------------------
@@ -626,11 +626,11 @@ def make_config(call):
         n_sm = properties.multi_processor_count
         shared_memory = properties.shared_memory_per_block_optin - 16384
         pdl = ring_attn.capability(device)[0] >= 9  # programmatic dependent launch: gdc_wait
-    # memory likes few streams of large tiles, one a processor; small tiles, two programs a processor, start
-    # sooner, where splits are short, and leave no processor idle, where few row tiles do not divide them well
-    idle = n_sm % row_tiles if row_tiles <= n_sm else 0  # processors
-    streams = 4 * row_tiles > n_sm and 5 * idle < n_sm and not (paged or float8)
-    large = BLOCK_M == 16 and (streams or row_tiles > n_sm)
+    # one program an SM reads large tiles fastest; two start sooner with small ones, where splits are short,
+    # and leave few SMs idle, where row tiles do not divide them well
+    idle = n_sm % row_tiles  # SMs
+    large = 4 * row_tiles > n_sm and 5 * idle < n_sm and not (paged or float8)
+    large = BLOCK_M == 16 and (large or row_tiles > n_sm)
     n_programs = n_sm if large else 2 * n_sm
     BLOCK_N = min(128, max(16, (16384 if large else 8192) // BLOCK_D)) if narrow else max(16, 4096 // BLOCK_D)
     N, num_warps, num_stages = call.capacity() // call.n_ranks, 4, 3
@@ -982,18 +982,18 @@ def config_of(call, ring=ring_attn.ALONE, problem=None, debug=False):
     def prepare():
         if call.backend != "triton":
             return None
-        if ring.n_ranks > 1 and mail_bytes(call) <= MOST_MAIL:
-            ring.prepare(call.q, None, 0, 0, max(2**20, ring_attn.next_power_of_2(mail_bytes(call))))
+        if ring.n_ranks > 1 and part_bytes(call) <= MOST_SENT:
+            ring.prepare(call.q, None, 0, 0, max(2**20, ring_attn.next_power_of_2(part_bytes(call))))
         return make_config(call)
 
     return ring_attn.agree_once(ring, kind, given, problem, lambda: check_decode(call), prepare)
 
 
-MOST_MAIL = 2**24  # bytes in a letter box; larger parts are all-gathered, in half the bytes
+MOST_SENT = 2**24  # bytes in a receive buffer; larger parts are all-gathered, in half the bytes
 
 
-def mail_bytes(call):
-    """Of the words that all ranks write to one rank in a call."""
+def part_bytes(call):
+    """Of the words that all ranks send to one rank in a call."""
     B, M, H, D = call.q.shape
     return 8 * call.n_ranks * B * M * H * (D + 1)
 
@@ -1035,8 +1035,8 @@ def merged(parts, sink, dtype, ring=None):
     # programs that wait for other ranks must all run at once
     grid = B * M * H if ring is None else min(B * M * H, 128)
     with ring_attn.device_guard(parts):
-        mailbox = None if ring is None else ring.memory.use_mailbox()
-        args = parts, o, lse, sink, mailbox, rank, n_ranks, B * M * H, H
+        peers = None if ring is None else ring.memory.use_peers()
+        args = parts, o, lse, sink, peers, rank, n_ranks, B * M * H, H
         launch(merge_ranks_kernel, device, depends, grid, args, constants, **options)
     return o, lse
 
@@ -1103,8 +1103,8 @@ def decode_part(q, k, v, rank, n_ranks, **options):
 def sharded_decode_attn(q, k, v, *, group=None, return_lse=False, debug=False, **options):
     """decode_attn over a cache that is striped over the R ranks of `group`: token p of a sequence is on rank
     p % R, at index p // R, as a ring prefill under the striped schedule leaves it. The ranks give each other
-    M * H * (D + 1) float32 numbers per sequence: through symmetric memory, where ring_attn has it, in the
-    kernel that merges them; else by one all-gather.
+    M * H * (D + 1) float32 numbers per sequence: through symmetric memory, where ring_attn has it and they
+    are at most 16 MiB in words, in the kernel that merges them; else by one all-gather.
 
     Arguments as for decode_attn. q and cache_seqlens are the same on every rank and describe whole sequences;
     k and v (B, N, HKV, D) are the rank's stripe, so that a sequence may have up to R * N tokens; pages are
@@ -1162,7 +1162,7 @@ def run(call, ring, return_lse, debug, problem=None):
         write_part(call, config, sink, o, lse)
         return o, lse
     part = packed_part(call, config)
-    if config is not None and ring.memory is not None and ring.memory.sizes[2] >= mail_bytes(call):
+    if config is not None and ring.memory is not None and ring.memory.sizes[2] >= part_bytes(call):
         return merged(part[None], sink, q.dtype, ring)
     parts = part.new_empty(ring.n_ranks * len(part), *part.shape[1:])  # gloo joins them along a dimension
     all_gather(parts, part, group=ring.group)
@@ -1269,7 +1269,7 @@ class KVCache:
     def check_room(self, n, pages=True):
         """Raise ValueError unless n more tokens fit, as for `reserve`; pages=False: if enough pages will be
         free. Returns the lengths with them, and the new pages, (sequence, index in it) each."""
-        lengths, n = self.host_lengths, int_list(n) if hasattr(n, "tolist") or not is_int(n, 0) else n
+        lengths, n = self.host_lengths, n if is_int(n, 0) else int_list(n)
         if is_int(n, 0):
             if not any(lengths):
                 raise ValueError(f"no sequence has tokens that {n} could follow; prefill prompts first")

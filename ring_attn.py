@@ -3311,20 +3311,20 @@ TRANSPORTS = {"p2p": P2P, "symmetric": Symmetric}
 
 
 class SymmetricMemory:
-    """Memory that the whole ring can access: flags, staging for keys and gradients, and mail, which is what
-    the ranks write to each other when they decode. All ranks make it.
+    """Memory that the whole ring can access: flags, staging for keys and gradients, and two buffers that
+    receive the parts of all ranks when they decode. All ranks make it.
 
-    mailbox: int64, on the device: see decode.send_mail.
+    peers: int64, on the device: see PEERS in decode.py.
     """
 
-    def __init__(self, ring, device, kv_bytes, grad_bytes, mail_bytes):
-        """kv_bytes: of k and v of a shard; grad_bytes: of dk and dv; mail_bytes: of what all ranks write."""
+    def __init__(self, ring, device, kv_bytes, grad_bytes, part_bytes):
+        """kv_bytes: of k and v of a shard; grad_bytes: of dk and dv; part_bytes: of all ranks' parts."""
         import torch.distributed._symmetric_memory as symmetric_memory
 
-        self.sizes, self.in_graph, self.known = (kv_bytes, grad_bytes, mail_bytes), False, {}
-        sizes = [kv_bytes] * min(2, ring.n_ranks - 1) + [grad_bytes] * 2 + [2 * mail_bytes]
+        self.sizes, self.in_graph, self.known = (kv_bytes, grad_bytes, part_bytes), False, {}
+        sizes = [kv_bytes] * min(2, ring.n_ranks - 1) + [grad_bytes] * 2 + [2 * part_bytes]
         *starts, end = itertools.accumulate((4096, *(-(-n // 1024) * 1024 for n in sizes)))
-        self.kv_staging, self.grad_staging, mail = starts[:-3], starts[-3:-1], starts[-1]  # offsets
+        self.kv_staging, self.grad_staging, receive = starts[:-3], starts[-3:-1], starts[-1]  # offsets
         error = None
         try:
             self.local = symmetric_memory.empty(end, dtype=torch.uint8, device=device)
@@ -3334,27 +3334,27 @@ class SymmetricMemory:
             raise RuntimeError(errors)
         self.handle = symmetric_memory.rendezvous(self.local, ring.group)
         self.base = list(self.handle.buffer_ptrs)  # by rank: where its memory is, for this process
-        for clear in self.local[:4096], self.local[mail:]:
+        for clear in self.local[:4096], self.local[receive:]:
             clear.zero_()
         others = " or ".join(str(rank) for rank in range(ring.n_ranks) if rank != ring.rank)
         _, *reason = ring.waiter.write(("its part of what is decoded", ring.n_ranks - 1, others))
-        boxes = [base + mail + odd * mail_bytes for odd in (0, 1) for base in self.base]
-        self.mailbox = torch.tensor([0, 0, *reason, *boxes], device=device)
-        self.mail_stream = None  # the stream of the last call
+        buffers = [base + receive + odd * part_bytes for odd in (0, 1) for base in self.base]
+        self.peers = torch.tensor([0, 0, *reason, *buffers], device=device)
+        self.peers_stream = None  # the stream of the last call
         torch.cuda.synchronize(device)
         dist.barrier(ring.group, device_ids=[device.index])  # nobody signals before all flags are clear
         self.copy_stream = CopyStream(device, self.base, ring)
 
-    def use_mailbox(self):
-        """The mailbox, for a kernel on the current stream, which waits for kernels that used it before."""
+    def use_peers(self):
+        """`peers`, for a kernel on the current stream, which waits for kernels that used it before."""
         if self.copy_stream.capturing():
             self.in_graph = True
-            return self.mailbox
+            return self.peers
         stream = torch._C._cuda_getCurrentRawStream(self.local.device.index)
-        if self.mail_stream not in (None, stream):
-            self.copy_stream.order(self.mail_stream, stream)
-        self.mail_stream = stream
-        return self.mailbox
+        if self.peers_stream not in (None, stream):
+            self.copy_stream.order(self.peers_stream, stream)
+        self.peers_stream = stream
+        return self.peers
 
     def views(self, starts, x, dtype):
         """Two tensors of the shape of x at each of these offsets."""
