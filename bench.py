@@ -1329,12 +1329,8 @@ else:
     SECTIONS["decode"] = decode
 SECTIONS |= {"train": training, "generate": generating}
 SECTIONS |= {f"errors-{dtype}": partial(errors, dtype=dtype) for dtype in ERROR_DTYPES}
-ONLY_ALL = {
-    "errors-bf16",
-    "errors-fp16",
-    "train",
-    "generate",
-}  # parts that run only where --all or --part asks for them
+# parts that run only where --all or --part asks for them
+ONLY_ALL = {"errors-bf16", "errors-fp16", "train", "generate"}
 
 # -----------------------------------------------------------------------------
 # what overlaps: a profile of every rank
@@ -1594,7 +1590,8 @@ def markdown(runs):
         for part, table in found["parts"].items():
             text.append(f"## {part}: {found['n_ranks']} x {found['gpu']}\n")
             command = f"torchrun --nproc_per_node={found['n_ranks']}" if found["n_ranks"] > 1 else "python"
-            text.append(f"```\n{command} bench.py --part={part}\n\n{table['title'].rstrip()}\n```\n")
+            command += " bench.py --quick" if found.get("quick") else " bench.py"
+            text.append(f"```\n{command} --part={part}\n\n{table['title'].rstrip()}\n```\n")
             heads = list(dict.fromkeys(x for line in table["rows"] for x in line))
             text.append(md_table(heads, [[shown(line.get(x, "")) for x in heads] for line in table["rows"]]))
             text += [*failures(table["failed"]), ""]
@@ -1728,7 +1725,7 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = False  # the truth is float32 throughout
     found = dict(commit=commit(), gpu=torch.cuda.get_device_name() if GPU else None, torch=torch.__version__)
     found |= dict(triton=triton.__version__, cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
-    found |= dict(dtype=str(DTYPE)[6:], n_ranks=N_RANKS)
+    found |= dict(dtype=str(DTYPE)[6:], n_ranks=N_RANKS, quick=args.quick)
     print(" | ".join(f"{key} {value}" for key, value in found.items()))
     if not GPU:
         print("no GPU here: these rows check that everything works; their times say nothing of speed")

@@ -1342,9 +1342,8 @@ class KVCache:
         i, max_pages = index // self.page_size, self.page_table.shape[1]
         page = self.page_table[rows, i.clamp(0, max_pages - 1)]
         mine = (pos % R == self.ring.rank) & (pos >= 0) & (pos < self.lengths[rows])
-        mine = (
-            mine & (i < max_pages) & (page >= 0)
-        )  # nothing else may be written to, whatever was not reserved
+        # whatever was not reserved, nothing of others is written to
+        mine = mine & (i < max_pages) & (page >= 0)
         return torch.where(mine, page.long() * self.page_size + index % self.page_size, self.trash)
 
     def write(self, layer, k, v, slots):

@@ -4162,6 +4162,7 @@ def check_bench():
         assert any(line.startswith(row) for line in lines), done.stdout
         runs.append(found | dict(gpu=found["gpu"] or "a GPU"))
     text = bench.markdown(runs)
+    assert text.count("bench.py --quick --part=") == len(runs), "RESULTS.md does not name the commands"
     assert all(
         f"| {line['name']} |" in text for run in runs for x in run["parts"].values() for line in x["rows"]
     )
