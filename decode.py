@@ -606,7 +606,7 @@ CONFIG_NUMBERS = itertools.count()
 
 
 def make_config(call):
-    """The LaunchConfig of a Call. Tile sizes are those that were fastest on one H100."""
+    """The LaunchConfig of a Call. Tile sizes are those that were fastest on an H100 or H200."""
     (B, M, H, D), HKV, dtype, device = call.q.shape, call.k.shape[2], call.q.dtype, call.q.device
     paged, blocked, windowed = (x is not None for x in (call.page_table, call.block_mask, call.window))
     GROUPS_B, GROUPS_H, N_BLOCKS, BLOCK_SIZE = B if call.cache_seqlens is not None else 1, 1, 0, 1
@@ -617,7 +617,7 @@ def make_config(call):
     float8, narrow, of_cache = call.k.dtype == FLOAT8, dtype.itemsize == 2, call.k.dtype.itemsize
     BLOCK_D = max(32 if float8 else 16, ring_attn.next_power_of_2(D))
     # wgmma takes 64, but keys from shared memory only, where float8 is not converted yet
-    BLOCK_M = 16 if G * M <= 16 else 64 if narrow and D <= 128 and not float8 else 32
+    BLOCK_M = 16 if G * M <= 16 else 64 if G * M > 32 and narrow and D <= 128 and not float8 else 32
     ROW_TILES = triton.cdiv(G * M, BLOCK_M)
     row_tiles, merge_grid = B * HEAD_SETS * ROW_TILES, B * HEAD_SETS * ROW_TILES * min(G * M, BLOCK_M)
     n_sm, shared_memory, pdl = 4, math.inf, False
@@ -628,15 +628,14 @@ def make_config(call):
         pdl = ring_attn.capability(device)[0] >= 9  # programmatic dependent launch: gdc_wait
     # one program an SM reads large tiles fastest; two start sooner with small ones, where splits are short,
     # and leave few SMs idle, where row tiles do not divide them well
-    idle = n_sm % row_tiles  # SMs
-    large = 4 * row_tiles > n_sm and 5 * idle < n_sm and not (paged or float8)
-    large = BLOCK_M == 16 and (large or row_tiles > n_sm)
+    many, idle = BLOCK_M == 16 and 4 * row_tiles > n_sm, n_sm % row_tiles  # SMs
+    large = many and (row_tiles > n_sm or 5 * idle < n_sm and not paged)
     n_programs = n_sm if large else 2 * n_sm
     BLOCK_N = min(128, max(16, (16384 if large else 8192) // BLOCK_D)) if narrow else max(16, 4096 // BLOCK_D)
     N, num_warps, num_stages = call.capacity() // call.n_ranks, 4, 3
-    if float8 and narrow:  # of half the bytes
-        long = large and N >= 8192
-        BLOCK_N, num_warps = (32768 if long else 16384) // max(128, BLOCK_D), 8 if long else 4
+    if float8 and narrow:  # of half the bytes: four small programs, or two that read ahead more
+        n_programs, num_warps = (4 * n_sm, 2) if many else (2 * n_sm, 4)
+        BLOCK_N = 4096 * num_warps // max(128, BLOCK_D)
     while blocked and BLOCK_N > 16 and BLOCK_SIZE % BLOCK_N:
         BLOCK_N //= 2
     while num_stages > 1 and 2 * (num_stages - 1) * BLOCK_N * BLOCK_D * of_cache > shared_memory:
@@ -1215,10 +1214,11 @@ torch.library.register_fake("ring_attn::decode", decode_fake, lib=ring_attn.LIBR
 class KVCache:
     """Keys and values of every layer of a model, for B sequences of up to n_tokens tokens each.
 
-    k, v: lists of n_layers tensors (B, N, n_kv_heads, D), N = n_tokens / n_ranks, rounded up. page_size: if
-    given, they are pages (n_pages, page_size, n_kv_heads, D), which a sequence takes as it grows; n_pages:
-    None for enough for all. dtype: float64, float32, bfloat16, float16, or torch.float8_e4m3fn, which halves
-    a 16-bit cache; each (token, head) then has a scale in k_scale, v_scale, else None.
+    k, v: lists of n_layers tensors (n_pages * page_size + 1, n_kv_heads, D). page_size: if given, a sequence
+    takes pages of so many tokens as it grows, and n_pages, if not None, is less than enough for all; else
+    each sequence has one page of n_tokens / n_ranks tokens, rounded up. The last slot takes what is not kept.
+    dtype: float64, float32, bfloat16, float16, or torch.float8_e4m3fn, which halves a 16-bit cache; each
+    (token, head) then has a scale in k_scale, v_scale, else None.
     host_lengths: tokens of each sequence, a list of ints; lengths: the same as a tensor (B,) int32 on the
     device, which kernels read. page_table: (B, max_pages) int32 on the device, -1 where there is no page;
     pages: the same as lists; free: the pages that no sequence has.
@@ -1246,18 +1246,16 @@ class KVCache:
         max_pages = -(-N // self.page_size)
         n_pages = n_pages or B * max_pages
         self.trash = n_pages * self.page_size  # the slot of what this rank is not to keep
-        shape = self.trash + 1, n_kv_heads
-        of = dict(device=device)
-        kv = [[torch.empty(*shape, dim_per_head, dtype=dtype, **of) for _ in range(n_layers)] for _ in "kv"]
-        is_float8 = dtype == FLOAT8
-        scales = [[torch.empty(shape, **of) if is_float8 else None for _ in range(n_layers)] for _ in "kv"]
-        self.flat = list(zip(kv, scales))  # of keys, of values; by layer
+        shape, of = (self.trash + 1, n_kv_heads), dict(device=device)
 
-        def in_pages(x):
-            return x if x is None else x[:-1].unflatten(0, (n_pages, self.page_size))
+        def new():
+            return torch.empty(*shape, dim_per_head, dtype=dtype, **of)
 
-        self.k, self.v = (list(map(in_pages, layers)) for layers in kv)
-        self.k_scale, self.v_scale = (list(map(in_pages, layers)) for layers in scales)
+        def new_scale():
+            return torch.empty(shape, **of) if dtype == FLOAT8 else None
+
+        self.k, self.v = ([new() for _ in range(n_layers)] for _ in "kv")
+        self.k_scale, self.v_scale = ([new_scale() for _ in range(n_layers)] for _ in "kv")
         self.host_lengths, self.lengths = [0] * B, torch.zeros(B, dtype=torch.int32, **of)
         self.pages, self.free = [[] for _ in range(B)], list(range(n_pages))
         self.page_table = torch.full((B, max_pages), -1, dtype=torch.int32, **of)  # -1: not handed out
@@ -1348,7 +1346,7 @@ class KVCache:
 
     def write(self, layer, k, v, slots):
         """Write k, v (B, n, HKV, D) to slots (B, n), in the dtype of the cache."""
-        for x, (caches, scales) in zip((k, v), self.flat):
+        for x, caches, scales in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
             cache, scale = caches[layer], scales[layer]
             if scale is None:
                 cache[slots] = x.to(cache.dtype)
@@ -1359,10 +1357,15 @@ class KVCache:
     def attend(self, layer, q, sm_scale, window=None, sink=None, softcap=None):
         """Attention of q (B, M, H, D), the last M tokens, to the cache: (B, M, H, D). window, sink, softcap:
         as for decode_attn."""
-        k, v = self.k[layer], self.v[layer]
+
+        def pages(tensors):  # views that are made here: torch.compile takes no aliases whose sizes vary
+            x = tensors[layer]
+            return x if x is None else x[:-1].view(-1, self.page_size, *x.shape[1:])
+
+        k, v, k_scale, v_scale = map(pages, (self.k, self.v, self.k_scale, self.v_scale))
         window = window and min(window, NO_WINDOW - 1)  # a model's window may be longer than any cache
         options = dict(cache_seqlens=self.lengths, sm_scale=sm_scale, window=window, sink=sink)
-        options |= dict(softcap=softcap, k_scale=self.k_scale[layer], v_scale=self.v_scale[layer])
+        options |= dict(softcap=softcap, k_scale=k_scale, v_scale=v_scale)
         options["page_table"] = self.page_table if self.paged else None
         dtype = q.dtype if k.dtype == FLOAT8 else k.dtype
         if self.ring.n_ranks > 1:

@@ -381,7 +381,7 @@ class Transformer(nn.Module):
             raise ValueError(f"tokens ({given}) must be an int64 tensor (B, S), neither of them 0")
         if cache is not None:
             mine = len(self.blocks), attn.n_kv_heads, attn.dim_per_head, attn.n_ranks
-            theirs = len(cache.k), *cache.k[0].shape[2:], cache.ring.n_ranks
+            theirs = len(cache.k), *cache.k[0].shape[1:], cache.ring.n_ranks
             if mine != theirs:
                 text = f"the cache is of (layers, heads, dim, ranks) {theirs}, and the model of {mine}"
                 raise ValueError(f"{text}; make it with new_cache of this model")

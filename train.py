@@ -1020,7 +1020,7 @@ def speed_of(clocks, n_prompt, cache):
     rest = clocks[3:]  # the first two steps compile and capture
     if len(rest) > 1:
         dt = (rest[-1] - rest[0]) / (len(rest) - 1)
-        per_token = sum(2 * x[0, :1].numel() * x.element_size() for x in cache.k)
+        per_token = sum(2 * x[:1].numel() * x.element_size() for x in cache.k)
         length = n_prompt + len(clocks) - 1 - len(rest) / 2  # on average
         line += f" | decode {1e3 * dt:.2f} ms per token, {1 / dt:,.0f} tokens/s"
         line += f", KV {length * per_token / dt / 1e9:.3g} GB/s"
