@@ -885,14 +885,15 @@ def memory_row(name, T):
 
 # what --errors measures: the smallest shapes that have all kinds of tiles, so that float64 is quick
 ERROR_S, REPEATS, VIRTUAL = (2 * K, 20, (4, 8)) if GPU else (128, 2, (2,))
+ERROR_HEADS = (8, 2) if N_RANKS == 1 else (4, 4)  # not all peers on rings take grouped heads
 ERROR_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def errors(quick, dtype="bf16"):
     chosen = {"causal": CAUSAL, "full": FULL, **masks(ERROR_S)}
     rows = {f"error {dtype} {name}": (mask, ERROR_DTYPES[dtype]) for name, mask in chosen.items()}
-    heads, D = ("4/2" if N_RANKS == 1 else "4/4"), RING_D
-    title = f"""errors in {dtype}: B2 S{ERROR_S} {heads} D{D}; all but full causal. The largest absolute
+    (H, HKV), D = ERROR_HEADS, RING_D
+    title = f"""errors in {dtype}: B2 S{ERROR_S} {H}/{HKV} D{D}; all but full causal. The largest absolute
 error of each tensor beside float64: of SDPA, and of others as multiples of SDPA's, of which test.py allows 2
 for o, 3 for gradients. For softcap and ALiBi the formula in {dtype} takes SDPA's place
 same bits: in {REPEATS} more calls, forward and backward. ours xN: the worst of all schedules, virtual ring"""
@@ -922,7 +923,7 @@ def error_contenders(mask, H):
 
 
 def error_row(name, mask, dtype):
-    H, HKV = (4, 2) if N_RANKS == 1 else (4, 4)
+    H, HKV = ERROR_HEADS
     tensors = make(name, 2, ERROR_S, H, HKV, RING_D, dtype)
     truth = truth_of(mask, tensors, H, torch.float64)
 
@@ -1577,15 +1578,31 @@ def errors_figure(path, found, lines):
 BY_HAND = "\n## Where the tests ran\n"  # RESULTS.md from here on stays as it is
 
 
+CARD = "gpu", "n_ranks", "torch", "triton", "cuda", "cudnn", "dtype", "commit"
+
+
+def joined(runs):
+    """Runs of the same card as one, which has the rows of all."""
+    found = {}
+    for run in runs:
+        same = found.setdefault(tuple(run.get(x) for x in (*CARD, "quick")), run | {"parts": {}})
+        same["trace"] = same.get("trace") or run.get("trace")
+        for part, table in run["parts"].items():
+            whole = same["parts"].setdefault(part, table | {"rows": [], "failed": {}})
+            whole["rows"] += table["rows"]
+            for why, rows in table["failed"].items():
+                whole["failed"][why] = whole["failed"].get(why, []) + rows
+    return [*found.values()]
+
+
 def markdown(runs):
     """RESULTS.md: a table for each part, each with the GPU and commit that made it."""
     text = [
         "# Results\n",
         "`bench.py --figures` wrote this file from the output of `bench.py --all`, or of its parts.\n",
     ]
-    card = "gpu", "n_ranks", "torch", "triton", "cuda", "cudnn", "dtype", "commit"
-    cards = dict.fromkeys(tuple(found[x] for x in card) for found in runs)
-    text.append(md_table(["GPU", "ranks", *card[2:]], cards))
+    cards = dict.fromkeys(tuple(found[x] for x in CARD) for found in runs)
+    text.append(md_table(["GPU", "ranks", *CARD[2:]], cards))
     for found in sorted(runs, key=lambda x: (x["gpu"], x["n_ranks"])):
         for part, table in found["parts"].items():
             text.append(f"## {part}: {found['n_ranks']} x {found['gpu']}\n")
@@ -1625,6 +1642,7 @@ def error_lines(found):
 def figures(runs):
     """The README's pictures and RESULTS.md, from runs on GPUs: throughput and errors from all that share GPU
     and commit with the first one that has them, the overlap from the first one with a trace."""
+    runs = joined(runs)
     ASSETS.mkdir(exist_ok=True)
     schedules_figure(ASSETS)
     wrote = ["schedules.svg"]
@@ -1675,8 +1693,8 @@ def tell_failed():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rows: some lengths and head dims only")
-    text = 'only rows whose name contains TEXT, such as "decode" or "16k causal"'
-    parser.add_argument("--filter", default="", metavar="TEXT", help=text)
+    text = 'only rows whose name contains TEXT, such as "decode" or "16k causal"; once or more'
+    parser.add_argument("--filter", action="append", metavar="TEXT", help=text)
     parts = [*SECTIONS, "trace"]
     text = f"only this part of the tables, once or more; with as many processes as here: {', '.join(parts)}"
     parser.add_argument("--part", action="append", choices=parts, metavar="NAME", help=text)
@@ -1702,8 +1720,9 @@ def main():
         args.trace = args.trace or "runs/trace"
     sections = {part: make(args.quick) for part, make in SECTIONS.items() if part in chosen}
     names = [name for _, _, rows in sections.values() for name in rows]
-    if names and not any(args.filter in name for name in names):
-        refuse(parser, f"--filter={args.filter!r} is in no name; there are: {', '.join(names)}")
+    for text in args.filter or () if names else ():
+        if not any(text in name for name in names):
+            refuse(parser, f"--filter={text!r} is in no name; there are: {', '.join(names)}")
     if args.figures or args.figures is not None and not args.trace and not GPU:
         runs = []
         for file in args.figures:
@@ -1738,15 +1757,17 @@ error: relative (Frobenius), the worst of o, dq, dk, dv; of rings to one GPU, of
     status = 0
     try:
         for part, (title, measure_row, rows) in sections.items():
-            if not (rows := {name: x for name, x in rows.items() if args.filter in name}):
+            some = [name for name in rows if any(text in name for text in args.filter or [""])]
+            if not some:
                 continue
             FAILED.clear()
             table = found["parts"][part] = dict(title=title() if callable(title) else title, rows=[])
             print(f"\n{table['title']}", flush=True)
             start = time.perf_counter()
             try:
-                for name, row in rows.items():
-                    lines = attempt("ours, or its truth", name, measure_row, name, *row, all_ranks=True) or []
+                for name in some:
+                    row = name, *rows[name]
+                    lines = attempt("ours, or its truth", name, measure_row, *row, all_ranks=True) or []
                     for line in [dict(zip(x, x)) for x in lines[:1] if not table["rows"]] + lines:
                         print_line(line)
                     table["rows"] += lines

@@ -4165,6 +4165,9 @@ def check_bench():
     assert all(
         f"| {line['name']} |" in text for run in runs for x in run["parts"].values() for line in x["rows"]
     )
+    (whole,) = bench.joined([runs[0]] * 2)  # as of a part that was run in two pieces
+    for part, table in runs[0]["parts"].items():
+        assert whole["parts"][part]["rows"] == table["rows"] * 2, whole
     with shared_folder(alone()) as folder:
         for run in runs:
             if lines := bench.error_lines(run):
