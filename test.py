@@ -2896,8 +2896,8 @@ for backend in ("torch", "triton"):
         (low, 3, 6, 2, 32, (200, 37, 150), docs_only),
     ):
         decoding(f"float8 M{args[0]} {', '.join(options)}", dtype, *args, float8=True, **options)
-    if GPU:  # large tiles
-        decoding("float8, long", low, 1, 8, 2, 128, (9000,) * 20 + (8500, 3), float8=True)
+    if GPU:  # small programs, many of them
+        decoding("float8, many", low, 1, 8, 2, 128, (9000,) * 20 + (8500, 3), float8=True)
     decoding("float8, pages of 16", 16, low, f=check_float8_pages)
     decoding("float8, striped over 3", 3, low, f=check_float8_stripes)
     decoding("cache layouts amid nan", f=check_cache_layouts)
@@ -2909,9 +2909,11 @@ for backend in ("torch", "triton"):
         (inf, "left padding of one", single, padded),
         (inf, "window of 3", single, dict(window=3)),
         (nan, "window and sink tokens", (low, 4, 6, 2, 40, (200, 45, 3), 200), dict(window=40, sink=5)),
-        (nan, "window, 64 rows", (low, 9, 4, 2, 32, (90, 50), 100), dict(window=30)),
+        (nan, "window, 32 rows", (low, 9, 4, 2, 32, (90, 50), 100), dict(window=30)),
+        (nan, "window, 64 rows", (low, 17, 4, 2, 32, (90, 50), 100), dict(window=30)),
         (inf, "left padding", (low, *shape, (200, 150, 9), 210), padded),
-        (nan, "left padding, 64 rows", (low, 9, 4, 2, 64, (90, 80), 100), padded),
+        (nan, "left padding, 32 rows", (low, 9, 4, 2, 64, (90, 80), 100), padded),
+        (nan, "left padding, 64 rows", (low, 17, 4, 2, 64, (90, 80), 100), padded),
         (nan, "left padding, full", (full, *shape, two, 200), dict(padded, causal=False)),
         (nan, "holes by head", (low, 1, 3, 3, 32, (200, 77), 200), holes),
         (inf, "holes and window", (full, *shape, (200, 77), 200), dict(holes, window=50, sink=4)),
