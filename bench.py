@@ -35,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 import warnings
@@ -741,8 +742,8 @@ def relative_error(x, true):
 
 
 def same_bits(call, results, times=1):
-    """Do more calls return the same?"""
-    return all(torch.equal(x, y) for _ in range(times) for x, y in zip(call(), results, strict=True))
+    """Do more calls return the same? All are made: other ranks, who may see no difference, wait for them."""
+    return all([torch.equal(x, y) for _ in range(times) for x, y in zip(call(), results, strict=True)])
 
 
 # -----------------------------------------------------------------------------
@@ -1684,6 +1685,28 @@ def refuse(parser, text):
     sys.exit(2)
 
 
+def print_json(found):
+    rounded = json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.4g}"))
+    print(json.dumps(rounded), flush=True)
+
+
+def leave_if_stuck(found, seconds=5.0):
+    """After SIGINT or SIGTERM Python raises KeyboardInterrupt once it is back from C. A rank that waits for
+    one that is gone never is: some seconds later a thread prints `found`, and ends the process."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)
+
+    def leave():
+        os.read(read, 1)
+        time.sleep(seconds)
+        print("\ninterrupted, and stuck: below is what was measured so far")
+        print_json(found)
+        os._exit(130)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
 def tell_failed():
     """Prints the reason for each dash; did one of ours fail?"""
     print(*failures(FAILED), sep="\n", end="\n" * bool(FAILED))
@@ -1754,6 +1777,7 @@ deterministic: do two calls, forward and backward, return the same bits? Inputs 
 error: relative (Frobenius), the worst of o, dq, dk, dv; of rings to one GPU, of other rows to
     {str(TRUE_DTYPE)[6:]}, for the last sequence (kernels: and key head)""")
     found |= dict(parts={})
+    leave_if_stuck(found)
     status = 0
     try:
         for part, (title, measure_row, rows) in sections.items():
@@ -1761,7 +1785,8 @@ error: relative (Frobenius), the worst of o, dq, dk, dv; of rings to one GPU, of
             if not some:
                 continue
             FAILED.clear()
-            table = found["parts"][part] = dict(title=title() if callable(title) else title, rows=[])
+            title = title() if callable(title) else title
+            table = found["parts"][part] = dict(title=title, rows=[], failed={})
             print(f"\n{table['title']}", flush=True)
             start = time.perf_counter()
             try:
@@ -1788,8 +1813,7 @@ error: relative (Frobenius), the worst of o, dq, dk, dv; of rings to one GPU, of
             print(f"wrote {Path(args.trace) / 'overlap.svg'}")
         if args.figures is not None:
             figures([found])
-    rounded = json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.4g}"))
-    print(json.dumps(rounded), flush=True)
+    print_json(found)
     if N_RANKS > 1 and status != 130:  # interrupted ranks may stand at different collectives, and would wait
         dist.destroy_process_group()
     sys.exit(status)

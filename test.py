@@ -4181,6 +4181,27 @@ def check_bench():
         command_line_error(done, flag.split("=")[0], word)
 
 
+@local
+def bench_on_a_ring_waits_for_no_rank():
+    """Whether bits repeat takes as many calls where they differ as elsewhere. A rank that is stuck in C, such
+    as one that waits for another, prints what was measured when it is interrupted."""
+    calls = []
+    assert not bench.same_bits(lambda: calls.append(0) or [torch.ones(1)], [torch.zeros(1)], 3)
+    assert len(calls) == 3, "a rank stops where bits differ, and the others wait for it"
+    code = """
+import bench, ctypes, os, signal, threading
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+bench.leave_if_stuck(dict(parts={"kernels": 1}), 0.2)
+threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+lock(mutex), lock(mutex)
+"""
+    done = call_python("-c", code)
+    assert done.returncode == 130 and json.loads(done.stdout.splitlines()[-1]) == {"parts": {"kernels": 1}}, (
+        done
+    )
+
+
 @local(name="test.py at the command line")
 def check_filter():
     """A filter that fits no case is an error."""
