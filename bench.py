@@ -1604,6 +1604,8 @@ def markdown(runs):
     ]
     cards = dict.fromkeys(tuple(found[x] for x in CARD) for found in runs)
     text.append(md_table(["GPU", "ranks", *CARD[2:]], cards))
+    text.append("![largest errors beside those of SDPA](errors.svg)\n")
+    text.append("![kernels and copies of two ranks during forward and backward](overlap.svg)\n")
     for found in sorted(runs, key=lambda x: (x["gpu"], x["n_ranks"])):
         for part, table in found["parts"].items():
             text.append(f"## {part}: {found['n_ranks']} x {found['gpu']}\n")
