@@ -1214,9 +1214,9 @@ torch.library.register_fake("ring_attn::decode", decode_fake, lib=ring_attn.LIBR
 class KVCache:
     """Keys and values of every layer of a model, for B sequences of up to n_tokens tokens each.
 
-    k, v: lists of n_layers tensors (n_pages * page_size + 1, n_kv_heads, D). page_size: if given, a sequence
-    takes pages of so many tokens as it grows, and n_pages, if not None, is less than enough for all; else
-    each sequence has one page of n_tokens / n_ranks tokens, rounded up. The last slot takes what is not kept.
+    k, v: lists of n_layers tensors (n_pages * page_size + 1, n_kv_heads, D); the last slot takes what is not
+    kept. page_size: if given, a sequence takes pages of so many tokens as it grows, of n_pages (None: enough
+    for all); if not, each has one page of n_tokens / n_ranks tokens, rounded up.
     dtype: float64, float32, bfloat16, float16, or torch.float8_e4m3fn, which halves a 16-bit cache; each
     (token, head) then has a scale in k_scale, v_scale, else None.
     host_lengths: tokens of each sequence, a list of ints; lengths: the same as a tensor (B,) int32 on the
@@ -1358,7 +1358,7 @@ class KVCache:
         """Attention of q (B, M, H, D), the last M tokens, to the cache: (B, M, H, D). window, sink, softcap:
         as for decode_attn."""
 
-        def pages(tensors):  # views that are made here: torch.compile takes no aliases whose sizes vary
+        def pages(tensors):  # made here: torch.compile 2.11 refuses arguments of several sizes that are views
             x = tensors[layer]
             return x if x is None else x[:-1].view(-1, self.page_size, *x.shape[1:])
 
