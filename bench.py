@@ -1745,8 +1745,8 @@ def main():
         args.trace = args.trace or "runs/trace"
     sections = {part: make(args.quick) for part, make in SECTIONS.items() if part in chosen}
     names = [name for _, _, rows in sections.values() for name in rows]
-    for text in args.filter or () if names else ():
-        if not any(text in name for name in names):
+    for text in args.filter or ():
+        if names and not any(text in name for name in names):
             refuse(parser, f"--filter={text!r} is in no name; there are: {', '.join(names)}")
     if args.figures or args.figures is not None and not args.trace and not GPU:
         runs = []

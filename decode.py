@@ -659,7 +659,7 @@ def make_config(call):
     shared |= dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
     CHUNK, merge_warps = (64, 4) if merge_grid <= n_sm else (16, 2)  # few large programs, or many small ones
     options, merge_options = dict(num_warps=num_warps, num_stages=num_stages), dict(num_warps=merge_warps)
-    plain = narrow and BLOCK_D <= 128 and not (paged or blocked or mods or call.mask_mod)
+    plain = narrow and BLOCK_D <= 128 and not (float8 or paged or blocked or mods or call.mask_mod)
     if windowed and plain and BLOCK_M == 16 and not large:  # it would take 168 registers, and 20% longer
         options["maxnreg"] = 128
     if pdl:

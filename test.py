@@ -4368,6 +4368,51 @@ def under_products(sass):
     return min((len(re.findall("FMNMX", code)) for code in waits), default=0)
 
 
+def decode_calls():
+    """{name: Call}, as decode_attn gets them, of tensors without data."""
+    new = partial(torch.empty, device="meta")
+    ints = partial(new, dtype=torch.int32)
+
+    def call(B=1, M=1, D=128, cache=None, float8=False, **options):
+        q, cache = new(B, M, 32, D, dtype=bf16), (*(cache or (B, 8192)), 8)
+        k, v = (new(*cache, D, dtype=decode.FLOAT8 if float8 else bf16) for _ in "kv")
+        options |= dict.fromkeys(("k_scale", "v_scale"), new(cache)) if float8 else {}
+        return decode.make_call(q, k, v, 0, 1, "triton", **options)
+
+    def blocks(full):
+        tables = dict(kv_num_blocks=ints(1, 1, 1), kv_indices=ints(1, 1, 1, 64))
+        full = {f"full_{x}": table if full else None for x, table in tables.items()}
+        return dict(block_mask=SimpleNamespace(**tables, **full, BLOCK_SIZE=(128, 128)))
+
+    pages = dict(cache=(512, 16), cache_seqlens=ints(1), page_table=ints(1, 512))
+    calls = {"one length": {}, "many": dict(B=8), "lengths": dict(B=32, cache_seqlens=ints(32))}
+    calls |= {"32 rows": dict(M=8), "64 rows": dict(M=16), "D256": dict(D=256), "D80": dict(D=80)}
+    calls |= {"window": dict(window=512), "window, causal": dict(window=512, M=4), "pages": pages}
+    calls |= {"blocks": blocks(True), "partial blocks": blocks(False), "sink logits": dict(sink=new(32))}
+    some = "one length", "many", "32 rows", "window", "pages"
+    calls |= {f"float8, {name}": dict(calls[name], float8=True) for name in some}
+    return {name: call(**options) for name, options in calls.items()}
+
+
+def decode_kernel_of(call):
+    """(types, constants, options) of a Call's kernel, as for `compiled`."""
+    config = decode.make_config(call)
+    k, v = decode.in_pairs(call.k, call.v)
+    tensors = dict(Q=call.q, K=k, V=v, K_SCALE=call.k_scale, V_SCALE=call.v_scale, SINK=call.sink_logits())
+    tensors |= dict(O=call.q, LSE=call.q.float(), PARTS=config.parts)
+    tensors |= dict(SEQLENS=call.cache_seqlens, PAGES=call.page_table)
+    names = {bf16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16"}
+    found = {name: names[x.dtype] for name, x in tensors.items() if x is not None}
+    found |= dict.fromkeys((f"stride_{x}" for x in ("q", "k", "v")), ("i32",) * 3)
+    found |= dict.fromkeys(("stride_ks", "stride_vs"), ("i32",) * 3) if call.k_scale is not None else {}
+    found |= dict(sm_scale="fp32", stride_o="i32", stride_l="i32")
+    found["sizes"] = decode.Sizes(*["i32"] * len(config.sizes))
+    tables = decode.mask_tables(call.block_mask)
+    found["blocks"] = decode.BlockTables(*("constexpr" if x is None else "*i32" for x in tables))
+    options = {name: x for name, x in config.options.items() if name != "launch_pdl"}
+    return found, config.constants, options
+
+
 def compile_kernels(few=False):
     """Compile the kernels in the configurations that are shipped; False if one serialises its products,
     spills in a loop with products, overwrites what a product in flight reads, leaves nothing to do under
@@ -4457,39 +4502,15 @@ def compile_kernels(few=False):
         constants |= dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
         options = dict(num_warps=num_warps, num_stages=num_stages)
         report(f"portable {kernel} D{D} causal", D < 256, function, types, constants, **options)
-    function = decode.decode_kernel
-    known = dict.fromkeys(("SEQLENS", "PAGES"), "*i32") | dict(sm_scale="fp32")
-    known |= dict.fromkeys(("Q", "K", "V", "O"), "*bf16") | dict.fromkeys(("SINK", "LSE", "PARTS"), "*fp32")
-    known |= {f"stride_{x}": ("i32",) * 3 for x in ("q", "k", "v", "ks", "vs")}
-    known["sizes"] = decode.Sizes(*["i32"] * len(decode.Sizes._fields))
-    usual = dict(CAUSAL=False, WINDOWED=False, TILES_PER_BLOCK=0, MAX_GROUPS=1, PDL=True)
-    usual |= dict(HEAD_DIM=128, BLOCK_D=128, BLOCK_M=16, BLOCK_N=64)
-    scales = "K_SCALE", "V_SCALE", "stride_ks", "stride_vs"
-    for name, given, n_tables, changed in (
-        ("one length", (), 0, {}),
-        ("many", (), 0, dict(BLOCK_N=128)),
-        ("lengths", ("SEQLENS",), 0, dict(MAX_GROUPS=32)),
-        ("32 rows", (), 0, dict(CAUSAL=True, BLOCK_M=32)),
-        ("64 rows", (), 0, dict(CAUSAL=True, BLOCK_M=64)),
-        ("window", (), 0, dict(CAUSAL=True, WINDOWED=True)),
-        ("D256", (), 0, dict(HEAD_DIM=256, BLOCK_D=256, BLOCK_N=32)),
-        ("D80", (), 0, dict(HEAD_DIM=80)),
-        ("sink logits", ("SINK",), 0, {}),
-        ("pages", ("SEQLENS", "PAGES"), 0, dict(MAX_GROUPS=32)),
-        ("blocks", (), 4, dict(TILES_PER_BLOCK=2)),
-        ("partial blocks", (), 2, dict(TILES_PER_BLOCK=2)),
-        ("float8", scales, 0, dict(BLOCK_N=128)),
-        ("float8, two warps", scales, 0, dict(num_warps=2)),
+    hopper = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232448)
+    with (
+        replaced(ring_attn, "INTERPRET", False),
+        replaced(ring_attn, "capability", lambda device: (9, 0)),
+        replaced(torch.cuda, "get_device_properties", lambda device: hopper),
     ):
-        constants = usual | changed
-        options = dict(num_warps=constants.pop("num_warps", 4), num_stages=3)
-        absent = {"AUX", "MOD", "MODS", "MASK_MOD", "SEQLENS", "PAGES", "SINK", *scales, *constants}
-        absent -= set(given)
-        types = {x: known.get(x, "i32") for x in function.arg_names if x not in absent}
-        if "K_SCALE" in given:
-            types |= dict.fromkeys(("K", "V"), "*i16") | dict.fromkeys(("K_SCALE", "V_SCALE"), "*fp32")
-        types["blocks"] = decode.BlockTables(*["*i32"] * n_tables, *["constexpr"] * (4 - n_tables))
-        report(f"decode {name}", True, function, types, constants, **options)
+        for name, call in decode_calls().items():
+            types, constants, options = decode_kernel_of(call)
+            report(f"decode {name}", True, decode.decode_kernel, types, constants, **options)
     types = dict.fromkeys(("rank", "n_ranks", "rows", "H"), "i32") | dict(O="*bf16", PEERS="*i64")
     types |= dict.fromkeys(("PARTS", "LSE"), "*fp32")
     constants = dict(PDL=True, HEAD_DIM=128, BLOCK_D=128, CHUNK=8)
