@@ -536,7 +536,7 @@ def merge_ranks_kernel(PARTS, O, LSE, SINK, PEERS, rank, n_ranks, rows, H, PDL: 
         if tl.atomic_add(PEERS + DONE, 1) == tl.num_programs(0) - 1:  # all programs have read the epoch
             tl.store(PEERS + DONE, 0)
             tl.store(PEERS + EPOCH, epoch)
-            tell_watchdog(PEERS, epoch * 0)
+            tell_watchdog(PEERS, epoch * 0)  # a 0 that is a tensor
 
 
 # -----------------------------------------------------------------------------
@@ -616,7 +616,8 @@ def make_config(call):
     HEAD_SETS, G = (H, 1) if GROUPS_H > 1 else (HKV, H // HKV)
     float8, narrow, of_cache = call.k.dtype == FLOAT8, dtype.itemsize == 2, call.k.dtype.itemsize
     BLOCK_D = max(32 if float8 else 16, ring_attn.next_power_of_2(D))
-    # wgmma takes 64, but keys from shared memory only, where float8 is not converted yet
+    # wgmma takes 64 rows, half of them empty where there are 32, and keys from shared memory only, where float8
+    # is not converted yet
     BLOCK_M = 16 if G * M <= 16 else 64 if G * M > 32 and narrow and D <= 128 and not float8 else 32
     ROW_TILES = triton.cdiv(G * M, BLOCK_M)
     row_tiles, merge_grid = B * HEAD_SETS * ROW_TILES, B * HEAD_SETS * ROW_TILES * min(G * M, BLOCK_M)
@@ -628,12 +629,12 @@ def make_config(call):
         pdl = ring_attn.capability(device)[0] >= 9  # programmatic dependent launch: gdc_wait
     # one program an SM reads large tiles fastest; two start sooner with small ones, where splits are short,
     # and leave few SMs idle, where row tiles do not divide them well
-    many, idle = BLOCK_M == 16 and 4 * row_tiles > n_sm, n_sm % row_tiles  # SMs
-    large = many and (row_tiles > n_sm or 5 * idle < n_sm and not paged)
+    many, idle_sms = BLOCK_M == 16 and 4 * row_tiles > n_sm, n_sm % row_tiles
+    large = many and (row_tiles > n_sm or 5 * idle_sms < n_sm and not paged)
     n_programs = n_sm if large else 2 * n_sm
     BLOCK_N = min(128, max(16, (16384 if large else 8192) // BLOCK_D)) if narrow else max(16, 4096 // BLOCK_D)
     N, num_warps, num_stages = call.capacity() // call.n_ranks, 4, 3
-    if float8 and narrow:  # of half the bytes: four small programs, or two that read ahead more
+    if float8 and narrow:  # many row tiles: four small programs an SM; few: two, which read ahead more
         n_programs, num_warps = (4 * n_sm, 2) if many else (2 * n_sm, 4)
         BLOCK_N = 4096 * num_warps // max(128, BLOCK_D)
     while blocked and BLOCK_N > 16 and BLOCK_SIZE % BLOCK_N:
@@ -1358,11 +1359,11 @@ class KVCache:
         """Attention of q (B, M, H, D), the last M tokens, to the cache: (B, M, H, D). window, sink, softcap:
         as for decode_attn."""
 
-        def pages(tensors):  # made here: torch.compile 2.11 refuses arguments of several sizes that are views
-            x = tensors[layer]
+        def in_pages(layers):  # not kept: torch 2.11 compiles no graph for caches of any size that has both
+            x = layers[layer]
             return x if x is None else x[:-1].view(-1, self.page_size, *x.shape[1:])
 
-        k, v, k_scale, v_scale = map(pages, (self.k, self.v, self.k_scale, self.v_scale))
+        k, v, k_scale, v_scale = map(in_pages, (self.k, self.v, self.k_scale, self.v_scale))
         window = window and min(window, NO_WINDOW - 1)  # a model's window may be longer than any cache
         options = dict(cache_seqlens=self.lengths, sm_scale=sm_scale, window=window, sink=sink)
         options |= dict(softcap=softcap, k_scale=k_scale, v_scale=v_scale)

@@ -4197,9 +4197,8 @@ lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(
 lock(mutex), lock(mutex)
 """
     done = call_python("-c", code)
-    assert done.returncode == 130 and json.loads(done.stdout.splitlines()[-1]) == {"parts": {"kernels": 1}}, (
-        done
-    )
+    assert done.returncode == 130, done
+    assert json.loads(done.stdout.splitlines()[-1]) == {"parts": {"kernels": 1}}, done.stdout
 
 
 @local(name="test.py at the command line")
@@ -4384,10 +4383,14 @@ def decode_calls():
         full = {f"full_{x}": table if full else None for x, table in tables.items()}
         return dict(block_mask=SimpleNamespace(**tables, **full, BLOCK_SIZE=(128, 128)))
 
-    pages = dict(cache=(512, 16), cache_seqlens=ints(1), page_table=ints(1, 512))
-    calls = {"one length": {}, "many": dict(B=8), "lengths": dict(B=32, cache_seqlens=ints(32))}
+    def pages(B):
+        return dict(B=B, cache=(512, 16), cache_seqlens=ints(B), page_table=ints(B, 512))
+
+    calls = {"one length": {}, "many": dict(B=8), "lengths": dict(B=2, cache_seqlens=ints(2))}
+    calls |= {"many lengths": dict(B=32, cache_seqlens=ints(32))}
     calls |= {"32 rows": dict(M=8), "64 rows": dict(M=16), "D256": dict(D=256), "D80": dict(D=80)}
-    calls |= {"window": dict(window=512), "window, causal": dict(window=512, M=4), "pages": pages}
+    calls |= {"window": dict(window=512), "window, causal": dict(window=512, M=4)}
+    calls |= {"pages": pages(2), "many pages": pages(32)}
     calls |= {"blocks": blocks(True), "partial blocks": blocks(False), "sink logits": dict(sink=new(32))}
     some = "one length", "many", "32 rows", "window", "pages"
     calls |= {f"float8, {name}": dict(calls[name], float8=True) for name in some}
