@@ -616,7 +616,7 @@ def make_config(call):
     HEAD_SETS, G = (H, 1) if GROUPS_H > 1 else (HKV, H // HKV)
     float8, narrow, of_cache = call.k.dtype == FLOAT8, dtype.itemsize == 2, call.k.dtype.itemsize
     BLOCK_D = max(32 if float8 else 16, ring_attn.next_power_of_2(D))
-    # wgmma takes 64 rows, half of them empty where there are 32, and keys from shared memory only, where float8
+    # wgmma takes 64 rows, of which 32 would leave half empty, and keys from shared memory only, where float8
     # is not converted yet
     BLOCK_M = 16 if G * M <= 16 else 64 if G * M > 32 and narrow and D <= 128 and not float8 else 32
     ROW_TILES = triton.cdiv(G * M, BLOCK_M)
