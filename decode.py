@@ -627,23 +627,25 @@ def make_config(call):
         n_sm = properties.multi_processor_count
         shared_memory = properties.shared_memory_per_block_optin - 16384
         pdl = ring_attn.capability(device)[0] >= 9  # programmatic dependent launch: gdc_wait
-    # one program an SM reads large tiles fastest; two start sooner with small ones, where splits are short,
-    # and leave few SMs idle, where row tiles do not divide them well
-    many, idle_sms = BLOCK_M == 16 and 4 * row_tiles > n_sm, n_sm % row_tiles
-    large = many and (row_tiles > n_sm or 5 * idle_sms < n_sm and not paged)
-    n_programs = n_sm if large else 2 * n_sm
-    BLOCK_N = min(128, max(16, (16384 if large else 8192) // BLOCK_D)) if narrow else max(16, 4096 // BLOCK_D)
-    N, num_warps, num_stages = call.capacity() // call.n_ranks, 4, 3
+    # few row tiles: two programs an SM, as splits are short and small tiles start sooner. Many: large tiles and
+    # no splits, if there is a row tile for each SM; else three programs where pages or lengths take unequal times
+    many, paged_or_ragged = BLOCK_M == 16 and 4 * row_tiles > n_sm, paged or call.cache_seqlens is not None
+    per_sm, elements, num_warps, num_stages = 2, 8192, 4, 3
+    if many and row_tiles > (n_sm if paged_or_ragged else 7 * n_sm // 8):
+        per_sm, elements, num_stages = (2, 8192, 4) if paged else (1, 16384, 3)
+    elif many and paged_or_ragged:
+        per_sm = 3
     if float8 and narrow:  # many row tiles: four small programs an SM; few: two, which read ahead more
-        n_programs, num_warps = (4 * n_sm, 2) if many else (2 * n_sm, 4)
-        BLOCK_N = 4096 * num_warps // max(128, BLOCK_D)
+        per_sm, elements, num_warps, num_stages = (4, 8192, 2, 3) if many else (2, 16384, 4, 3)
+    BLOCK_N = min(128, max(16, (elements if narrow else 4096) // max(BLOCK_D, 128 if float8 else 16)))
+    N, n_programs = call.capacity() // call.n_ranks, per_sm * n_sm
     while blocked and BLOCK_N > 16 and BLOCK_SIZE % BLOCK_N:
         BLOCK_N //= 2
     while num_stages > 1 and 2 * (num_stages - 1) * BLOCK_N * BLOCK_D * of_cache > shared_memory:
         num_stages -= 1
     most = call.n_splits  # splits of a row tile; None: not known here
-    if not most and GROUPS_B == 1 and not blocked and not windowed:
-        most = max(1, min(triton.cdiv(N, BLOCK_N), n_programs // row_tiles))  # as count_splits finds
+    if not most and GROUPS_B == 1 and not blocked:
+        most = max(1, min(triton.cdiv(N, BLOCK_N), n_programs // row_tiles))  # as count_splits finds, or more
     grid = row_tiles * most if most else row_tiles + n_programs
     pages = (*call.k.shape[:2], call.page_table.shape[1]) if paged else (0, 1, 0)
     sizes = Sizes(
@@ -661,7 +663,7 @@ def make_config(call):
     CHUNK, merge_warps = (64, 4) if merge_grid <= n_sm else (16, 2)  # few large programs, or many small ones
     options, merge_options = dict(num_warps=num_warps, num_stages=num_stages), dict(num_warps=merge_warps)
     plain = narrow and BLOCK_D <= 128 and not (float8 or paged or blocked or mods or call.mask_mod)
-    if windowed and plain and BLOCK_M == 16 and not large:  # it would take 168 registers, and 20% longer
+    if windowed and plain and BLOCK_M == 16 and per_sm > 1:  # it would take 168 registers, and 20% longer
         options["maxnreg"] = 128
     if pdl:
         options["launch_pdl"] = merge_options["launch_pdl"] = True

@@ -4386,11 +4386,12 @@ def decode_calls():
     def pages(B):
         return dict(B=B, cache=(512, 16), cache_seqlens=ints(B), page_table=ints(B, 512))
 
-    calls = {"one length": {}, "many": dict(B=8), "lengths": dict(B=2, cache_seqlens=ints(2))}
-    calls |= {"many lengths": dict(B=32, cache_seqlens=ints(32))}
+    calls = {"one length": {}, "many": dict(B=16)}
+    some = {"": 2, "more ": 8, "many ": 32}  # sequences
+    calls |= {f"{x}lengths": dict(B=B, cache_seqlens=ints(B)) for x, B in some.items()}
+    calls |= {f"{x}pages": pages(B) for x, B in some.items()}
     calls |= {"32 rows": dict(M=8), "64 rows": dict(M=16), "D256": dict(D=256), "D80": dict(D=80)}
     calls |= {"window": dict(window=512), "window, causal": dict(window=512, M=4)}
-    calls |= {"pages": pages(2), "many pages": pages(32)}
     calls |= {"blocks": blocks(True), "partial blocks": blocks(False), "sink logits": dict(sink=new(32))}
     some = "one length", "many", "32 rows", "window", "pages"
     calls |= {f"float8, {name}": dict(calls[name], float8=True) for name in some}
@@ -4402,7 +4403,8 @@ def decode_kernel_of(call):
     config = decode.make_config(call)
     k, v = decode.in_pairs(call.k, call.v)
     tensors = dict(Q=call.q, K=k, V=v, K_SCALE=call.k_scale, V_SCALE=call.v_scale, SINK=call.sink_logits())
-    tensors |= dict(O=call.q, LSE=call.q.float(), PARTS=config.parts)
+    parts = call.q if config.parts is None else config.parts  # as write_part
+    tensors |= dict(O=call.q, LSE=call.q.float(), PARTS=parts)
     tensors |= dict(SEQLENS=call.cache_seqlens, PAGES=call.page_table)
     names = {bf16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int16: "*i16"}
     found = {name: names[x.dtype] for name, x in tensors.items() if x is not None}
