@@ -104,11 +104,11 @@ def reference_merge(o, lse, sink=None):
 
 # The integers of a call. SETS_PER_KV: head sets of a key/value head. CAPACITY: tokens of a sequence that all
 # ranks together have room for. There are GROUPS_B (1 or B) * GROUPS_H (1 or H) tile groups. N_SPLITS: 0 to
-# choose by length. BLOCK_SIZE: this rank's keys in a block of the block mask
+# choose by length: see count_splits. BLOCK_SIZE: this rank's keys in a block of the block mask
 Sizes = namedtuple(
     "Sizes",
     "SETS_PER_KV B H HEAD_SETS G M N CAPACITY RANK N_RANKS WINDOW N_SINK GROUPS_B GROUPS_H ROW_TILES "
-    "N_BLOCKS N_PROGRAMS N_SPLITS N_PAGES PAGE_SIZE MAX_PAGES BLOCK_SIZE",
+    "N_BLOCKS N_PROGRAMS N_UNEVEN N_SPLITS N_PAGES PAGE_SIZE MAX_PAGES BLOCK_SIZE",
 )
 # the tables of a BlockMask: the blocks that its mask applies to, and those that all queries see
 BlockTables = namedtuple("BlockTables", "kv_num_blocks kv_indices full_kv_num_blocks full_kv_indices")
@@ -141,8 +141,9 @@ def load_count(NUM, exists, sizes):
 def count_splits(SEQLENS, blocks, sizes, n_groups, row_tiles,
                  TILES_PER_BLOCK: tl.constexpr, MAX_GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """For each of the n_groups tile groups, [MAX_GROUPS]: how many key tiles it has, and into how many splits
-    each of its row tiles is cut. That is N_SPLITS if given; else N_PROGRAMS are shared out by key tiles.
-    Never more splits than key tiles, but at least one, as a group without keys has zeros to write."""
+    each of its row tiles is cut. That is N_SPLITS if given; else N_PROGRAMS are shared out by key tiles, which
+    run side by side, or N_UNEVEN smaller ones, which take turns, if a group is a quarter longer than the
+    average. Never more splits than key tiles, but at least one, as a group without keys has zeros to write."""
     group = tl.arange(0, MAX_GROUPS)
     exists = group < n_groups
     if TILES_PER_BLOCK > 0:
@@ -155,7 +156,10 @@ def count_splits(SEQLENS, blocks, sizes, n_groups, row_tiles,
             L = tl.minimum(tl.load(SEQLENS + group, mask=exists, other=0), sizes.CAPACITY)
         _, _, tiles = tile_ranges(L, sizes, BLOCK_N)
     tiles = tl.where(exists, tiles, 0)
-    share = tiles.to(tl.int64) * sizes.N_PROGRAMS // tl.maximum(tl.sum(tiles.to(tl.int64), 0) * row_tiles, 1)
+    wide = tiles.to(tl.int64)
+    total = tl.sum(wide, 0)
+    uneven = 4 * n_groups * tl.max(wide, 0) > 5 * total
+    share = wide * tl.where(uneven, sizes.N_UNEVEN, sizes.N_PROGRAMS) // tl.maximum(total * row_tiles, 1)
     share = share.to(tl.int32)
     # no branch on N_SPLITS: behind one Triton 3.8 forgets that addresses are aligned
     splits = tl.minimum(tl.where(sizes.N_SPLITS > 0, sizes.N_SPLITS, share), tiles)
@@ -627,18 +631,19 @@ def make_config(call):
         n_sm = properties.multi_processor_count
         shared_memory = properties.shared_memory_per_block_optin - 16384
         pdl = ring_attn.capability(device)[0] >= 9  # programmatic dependent launch: gdc_wait
-    # few row tiles: two programs an SM, as splits are short and small tiles start sooner. Many: large tiles and
-    # no splits, if there is a row tile for each SM; else three programs where pages or lengths take unequal times
+    # few row tiles: two programs an SM, as splits are short and small tiles start sooner. Many: no splits if
+    # there is a row tile for each SM; else three programs for pages or lengths, which take unequal times
     many, paged_or_ragged = BLOCK_M == 16 and 4 * row_tiles > n_sm, paged or call.cache_seqlens is not None
     per_sm, elements, num_warps, num_stages = 2, 8192, 4, 3
     if many and row_tiles > (n_sm if paged_or_ragged else 7 * n_sm // 8):
-        per_sm, elements, num_stages = (2, 8192, 4) if paged else (1, 16384, 3)
+        per_sm, elements, num_stages = (2, 8192, 4) if paged_or_ragged else (1, 16384, 3)
     elif many and paged_or_ragged:
         per_sm = 3
     if float8 and narrow:  # many row tiles: four small programs an SM; few: two, which read ahead more
         per_sm, elements, num_warps, num_stages = (4, 8192, 2, 3) if many else (2, 16384, 4, 3)
     BLOCK_N = min(128, max(16, (elements if narrow else 4096) // max(BLOCK_D, 128 if float8 else 16)))
     N, n_programs = call.capacity() // call.n_ranks, per_sm * n_sm
+    n_uneven = (12 if row_tiles > n_sm else 6) * n_sm if many else n_programs
     while blocked and BLOCK_N > 16 and BLOCK_SIZE % BLOCK_N:
         BLOCK_N //= 2
     while num_stages > 1 and 2 * (num_stages - 1) * BLOCK_N * BLOCK_D * of_cache > shared_memory:
@@ -646,12 +651,12 @@ def make_config(call):
     most = call.n_splits  # splits of a row tile; None: not known here
     if not most and GROUPS_B == 1 and not blocked:
         most = max(1, min(triton.cdiv(N, BLOCK_N), n_programs // row_tiles))  # as count_splits finds, or more
-    grid = row_tiles * most if most else row_tiles + n_programs
+    grid = row_tiles * most if most else row_tiles + n_uneven
     pages = (*call.k.shape[:2], call.page_table.shape[1]) if paged else (0, 1, 0)
     sizes = Sizes(
         H // HKV // G, B, H, HEAD_SETS, G, M, N, call.capacity(), call.rank, call.n_ranks,
         call.window or NO_WINDOW, call.n_sink(), GROUPS_B, GROUPS_H, ROW_TILES, N_BLOCKS, n_programs,
-        call.n_splits or 0, *pages, BLOCK_SIZE,
+        n_uneven, call.n_splits or 0, *pages, BLOCK_SIZE,
     )  # fmt: skip
     # in the order of the kernels' parameters: `launch` passes them by position
     mods = ring_attn.Functions(mod.kernel for mod in call.mods())
