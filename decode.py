@@ -141,9 +141,10 @@ def load_count(NUM, exists, sizes):
 def count_splits(SEQLENS, blocks, sizes, n_groups, row_tiles,
                  TILES_PER_BLOCK: tl.constexpr, MAX_GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """For each of the n_groups tile groups, [MAX_GROUPS]: how many key tiles it has, and into how many splits
-    each of its row tiles is cut. That is N_SPLITS if given; else N_PROGRAMS are shared out by key tiles, which
-    run side by side, or N_UNEVEN smaller ones, which take turns, if a group is a quarter longer than the
-    average. Never more splits than key tiles, but at least one, as a group without keys has zeros to write."""
+    each of its row tiles is cut. That is N_SPLITS if given; else N_PROGRAMS are shared out by key tiles, or
+    N_UNEVEN, which are smaller and more than run side by side, if one of N_PROGRAMS would be 1.4 times as long
+    as their average. Never more splits than key tiles, but at least one, as a group without keys has zeros to
+    write."""
     group = tl.arange(0, MAX_GROUPS)
     exists = group < n_groups
     if TILES_PER_BLOCK > 0:
@@ -157,9 +158,11 @@ def count_splits(SEQLENS, blocks, sizes, n_groups, row_tiles,
         _, _, tiles = tile_ranges(L, sizes, BLOCK_N)
     tiles = tl.where(exists, tiles, 0)
     wide = tiles.to(tl.int64)
-    total = tl.sum(wide, 0)
-    uneven = 4 * n_groups * tl.max(wide, 0) > 5 * total
-    share = wide * tl.where(uneven, sizes.N_UNEVEN, sizes.N_PROGRAMS) // tl.maximum(total * row_tiles, 1)
+    total = tl.maximum(tl.sum(wide, 0) * row_tiles, 1)
+    share = wide * sizes.N_PROGRAMS // total
+    if MAX_GROUPS > 1:
+        longest = tl.max(wide * sizes.N_PROGRAMS // tl.maximum(share, 1), 0)
+        share = tl.where(5 * longest > 7 * total, wide * sizes.N_UNEVEN // total, share)
     share = share.to(tl.int32)
     # no branch on N_SPLITS: behind one Triton 3.8 forgets that addresses are aligned
     splits = tl.minimum(tl.where(sizes.N_SPLITS > 0, sizes.N_SPLITS, share), tiles)
@@ -643,7 +646,7 @@ def make_config(call):
         per_sm, elements, num_warps, num_stages = (4, 8192, 2, 3) if many else (2, 16384, 4, 3)
     BLOCK_N = min(128, max(16, (elements if narrow else 4096) // max(BLOCK_D, 128 if float8 else 16)))
     N, n_programs = call.capacity() // call.n_ranks, per_sm * n_sm
-    n_uneven = (12 if row_tiles > n_sm else 6) * n_sm if many else n_programs
+    n_uneven = (12 if many and row_tiles > n_sm else 6) * n_sm if 4 * row_tiles > n_sm else n_programs
     while blocked and BLOCK_N > 16 and BLOCK_SIZE % BLOCK_N:
         BLOCK_N //= 2
     while num_stages > 1 and 2 * (num_stages - 1) * BLOCK_N * BLOCK_D * of_cache > shared_memory:

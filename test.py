@@ -2136,6 +2136,63 @@ def make_decode(dtype, M, H, HKV, D, lengths, causal=True, score_mod=None, mask_
     return Decode(q, k, v, L, options, judge_decode)
 
 
+def hopper_config(call):
+    """The LaunchConfig of a Call on an H100 or H200."""
+    hopper = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232448)
+    with (
+        replaced(ring_attn, "INTERPRET", False),
+        replaced(ring_attn, "capability", lambda device: (9, 0)),
+        replaced(torch.cuda, "get_device_properties", lambda device: hopper),
+    ):
+        return decode.make_config(call)
+
+
+@triton.jit
+def count_splits_jit(
+    TILES, SPLITS, SEQLENS, sizes, row_tiles, MAX_GROUPS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    counts = decode.count_splits(SEQLENS, None, sizes, sizes.GROUPS_B, row_tiles, 0, MAX_GROUPS, BLOCK_N)
+    tl.store(TILES + tl.arange(0, MAX_GROUPS), counts[0])
+    tl.store(SPLITS + tl.arange(0, MAX_GROUPS), counts[1])
+
+
+@local
+def decode_splits_are_of_equal_length():
+    """However long the sequences are, there is a program for each split, and where there are many none is 1.4
+    times as long as N_PROGRAMS would be on average, which is what a call takes at least."""
+    new = partial(torch.empty, device="meta")
+    K, some = 1024, random.Random(0)
+    batches = [[K * i for i in range(1, 9)], [K] * 31 + [128 * K], [8 * K] * 8, [0] * 5, [100 * K, 0, 1]]
+    batches += [[some.randrange(16 * K) for _ in range(B)] for B in (2, 5, 12, 16, 20, 32, 64, 200)]
+    for lengths, M, float8, paged in product(batches, (1, 8), (False, True), (False, True)):
+        B, N = len(lengths), max(lengths) + 1
+        cache = (B * 16, -(-N // 16 // 16) * 16, 8) if paged else (B, N, 8)
+        k = new(*cache, 128, dtype=decode.FLOAT8 if float8 else bf16)
+        options = dict.fromkeys(("k_scale", "v_scale"), new(cache)) if float8 else {}
+        if paged:
+            options["page_table"] = new(B, 16, dtype=torch.int32)
+        seqlens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+        options["cache_seqlens"] = seqlens
+        q = new(B, M, 32, 128, dtype=bf16)
+        config = hopper_config(decode.make_call(q, k, k, 0, 1, "triton", **options))
+        sizes, n, BLOCK_N = config.sizes, config.constants["MAX_GROUPS"], config.constants["BLOCK_N"]
+        row_tiles = sizes.HEAD_SETS * sizes.ROW_TILES
+        tiles, splits = torch.zeros(2, n, dtype=torch.int32, device=DEVICE)
+        count_splits_jit[(1,)](tiles, splits, seqlens, sizes, row_tiles, n, BLOCK_N)
+        tiles, splits = tiles[:B].tolist(), splits[:B].tolist()
+        assert tiles == [-(-x // BLOCK_N) for x in lengths]
+        assert sum(splits) * row_tiles <= config.grid, (lengths, splits, config.grid)
+        longest = max(-(-t // s) for t, s in zip(tiles, splits))
+        average = sum(tiles) * row_tiles / sizes.N_PROGRAMS
+        if sizes.N_UNEVEN > sizes.N_PROGRAMS:
+            assert longest <= max(1.4 * average + 1, min(tiles, default=0)), (
+                lengths,
+                splits,
+                longest,
+                average,
+            )
+
+
 def check_decode(backend, *args, n_splits=None, **options):
     call = make_decode(*args, **options)
     got = call(backend, n_splits=n_splits)
@@ -4400,7 +4457,7 @@ def decode_calls():
 
 def decode_kernel_of(call):
     """(types, constants, options) of a Call's kernel, as for `compiled`."""
-    config = decode.make_config(call)
+    config = hopper_config(call)
     k, v = decode.in_pairs(call.k, call.v)
     tensors = dict(Q=call.q, K=k, V=v, K_SCALE=call.k_scale, V_SCALE=call.v_scale, SINK=call.sink_logits())
     parts = call.q if config.parts is None else config.parts  # as write_part
@@ -4507,15 +4564,9 @@ def compile_kernels(few=False):
         constants |= dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
         options = dict(num_warps=num_warps, num_stages=num_stages)
         report(f"portable {kernel} D{D} causal", D < 256, function, types, constants, **options)
-    hopper = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232448)
-    with (
-        replaced(ring_attn, "INTERPRET", False),
-        replaced(ring_attn, "capability", lambda device: (9, 0)),
-        replaced(torch.cuda, "get_device_properties", lambda device: hopper),
-    ):
-        for name, call in decode_calls().items():
-            types, constants, options = decode_kernel_of(call)
-            report(f"decode {name}", True, decode.decode_kernel, types, constants, **options)
+    for name, call in decode_calls().items():
+        types, constants, options = decode_kernel_of(call)
+        report(f"decode {name}", True, decode.decode_kernel, types, constants, **options)
     types = dict.fromkeys(("rank", "n_ranks", "rows", "H"), "i32") | dict(O="*bf16", PEERS="*i64")
     types |= dict.fromkeys(("PARTS", "LSE"), "*fp32")
     constants = dict(PDL=True, HEAD_DIM=128, BLOCK_D=128, CHUNK=8)
