@@ -4258,6 +4258,20 @@ lock(mutex), lock(mutex)
     assert json.loads(done.stdout.splitlines()[-1]) == {"parts": {"kernels": 1}}, done.stdout
 
 
+@real(ranks=2)
+def a_peer_that_fails_leaves_SDPA_as_it_was(ring):
+    """torch's context_parallel puts a ring in SDPA's place; before torch 2.14 it stayed there after an error."""
+    before, kernel = F.scaled_dot_product_attention, "fa2" if GPU else "sdpa"
+
+    def fail():
+        with bench.context_parallel("allgather", kernel):
+            assert F.scaled_dot_product_attention is not before
+            raise ValueError("of a peer")
+
+    raises(fail, "of a peer")
+    assert F.scaled_dot_product_attention is before
+
+
 @local(name="test.py at the command line")
 def check_filter():
     """A filter that fits no case is an error."""
