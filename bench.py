@@ -1613,7 +1613,7 @@ def markdown(runs):
     text.append("![kernels and copies of two ranks during forward and backward](overlap.svg)\n")
     for found in sorted(runs, key=lambda x: (x["gpu"], x["n_ranks"])):
         for part, table in found["parts"].items():
-            text.append(f"## {part}: {found['n_ranks']} x {found['gpu']}\n")
+            text.append(f"## {part}: {found['n_ranks']} x {found['gpu']}, {found['commit']}\n")
             command = f"torchrun --nproc_per_node={found['n_ranks']}" if found["n_ranks"] > 1 else "python"
             command += " bench.py --quick" if found.get("quick") else " bench.py"
             text.append(f"```\n{command} --part={part}\n\n{table['title'].rstrip()}\n```\n")
@@ -1624,7 +1624,15 @@ def markdown(runs):
 
 
 def failures(found):
-    return [f"- {why} ({len(x)} row{'s' * (len(x) > 1)}, the first {x[0]})" for why, x in found.items()]
+    """A line for each reason and the rows that it explains; who failed for it comes first."""
+    groups = {}
+    for who_and_reason, rows in found.items():
+        who, reason = who_and_reason.split(": ", 1)
+        groups.setdefault((reason, *rows), []).append(who)
+    return [
+        f"- {', '.join(who)}: {reason} ({len(rows)} row{'s' * (len(rows) > 1)}, the first {rows[0]})"
+        for (reason, *rows), who in groups.items()
+    ]
 
 
 def md_table(heads, rows):
