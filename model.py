@@ -110,8 +110,8 @@ class Attention(nn.Module):
         """This rank's tokens of x (B, S, ...), and of what pads its end; x itself under SDPA and FLASH."""
         if not self.attn_type.is_ring:
             return x
-        args = self.attn_type.value, self.rank, self.n_ranks
-        return ring_attn.shard(x, *args, pad=True, pad_value=pad_value)
+        schedule = self.attn_type.value
+        return ring_attn.shard(x, schedule, self.rank, self.n_ranks, pad=True, pad_value=pad_value)
 
     def unshard(self, x):
         """The whole (B, S, ...) from every rank's shard, on every rank; x itself under SDPA and FLASH."""
@@ -135,10 +135,9 @@ class Attention(nn.Module):
         return self.rope_theta and rotary_table(positions, self.dim_per_head, self.rope_theta)
 
     def dense_mask(self, B, S, cu_seqlens, dtype, device):
-        """What masks and sinks add to scores, for SDPA: (1 or B, 1, S, S); with sinks (1 or B, H, S, S + 1),
-        as their logits are those of one more key."""
-        documents = None if cu_seqlens is None else "on device"
-        mask = ring_attn.make_mask(S, self.causal, self.window, documents=documents)
+        """What masks add to the scores of SDPA: (1 or B, 1, S, S). With sinks (1 or B, H, S, S + 1): their
+        logits are those of one more key."""
+        mask = ring_attn.make_mask(S, self.causal, self.window)
         starts = None if cu_seqlens is None else ring_attn.document_starts(cu_seqlens, S).to(device)
         pos = torch.arange(S, device=device)
         first, last = (x.view(-1, 1, S, 1) for x in mask.keys(pos, starts))
@@ -148,6 +147,21 @@ class Attention(nn.Module):
         sinks = self.sinks.to(dtype)[:, None, None].expand(len(bias), -1, S, 1)
         return torch.cat((bias.expand(-1, self.n_heads, -1, -1), sinks), dim=-1)
 
+    def sdpa(self, q, k, v, cu_seqlens):
+        """torch's attention of q (B, S, H, D) to k, v (B, S, HKV, D): (B, S, H, D)."""
+        if self.softcap:  # attn_type may have been changed
+            raise ValueError(f"softcap={self.softcap}, which SDPA has not; use AttentionType.FLASH")
+        B, S, _, D = q.shape
+        bias = None
+        if any(x is not None for x in (self.window, cu_seqlens, self.sinks)):
+            bias = self.dense_mask(B, S, cu_seqlens, q.dtype, q.device)
+            extra = bias.shape[-1] - S  # a key for the sinks; its value is 0
+            k, v = (F.pad(y, (0, 0, 0, 0, 0, extra)) for y in (k, v))
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        options = dict(attn_mask=bias, is_causal=self.causal and bias is None, scale=D**-0.5)
+        options["enable_gqa"] = self.n_heads != self.n_kv_heads
+        return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
     def forward(self, x, rotary=None, cache=None, layer=0, slots=None, prefill=False, cu_seqlens=None,
                 seq_len=None):  # fmt: skip
         """x (B, T, dim) -> (B, T, dim). rotary: the rotary_table of x's positions, if the caller has it.
@@ -156,7 +170,7 @@ class Attention(nn.Module):
         slots (B, T), see KVCache.slots, and the queries see all that it holds. prefill: these sequences hold
         nothing else (on a ring: than all ranks' x).
         cu_seqlens: of documents, as for ring_attn; not with a cache. seq_len: how many of the n_ranks * T
-        tokens are not padding (default: see true_length).
+        tokens are not padding (default: see true_length; in a prefill all of them).
         """
         B, T, _ = x.shape
         heads = rearrange(self.qkv_proj(x), "b t (h d) -> b t h d", d=self.dim_per_head)
@@ -165,47 +179,36 @@ class Attention(nn.Module):
             if rotary is None:
                 rotary = self.rotary(self.positions(B, T, x.device, cu_seqlens))
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        sm_scale = self.dim_per_head**-0.5
         if cache is not None:
             cache.write(layer, k, v, slots)
-        masks = dict(window=self.window, cu_seqlens=cu_seqlens, sinks=self.sinks)
+        sm_scale = self.dim_per_head**-0.5
+        options = dict(causal=self.causal, sm_scale=sm_scale, deterministic=self.deterministic)
+        options |= dict(window=self.window, cu_seqlens=cu_seqlens, sinks=self.sinks, softcap=self.softcap)
         if cache is not None and not prefill:
             o = cache.attend(layer, q, sm_scale, self.window, self.sinks, self.softcap)
         elif self.attn_type is AttentionType.SDPA:
-            if self.softcap:
-                raise ValueError(f"softcap={self.softcap}, which SDPA has not; use AttentionType.FLASH")
-            options, bias = dict(scale=sm_scale, enable_gqa=self.n_heads != self.n_kv_heads), None
-            if any(x is not None for x in masks.values()):
-                bias = self.dense_mask(B, T, cu_seqlens, q.dtype, x.device)
-                extra = bias.shape[-1] - T  # a key for the sinks; its value is 0
-                k, v = (F.pad(y, (0, 0, 0, 0, 0, extra)) for y in (k, v))
-            qt, kt, vt = (y.transpose(1, 2) for y in (q, k, v))
-            options |= dict(attn_mask=bias, is_causal=self.causal and bias is None)
-            o = F.scaled_dot_product_attention(qt, kt, vt, **options).transpose(1, 2)
+            o = self.sdpa(q, k, v, cu_seqlens)
         elif self.attn_type is AttentionType.FLASH:
-            args = None, self.causal, sm_scale
-            options = dict(deterministic=self.deterministic, softcap=self.softcap)
-            o = ring_attn.flash_attn_func(q, k, v, *args, **options, **masks)
+            o = ring_attn.flash_attn_func(q, k, v, **options)
         else:
             R, r, func = self.n_ranks, self.rank, ring_attn.ATTN_FUNCS[self.attn_type.value]
-            args = R, r, (r - 1) % R, (r + 1) % R, None, self.causal, sm_scale
-            masks["seq_len"] = seq_len or self.true_length(T)
-            options = dict(group=self.group, transport=self.transport, deterministic=self.deterministic)
-            options["softcap"] = self.softcap
-            o = func(q, k, v, *args, **options, **masks)
+            if seq_len is None:  # no token of a prompt sees the padding at its end
+                seq_len = R * T if prefill else self.true_length(T)
+            options |= dict(seq_len=seq_len, group=self.group, transport=self.transport)
+            o = func(q, k, v, R, r, (r - 1) % R, (r + 1) % R, **options)
         return self.o_drop(self.o_proj(rearrange(o, "b t h d -> b t (h d)")))
 
 
 def to_the_left(tokens, mask):
-    """tokens (B, S), those of a row where mask is True moved to its begin, and how many, a list. ValueError
-    unless these are one run in each row of mask (B, S)."""
+    """Move the tokens (B, S) where mask (B, S) is True to the left of their rows: (tokens, how many in each
+    row). ValueError unless they are one run in each row."""
     S, device = tokens.shape[1], tokens.device
-    kind = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-    like_bool = isinstance(mask, torch.Tensor) and not mask.is_floating_point() and mask.shape == tokens.shape
+    is_tensor = isinstance(mask, torch.Tensor)
+    like_bool = is_tensor and not mask.is_floating_point() and mask.shape == tokens.shape
     if not like_bool or (mask != mask.bool()).any():
-        raise ValueError(
-            f"mask ({kind}) must be bool, or ints of 0 and 1, of the shape of tokens, {(*tokens.shape,)}"
-        )
+        kind = f"{tuple(mask.shape)} {mask.dtype}" if is_tensor else type(mask).__name__
+        need = f"must be bool, or ints of 0 and 1, of the shape of tokens, {tuple(tokens.shape)}"
+        raise ValueError(f"mask ({kind}) {need}")
     mask, i = mask.to(device).bool(), torch.arange(S, device=device)
     tokens = tokens.masked_fill(~mask, 0)  # padding may be no token at all
     first, n = mask.int().argmax(1, keepdim=True), mask.sum(1, keepdim=True)
@@ -217,8 +220,10 @@ def to_the_left(tokens, mask):
 
 
 def checksum(x):
-    """Of a tensor or None, for ranks to compare."""
-    return x if x is None else hashlib.blake2b(x.numpy(force=True).tobytes(), digest_size=8).hexdigest()
+    """What ranks compare: of a tensor a hash, of anything else its text."""
+    if not isinstance(x, torch.Tensor):
+        return repr(x)
+    return hashlib.blake2b(x.numpy(force=True).tobytes(), digest_size=8).hexdigest()
 
 
 @dataclass
@@ -240,12 +245,13 @@ class Config:
 
 
 class Block(nn.Module):
-    def __init__(self, c, *args, **options):  # args, options: of Attention
+    def __init__(self, c, rank, n_ranks, attn_type, group, transport):
         super().__init__()
         self.attn_norm, self.mlp_norm = nn.RMSNorm(c.dim), nn.RMSNorm(c.dim)
-        options |= dict(n_kv_heads=c.n_kv_heads, rope_theta=c.rope_theta, deterministic=c.deterministic)
+        args = c.dim, c.dim_per_head, c.seq_len, rank, n_ranks, c.dropout, True, attn_type
+        options = dict(n_kv_heads=c.n_kv_heads, rope_theta=c.rope_theta, deterministic=c.deterministic)
         options |= dict(window=c.window, sinks=c.sinks, softcap=c.softcap)
-        self.attn = Attention(c.dim, c.dim_per_head, c.seq_len, *args, **options)
+        self.attn = Attention(*args, **options, group=group, transport=transport)
         up, down = nn.Linear(c.dim, 4 * c.dim, bias=False), nn.Linear(4 * c.dim, c.dim, bias=False)
         self.mlp = nn.Sequential(up, nn.GELU(), down, nn.Dropout(c.dropout))
         self.checkpoint = False
@@ -277,15 +283,15 @@ class Transformer(nn.Module):
         if isinstance(c.window, (tuple, list)):
             raise ValueError(f"window={c.window} must be an int or None: no token sees those after it")
         self.embedding = nn.Embedding(c.vocab_size, c.dim)  # also the output projection
-        args = c, rank, n_ranks, c.dropout, True, attn_type
-        self.blocks = nn.ModuleList(Block(*args, group=group, transport=transport) for _ in range(c.n_layers))
+        args = c, rank, n_ranks, attn_type, group, transport
+        self.blocks = nn.ModuleList(Block(*args) for _ in range(c.n_layers))
         self.norm = nn.RMSNorm(c.dim)
         for name, p in self.named_parameters():
             if p.ndim == 2:  # what is added to the residual stream starts smaller, as in GPT-2
                 residual = name.endswith(("o_proj.weight", "mlp.2.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * c.n_layers) ** 0.5 if residual else 0.02)
 
-    def hidden(self, tokens, cache=None, rows=None, cu_seqlens=None, seq_len=None):
+    def hidden(self, tokens, cache=None, rows=None, cu_seqlens=None):
         """tokens (B, T) -> input of the output projection (B, T, dim). rows: (B,) int64, the sequences of the
         cache that begin with them; None: they follow those in it. All else: as for Attention.forward."""
         x, attn = self.embedding(tokens), self.blocks[0].attn  # (B, T, dim)
@@ -294,7 +300,7 @@ class Transformer(nn.Module):
         pos = cache.positions(T) if decoding else attn.positions(B, T, tokens.device, cu_seqlens)
         rotary, slots = attn.rotary(pos), None if cache is None else cache.slots(pos, rows)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rotary, cache, layer, slots, rows is not None, cu_seqlens, seq_len)
+            x = block(x, rotary, cache, layer, slots, rows is not None, cu_seqlens)
         return self.norm(x)
 
     def forward(self, tokens, targets=None, reduction="mean", cu_seqlens=None):
@@ -352,9 +358,8 @@ class Transformer(nn.Module):
             raise ValueError(f"attn_type={kind} does not fit a cache, which is striped on {R} ranks; {fix}")
         ring = ring_attn.resolve_ring(attn.group)
         if ring.n_ranks != R:
-            raise ValueError(
-                f"the model is on {R} ranks, and its process group has {ring.n_ranks}: pass its group"
-            )
+            other = f"its process group has {ring.n_ranks}"
+            raise ValueError(f"the model is on {R} ranks, and {other}: pass its group")
         return ring
 
     def new_cache(self, B, n_tokens, dtype=None, **options):
@@ -370,13 +375,8 @@ class Transformer(nn.Module):
     def check_tokens(self, tokens, cache):
         """Raise ValueError unless tokens are (B, M) int64, and the cache, if there is one, fits the model."""
         attn = self.blocks[0].attn
-        if (
-            not isinstance(tokens, torch.Tensor)
-            or tokens.ndim != 2
-            or 0 in tokens.shape
-            or tokens.dtype != torch.int64
-        ):
-            is_tensor = isinstance(tokens, torch.Tensor)
+        is_tensor = isinstance(tokens, torch.Tensor)
+        if not is_tensor or tokens.ndim != 2 or 0 in tokens.shape or tokens.dtype != torch.int64:
             given = f"{tokens.dtype} {tuple(tokens.shape)}" if is_tensor else type(tokens).__name__
             raise ValueError(f"tokens ({given}) must be an int64 tensor (B, S), neither of them 0")
         if cache is not None:
@@ -409,9 +409,8 @@ class Transformer(nn.Module):
             if len(lengths) != B or not all(is_int(n, 1, S) for n in lengths):
                 raise ValueError(f"{lengths=} must be {B} ints from 1 to {S}, as the tokens are {B, S}")
             if not len(rows) == len(set(rows)) == B or not all(is_int(b, 0, len(held) - 1) for b in rows):
-                raise ValueError(
-                    f"{rows=} must be {B} of the {len(held)} sequences of the cache, one a prompt"
-                )
+                need = f"must be {B} of the {len(held)} sequences of the cache, one a prompt"
+                raise ValueError(f"{rows=} {need}")
             if any(held[b] for b in rows):
                 have = f"sequences {rows} of the cache hold {[held[b] for b in rows]} tokens"
                 raise ValueError(f"{have}; prefill wants empty ones: release them, or make another cache")
@@ -424,9 +423,8 @@ class Transformer(nn.Module):
         cache.reserve(more)
         try:
             cache.extend(more)
-            x = attn.shard(tokens)  # no token sees the padding at the end: attention need not know of it
             at = torch.tensor(rows, device=tokens.device)
-            x = self.hidden(x, cache, at, seq_len=R * x.shape[1])
+            x = self.hidden(attn.shard(tokens), cache, at)
             last = cache.lengths[at].long() - 1  # (B,)
             x = x[torch.arange(B, device=x.device), last // R]  # (B, dim)
             if R > 1:  # only one rank has the last token of a prompt
@@ -442,11 +440,9 @@ class Transformer(nn.Module):
         logits (B, M, vocab_size) after each. A sequence that was released stays empty; its logits mean
         nothing. Without gradients."""
         self.check_tokens(tokens, cache)
-        if len(tokens) != len(cache.host_lengths):
-            raise ValueError(
-                f"tokens {tuple(tokens.shape)} must be of {len(cache.host_lengths)} sequences, as the cache"
-            )
         before = cache.host_lengths
+        if len(tokens) != len(before):
+            raise ValueError(f"tokens {tuple(tokens.shape)} must be of {len(before)} sequences, as the cache")
         cache.reserve(tokens.shape[1])
         try:
             return self.decode(tokens, cache)
@@ -478,18 +474,14 @@ class Transformer(nn.Module):
         """
         ring, lengths = self.ring_of_cache(), None
         same = dict(n_tokens=n_tokens, temperature=temperature, top_k=top_k, graph=graph, stop=repr(stop))
-        if ring.n_ranks > 1:
-            same["mask"] = checksum(mask) if isinstance(mask, torch.Tensor) else repr(mask)
+        same["mask"] = ring.n_ranks > 1 and checksum(mask)
 
         def check():
             nonlocal tokens, lengths, cache
             self.check_tokens(tokens, cache)
             (B, S), V = tokens.shape, self.config.vocab_size
-            if (
-                not is_int(n_tokens, 0)
-                or not 0 <= temperature < math.inf
-                or not (top_k is None or is_int(top_k, 1))
-            ):
+            good_k = top_k is None or is_int(top_k, 1)
+            if not (is_int(n_tokens, 0) and 0 <= temperature < math.inf and good_k):
                 need = f"{temperature=} must be a number of 0 or more, {top_k=} an int of 1 or more, or None"
                 raise ValueError(f"{n_tokens=} must be an int of 0 or more, {need}")
             if stop is not None and not is_int(stop, 0, V - 1):
@@ -497,9 +489,8 @@ class Transformer(nn.Module):
             if graph and not tokens.is_cuda:
                 raise ValueError(f"{graph=} needs tokens on a GPU, not on {tokens.device}")
             if cache is not None and len(cache.host_lengths) != B:
-                raise ValueError(
-                    f"the cache has {len(cache.host_lengths)} sequences and tokens {B}; make it for {B}"
-                )
+                held = len(cache.host_lengths)
+                raise ValueError(f"the cache has {held} sequences and tokens {B}; make it for {B}")
             lengths = [S] * B
             if mask is not None:
                 tokens, lengths = to_the_left(tokens, mask)
@@ -508,7 +499,6 @@ class Transformer(nn.Module):
             cache.check_room(need, pages=stop is None)  # a sequence that ends early gives its pages to others
 
         ring_attn.agree_now(ring, same, None, check)
-        B = len(tokens)
         step = self.step
         for i in range(n_tokens):
             if i == 0:
@@ -519,14 +509,13 @@ class Transformer(nn.Module):
                     step = capture_step(self.decode, new, cache)
             new = self.sample(logits.float(), temperature, top_k, generator)
             if cache.ring.n_ranks > 1:  # the ranks agree even where the rounding of their logits differs
-                group = cache.ring.group
-                dist.broadcast(new, dist.get_global_rank(group, 0), group=group)
+                dist.broadcast(new, group=cache.ring.group, group_src=0)
             if stop is not None:
                 new = new.masked_fill(cache.lengths[:, None] == 0, stop)
             yield new
             if stop is not None:
                 ended = new[:, 0].tolist()
-                cache.release(b for b in range(B) if ended[b] == stop and cache.host_lengths[b])
+                cache.release(b for b, n in enumerate(cache.host_lengths) if n and ended[b] == stop)
                 if not any(cache.host_lengths):
                     return
 
