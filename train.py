@@ -126,8 +126,7 @@ def parse(argv=None):
     flag(g, "window", int, "tokens that a token sees, itself included (all)")
     flag(g, "sinks", bool, "learn a logit for each head in the denominator of the softmax")
     flag(g, "softcap", float, "scores s become softcap * tanh(s / softcap) (off)")
-    kinds = [t.value for t in AttentionType]
-    flag(g, "schedule", str, "the first two without rings", "zigzag", kinds)
+    flag(g, "schedule", str, "the first two without rings", "zigzag", [t.value for t in AttentionType])
     flag(g, "lr", float, "peak learning rate", (2e-3, 6e-4))
     flag(g, "warmup", int, "steps of linear warm-up; a cosine to a tenth of --lr follows", 20)
     flag(g, "weight_decay", float, "on matrices", 0.1)
@@ -141,12 +140,11 @@ def parse(argv=None):
     flag(g, "compile", bool, "compile the layers")
     flag(g, "timeout", int, "seconds to wait for another rank before the run ends with an error", 600)
     flag(g, "profile", int, "steps, after the first three, to trace into trace.json in the run folder", 0)
-    kinds = list(ring_attn.TRANSPORTS)
-    flag(g, "transport", str, "how keys move (the fastest that there is)", None, kinds)
-    kinds = ["cuda", "cpu"]
-    flag(g, "device", str, "where it runs", kinds[not torch.cuda.is_available()], kinds)
-    kinds = "float32", "bfloat16"
-    flag(g, "dtype", str, "of products; weights stay float32 in training", kinds, kinds)
+    flag(g, "transport", str, "how keys move (the fastest that there is)", None, [*ring_attn.TRANSPORTS])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    flag(g, "device", str, "where it runs", default, ["cuda", "cpu"])
+    dtypes = "float32", "bfloat16"
+    flag(g, "dtype", str, "of products; weights stay float32 in training", dtypes, dtypes)
     g = p.add_argument_group("text instead of training, by the checkpoint in --out (newest under runs/)")
     g.add_argument("--generate", metavar="TEXT", help="a text to continue")
     flag(g, "prompt_file", str, "a file with the text (-: standard input); that of --generate follows it")
@@ -176,10 +174,10 @@ def wants_training(args):
 def check_numbers(args):
     """ValueError if a number among the flags is too small, infinite (--clip may be) or nan."""
     from_zero = "seed dropout softcap lr warmup weight_decay clip sample_tokens profile temperature".split()
-    for name, value in vars(args).items():
-        least = 0 if name in from_zero else 1
-        fits = type(value) not in (int, float) or value >= least and (value < math.inf or name == "clip")
-        if not fits:
+    numbers = {name: x for name, x in vars(args).items() if type(x) in (int, float)}
+    for name, value in numbers.items():
+        least, most = 0 if name in from_zero else 1, math.inf if name == "clip" else sys.float_info.max
+        if not least <= value <= most:
             finite = ", and finite" if type(value) is float and name != "clip" else ""
             way_out = "; leave it out to see all" if name == "window" else ""
             raise ValueError(f"--{name}={value} must be {least} or more{finite}{way_out}")
@@ -370,21 +368,15 @@ def curve_figure(table, path, footer):
         rows = [row for row in csv.DictReader(f) if row["step"].isdigit()]
     last, x, y, width, height = max([int(row["step"]) for row in rows], default=1), 80, 60, 600, 180
     parts = legend(x, 24, [(BLUE, "training"), (ORANGE, "validation")])
-    panels = (
-        ("loss, nats per byte", dict(loss=BLUE, val_loss=ORANGE)),
-        ("tokens/s", dict(tokens_per_second=GREEN)),
-    )
-    for title, colors in panels:
-        curves = {
-            name: [(int(row["step"]), float(row[name])) for row in rows if row[name]] for name in colors
-        }
-        top = 1.05 * max(
-            [value for points in curves.values() for _, value in points if value < math.inf], default=1
-        )
+    losses, speeds = dict(loss=BLUE, val_loss=ORANGE), dict(tokens_per_second=GREEN)
+    for title, colors in (("loss, nats per byte", losses), ("tokens/s", speeds)):
+        values = [float(row[name]) for row in rows for name in colors if row[name]]
+        top = 1.05 * max([value for value in values if value < math.inf], default=1)
         y += height
         parts += [label(x, y - height - 10, title, weight="bold"), *y_axis(x, y, width, height, top)]
         for name, color in colors.items():
-            for good, run in itertools.groupby(curves[name], lambda point: math.isfinite(point[1])):
+            curve = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
+            for good, run in itertools.groupby(curve, lambda point: math.isfinite(point[1])):
                 points = [(x + width * step / last, y - height * value / top) for step, value in run if good]
                 parts += [rect(a - 2, b - 2, 4, 4, color) for a, b in points]
                 parts += [stroke(points, 'stroke-width="2"', color)] if points else []
@@ -492,7 +484,9 @@ def full_state(x, rank):
         return {name: full_state(y, rank) for name, y in x.items()}
     if isinstance(x, DTensor):
         x = x.full_tensor()
-    return x if not isinstance(x, torch.Tensor) else x.detach().cpu() if rank == 0 else None
+    if isinstance(x, torch.Tensor):
+        return x.detach().cpu() if rank == 0 else None
+    return x
 
 
 def save_checkpoint(out, keep, **state):
@@ -662,8 +656,8 @@ def all_reduce(x, world, op=dist.ReduceOp.SUM):
 def learning_rate(step, args):
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
-    return args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress))))
+    progress = (step - args.warmup) / (args.steps - args.warmup)  # step < steps
+    return args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
 def memory(device):  # GiB, the peak so far
@@ -769,7 +763,7 @@ def train(args, group=None):
         wait = datetime.timedelta(seconds=args.timeout)
         ring = ring_attn.resolve_ring(dist.new_subgroups(args.ring_size, timeout=wait)[0])
     attn_type = AttentionType(args.schedule)
-    if ring.n_ranks > 1 and attn_type.is_ring:
+    if ring.n_ranks > 1:
         on_every_rank(world, ring.settle, device, args.transport)
     torch.manual_seed(args.seed)
     options = ring.rank, ring.n_ranks, attn_type, ring, args.transport
@@ -777,7 +771,6 @@ def train(args, group=None):
     first_of_host = rank == 0 or int(os.environ.get("LOCAL_RANK", 0)) == 0
     text_file = on_every_rank(world, prepare_data, args.data, out, first_of_host, file is not None)
     train_text, val_text = on_every_rank(world, open_data, text_file, out, args)
-    (train_data, documents), val_data = train_text, val_text.data
     text_id = fingerprint(*train_text)
 
     def restore():
@@ -812,7 +805,7 @@ def train(args, group=None):
         log(f"keys and gradients move by {transport}: {why}")
     n_params = sum(p.numel() for p in model.parameters())
     resumed = f" | resumed at step {start}" if start else ""
-    text = f"{len(train_data):,} + {len(val_data):,} bytes of text"
+    text, documents = f"{len(train_text.data):,} + {len(val_text.data):,} bytes of text", train_text.documents
     text += "" if documents is None else f" in {len(documents) - 1:,} document{'s' * (len(documents) > 2)}"
     log(f"{n_params:,} parameters | {text} | {out}{resumed}")
 
@@ -845,13 +838,13 @@ def train(args, group=None):
         path = str(out / "trace.json")
         profiler = torch.profiler.profile(schedule=when, on_trace_ready=lambda p: p.export_chrome_trace(path))
         profiler.start()
-    losses, val_loss, by_range, asked = [], None, None, False
+    losses, val_loss, by_range = [], None, None
     reports = deque()  # not read by the host yet: (step, [loss, is a rank asked to end?, `bad` of all ranks])
     stop = min(args.steps, args.stop_after or args.steps)
-    batches = micro_batches(train_text, 0, start) if start < stop else None
+    batches = micro_batches(train_text, 0, start)
     clock, clock_step, done = time.perf_counter(), start, start
     with Interrupt(tell_end) as interrupt:
-        while done < stop and not asked:
+        while done < stop:
             step, done = done, done + 1
             lr = learning_rate(step, args)
             for param_group in optimizer.param_groups:
@@ -875,10 +868,10 @@ def train(args, group=None):
                 loss, ending, *bad = report.tolist()
                 losses.append(loss)
                 if any(bad):
-                    starts = offsets(train_data, args, n_rings, 0, reported)
+                    starts = offsets(train_text.data, args, n_rings, 0, reported)
                     raise not_finite(bad, reported, starts, args, text_file, out)
                 if ending:
-                    asked = saving = True
+                    stop, saving = done, True
             title = f"step {done:05d}/{args.steps:05d}"
             if logging:
                 dt = (time.perf_counter() - clock) / (done - clock_step)
@@ -963,12 +956,12 @@ def read_prompt(args, n_ranks):
     except OSError as error:
         raise ValueError(f"--prompt_file={file}: {error.strerror}; name a file of text") from error
     prompt += os.fsencode(args.generate or "")
-    sizes = f"the prompt has {len(prompt)} bytes and --max_tokens={args.max_tokens}"
     if not prompt:
         raise ValueError("the prompt has 0 bytes; give 1 or more by --generate or --prompt_file")
     need = len(prompt) + args.max_tokens
     room = args.cache_tokens or need
     if room < need:
+        sizes = f"the prompt has {len(prompt)} bytes and --max_tokens={args.max_tokens}"
         raise ValueError(f"{sizes}; they do not fit into --cache_tokens={room}")
     return prompt, room
 
@@ -1033,14 +1026,14 @@ def speed_of(clocks, n_prompt, cache):
 
 def setup(args):
     """Join the processes that torchrun started, if it did."""
-    env, cuda = os.environ, args.device == "cuda"
-    local_rank, local_size = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+    env, device = os.environ, device_of(args)
+    cuda, local_size = args.device == "cuda", int(env.get("LOCAL_WORLD_SIZE", 1))
     if cuda:
         if not torch.cuda.is_available():
             raise ValueError("--device=cuda: torch sees no GPU here; use --device=cpu")
         if local_size > (n := torch.cuda.device_count()):
             raise ValueError(f"{local_size} processes, {n} GPUs; lower --nproc_per_node or use --device=cpu")
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(device)
         torch.autograd.set_multithreading_enabled(False)  # one GPU: this thread launches the backward faster
     if "RANK" not in env:
         return
@@ -1051,8 +1044,8 @@ def setup(args):
         store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=wait)
         store = dist.PrefixStore(f"start {env['TORCHELASTIC_RESTART_COUNT']}", store)
         options = dict(store=store, rank=int(env["RANK"]), world_size=int(env["WORLD_SIZE"]))
-    device = torch.device("cuda", local_rank) if cuda else None
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device, timeout=wait, **options)
+    backend, device_id = ("nccl", device) if cuda else ("gloo", None)
+    dist.init_process_group(backend, device_id=device_id, timeout=wait, **options)
 
 
 def from_distributed(error):
