@@ -67,8 +67,8 @@ class Attention(nn.Module):
     dim: width of x, a multiple of dim_per_head. n_kv_heads: key/value heads (default: one per query head).
     rope_theta: base of the rotary embedding; None for none. dropout: of the projected output.
     group: process group or Ring (default: all processes); copies share it, a pickle leaves it out.
-    window, softcap, transport, deterministic: as for ring_attn.ring_attn; SDPA has no softcap. sinks: learn
-    those of ring_attn, 0 at first.
+    window, softcap, transport, deterministic: as for ring_attn.ring_attn; SDPA has no softcap.
+    sinks: learn the sinks of ring_attn.ring_attn, 0 at first.
     attn_type may be changed at any time: weights do not depend on it.
     Raises ValueError for values that do not fit together.
     """
@@ -134,30 +134,22 @@ class Attention(nn.Module):
     def rotary(self, positions):
         return self.rope_theta and rotary_table(positions, self.dim_per_head, self.rope_theta)
 
-    def dense_mask(self, B, S, cu_seqlens, dtype, device):
-        """What masks add to the scores of SDPA: (1 or B, 1, S, S). With sinks (1 or B, H, S, S + 1): their
-        logits are those of one more key."""
-        mask = ring_attn.make_mask(S, self.causal, self.window)
-        starts = None if cu_seqlens is None else ring_attn.document_starts(cu_seqlens, S).to(device)
-        pos = torch.arange(S, device=device)
-        first, last = (x.view(-1, 1, S, 1) for x in mask.keys(pos, starts))
-        bias = torch.zeros((), dtype=dtype, device=device).where((first <= pos) & (pos <= last), -math.inf)
-        if self.sinks is None:
-            return bias
-        sinks = self.sinks.to(dtype)[:, None, None].expand(len(bias), -1, S, 1)
-        return torch.cat((bias.expand(-1, self.n_heads, -1, -1), sinks), dim=-1)
-
     def sdpa(self, q, k, v, cu_seqlens):
         """torch's attention of q (B, S, H, D) to k, v (B, S, HKV, D): (B, S, H, D)."""
         if self.softcap:  # attn_type may have been changed
             raise ValueError(f"softcap={self.softcap}, which SDPA has not; use AttentionType.FLASH")
-        B, S, _, D = q.shape
-        bias = None
+        S, D, bias = q.shape[1], q.shape[3], None
         if any(x is not None for x in (self.window, cu_seqlens, self.sinks)):
-            bias = self.dense_mask(B, S, cu_seqlens, q.dtype, q.device)
-            extra = bias.shape[-1] - S  # a key for the sinks; its value is 0
-            k, v = (F.pad(y, (0, 0, 0, 0, 0, extra)) for y in (k, v))
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+            starts = None if cu_seqlens is None else ring_attn.document_starts(cu_seqlens, S).to(q.device)
+            pos, mask = torch.arange(S, device=q.device), ring_attn.make_mask(S, self.causal, self.window)
+            first, last = (x.view(-1, 1, S, 1) for x in mask.keys(pos, starts))
+            seen = (first <= pos) & (pos <= last)
+            bias = q.new_zeros(()).where(seen, -math.inf)  # (1 or B, 1, S, S)
+        if self.sinks is not None:  # the logits of one more key, whose value is 0
+            sinks = self.sinks.to(q.dtype)[:, None, None].expand(len(bias), -1, S, 1)
+            bias = torch.cat((bias.expand(-1, self.n_heads, -1, -1), sinks), dim=-1)  # (1 or B, H, S, S + 1)
+            k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         options = dict(attn_mask=bias, is_causal=self.causal and bias is None, scale=D**-0.5)
         options["enable_gqa"] = self.n_heads != self.n_kv_heads
         return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
@@ -166,9 +158,9 @@ class Attention(nn.Module):
                 seq_len=None):  # fmt: skip
         """x (B, T, dim) -> (B, T, dim). rotary: the rotary_table of x's positions, if the caller has it.
 
-        cache: a KVCache whose last T tokens are those of x. It takes their keys and values for `layer` to
-        slots (B, T), see KVCache.slots, and the queries see all that it holds. prefill: these sequences hold
-        nothing else (on a ring: than all ranks' x).
+        cache: a KVCache whose last T tokens are those of x. Their keys and values for `layer` go to its slots
+        (B, T), see KVCache.slots, and the queries see all that it holds. prefill: these sequences hold only
+        x (on a ring: that of all ranks).
         cu_seqlens: of documents, as for ring_attn; not with a cache. seq_len: how many of the n_ranks * T
         tokens are not padding (default: see true_length; in a prefill all of them).
         """
@@ -436,9 +428,9 @@ class Transformer(nn.Module):
             raise
 
     def step(self, tokens, cache):
-        """Put tokens (B, M), the same on every rank, behind those in the cache, B of all its sequences: the
-        logits (B, M, vocab_size) after each. A sequence that was released stays empty; its logits mean
-        nothing. Without gradients."""
+        """Put M tokens, the same on every rank, behind each of the B sequences of the cache: the logits
+        (B, M, vocab_size) after each of the tokens (B, M). A sequence that was released stays empty; its
+        logits mean nothing. Without gradients."""
         self.check_tokens(tokens, cache)
         before = cache.host_lengths
         if len(tokens) != len(before):
@@ -452,8 +444,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens, cache):
-        """What `step` does on the device, after cache.reserve(M): without it nothing is kept of the tokens.
-        torch.compile(fullgraph=True) and CUDA graphs take it."""
+        """What `step` does on the device, for torch.compile(fullgraph=True) and CUDA graphs. Call
+        cache.reserve(M) before: without it the cache does not keep the tokens."""
         cache.extend(tokens.shape[1])
         return F.linear(self.hidden(tokens, cache), self.embedding.weight)
 
@@ -530,6 +522,6 @@ class Transformer(nn.Module):
 
     def generate(self, tokens, n_tokens, *args, **options):
         """tokens (B, S) and n_tokens more: (B, S + n_tokens), or less where all sequences have ended before.
-        Arguments as for `stream`, which, unlike this, loses nothing where pages run out. Padding stays where
-        it was: between a prompt and what follows it, if it is on the right."""
+        Arguments as for `stream`. If pages run out, all text is lost, unlike in `stream`. Padding stays where
+        it was: on the right it is between a prompt and what follows."""
         return torch.cat([tokens, *self.stream(tokens, n_tokens, *args, **options)], dim=1)
