@@ -155,11 +155,11 @@ def parse(argv=None):
     args = p.parse_args(argv)
     p.set_defaults(**dict.fromkeys(vars(args)))
     args.given = sorted(name for name, value in vars(p.parse_args(argv)).items() if value is not None)
-    training = wants_training(args)
-    for name in args.given:
-        if name in TEXT_ONLY if training else name not in TEXT:
-            verb = "needs" if training else "does not go with"
-            p.error(f"--{name} {verb} --generate or --prompt_file")
+    wrong, verb = set(args.given) - TEXT, "does not go with"
+    if wants_training(args):
+        wrong, verb = TEXT_ONLY.intersection(args.given), "needs"
+    if wrong:
+        p.error(f"--{min(wrong)} {verb} --generate or --prompt_file")
     args.data = args.data and os.path.abspath(args.data)  # a resumed run may start elsewhere
     for name, value in vars(args).items():
         if isinstance(value, tuple):
@@ -262,9 +262,8 @@ def open_data(file, out, args):
     split = min(size - size // 10, size - need)
     if split < need:
         needs = f"training and validation need --seq_len + 1 = {need} each"
-        raise ValueError(
-            f"--data={args.data} has {size} bytes; {needs}: use more text or a shorter --seq_len"
-        )
+        fix = "use more text or a shorter --seq_len"
+        raise ValueError(f"--data={args.data} has {size} bytes; {needs}: {fix}")
     data = np.memmap(file, dtype=np.uint8, mode="r")
     if not args.documents:
         return Text(data[:split], None), Text(data[split:], None)
@@ -568,7 +567,7 @@ class Log:
             f.write(f"==== {sys.argv}\ncommit {commit}\n{json.dumps(vars(args))}\n")
             f.write(f"{n_ranks} x {device_name}, torch {torch.__version__}, python {sys.version}\n")
         rows = list(csv.reader(open(self.table))) if self.table.exists() else []
-        rows = [row for row in rows[1:] if row[0].isdigit() and int(row[0]) <= start]  # later ones come again
+        rows = [row for row in rows if row[0].isdigit() and int(row[0]) <= start]  # later ones come again
         with open(out / "metrics.tmp", "w", newline="") as f:
             csv.writer(f).writerows([self.COLUMNS, *rows])
         os.replace(out / "metrics.tmp", self.table)
@@ -576,8 +575,6 @@ class Log:
 
     def draw(self):
         """curve.svg: the whole run so far, however it ends. A resumed run draws it again."""
-        if self.rank > 0:
-            return
         try:
             curve_figure(self.table, self.table.with_name("curve.svg"), self.footer)
         except (OSError, ValueError, TypeError) as error:  # no room for it, or the table was changed
@@ -830,7 +827,8 @@ def train(args, group=None):
         more = f"; stopped{by} at step {done}" if newest != checkpoint_file(out, args.steps) else ""
         more += f", --out={out} --resume goes on" if more and newest else ""
         log((f"checkpoint in {newest}" if newest else f"no checkpoint in {out}") + more)
-        log.draw()
+        if rank == 0:
+            log.draw()
 
     profiler = None
     if args.profile and rank == 0:
