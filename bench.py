@@ -112,10 +112,14 @@ class Mask(NamedTuple):
 
     def ours(self, H):
         """Arguments of ring_attn and flash_attn_func."""
-        found = dict(window=self.window, softcap=self.softcap, sinks=sink_logits(H) if self.sinks else None)
-        found |= dict(cu_seqlens=boundaries(self.documents, "cpu") if self.documents else None)
-        found |= dict(alibi_slopes=alibi_slopes(H) if self.alibi else None)
-        return dict(causal=self.causal) | {name: x for name, x in found.items() if x is not None}
+        return dict(
+            causal=self.causal,
+            window=self.window,
+            softcap=self.softcap,
+            cu_seqlens=boundaries(self.documents, "cpu") if self.documents else None,
+            sinks=sink_logits(H) if self.sinks else None,
+            alibi_slopes=alibi_slopes(H) if self.alibi else None,
+        )
 
     def allow(self, *names):
         """Raises NotImplementedError if this needs what is not among names."""
@@ -405,10 +409,21 @@ OURS = "ours", "triton"  # names of ours begin so
 FAILED = {}  # "contender: reason" -> names of the rows that show a dash for it
 
 
-def attempt(who, row, f, *args, context=nullcontext, all_ranks=False):
-    """f(*args), or None if it fails: one contender must not stop the others. FAILED keeps the reason.
+def gathered(x):
+    """Every rank's x."""
+    found = [x] * N_RANKS
+    if N_RANKS > 1:
+        dist.all_gather_object(found, x)
+    return found
 
-    all_ranks: every rank calls this, and all get None if it fails on any."""
+
+def attempt(who, row, f, *args, context=None):
+    """f(*args), or None if it fails: one contender must not stop the others. FAILED keeps the reason. Every
+    rank calls this, and all get None if it fails on any.
+
+    context: what f runs in, if not what the contender called `who` runs in."""
+    if context is None:
+        context = CONTENDERS[who].context if who in CONTENDERS else nullcontext
     result = reason = None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -423,28 +438,22 @@ def attempt(who, row, f, *args, context=nullcontext, all_ranks=False):
             reason = " ".join(f"{kind}: {error} {' '.join(said)}".split())[:200]
     if reason and GPU:
         torch.cuda.empty_cache()  # it may have run out of memory; what its frames held is free by now
-    reasons = [reason] * (N_RANKS if all_ranks else 1)
-    if len(reasons) > 1:
-        dist.all_gather_object(reasons, reason)
-    if any(reasons):
-        FAILED.setdefault(f"{who}: {next(filter(None, reasons))}"[:200], []).append(row)
+    if reason := next(filter(None, gathered(reason)), None):
+        FAILED.setdefault(f"{who}: {reason}"[:200], []).append(row)
         return None
     return result
 
 
 def of_each(names, row, f, *args):
     """{who: f(contender, *args)} of those contenders that do not fail."""
-    found = {}
-    for who in names:
-        contender = CONTENDERS[who]
-        found[who] = attempt(who, row, f, contender, *args, context=contender.context)
+    found = {who: attempt(who, row, f, CONTENDERS[who], *args) for who in names}
     return {who: x for who, x in found.items() if x is not None}
 
 
 def why(who, row):
     """Of a contender that failed: "refused" or "failed"."""
-    reasons = [reason for reason, rows in FAILED.items() if reason.startswith(f"{who}: ") and row in rows]
-    return "refused" if any("refused: " in reason for reason in reasons) else "failed"
+    refused = any(row in rows for reason, rows in FAILED.items() if reason.startswith(f"{who}: refused: "))
+    return "refused" if refused else "failed"
 
 
 def slowest(*numbers):
@@ -463,9 +472,7 @@ class Peer(NamedTuple):
     library: str
     variant: str
     schedule: str
-    make: Callable  # as a Contender's; it takes this rank's shards
-    context: Callable  # what its calls run in
-    heads_first: bool = False
+    contender: Contender  # it takes this rank's shards
     backward: bool = True
 
 
@@ -565,17 +572,17 @@ def ring_flash_attn():
 
 def make_ring_flash_attn(schedule, mask, H):
     mask.allow()
-    return partial(ring_flash_attn()[schedule], causal=mask.causal)
+    return lambda q, k, v: ring_flash_attn()[schedule](q, k, v, causal=mask.causal)  # if it is installed
 
 
 PEERS = []
 if GPU:
     for rotate, kernel in itertools.product(("allgather", "alltoall"), ("cudnn", "fa2")):
-        context = partial(context_parallel, rotate, kernel)
-        PEERS.append(Peer("torch cp", f"{rotate} {kernel}", "zigzag", sdpa, context, heads_first=True))
+        contender = Contender(sdpa, True, partial(context_parallel, rotate, kernel))
+        PEERS.append(Peer("torch cp", f"{rotate} {kernel}", "zigzag", contender))
     for schedule, kernel in itertools.product(("zigzag", "striped", "contiguous"), ("cudnn", "fa2", "fa3")):
-        make, context = partial(make_ring_flash_attn, schedule), partial(on_kernel, kernel)
-        PEERS.append(Peer("ring-flash-attn", kernel, schedule, make, context, backward=kernel != "fa3"))
+        contender = Contender(partial(make_ring_flash_attn, schedule), context=partial(on_kernel, kernel))
+        PEERS.append(Peer("ring-flash-attn", kernel, schedule, contender, backward=kernel != "fa3"))
 LIBRARIES = list(dict.fromkeys(peer.library for peer in PEERS))
 
 # -----------------------------------------------------------------------------
@@ -637,17 +644,16 @@ def events_us(f, n, before=None):
     if not GPU:
         return wall_us(f, n)
     f()  # its end is where the clock starts
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in "ab"] for _ in range(n)]
-    last = torch.cuda.Event(enable_timing=True)
-    last.record()
-    for pair in pairs:
+    starts, ends = [[torch.cuda.Event(enable_timing=True) for _ in range(n)] for _ in "ab"]
+    starts[0].record()
+    for start, end in zip(starts, ends):
         if before:
-            before(), pair[0].record()
+            before(), start.record()
         f()
-        pair[1].record()
+        end.record()
     torch.cuda.synchronize()
-    starts = [pair[0] for pair in pairs] if before else [last, *(pair[1] for pair in pairs)]
-    return statistics.median(a.elapsed_time(pair[1]) for a, pair in zip(starts, pairs)) * 1e3
+    starts = starts if before else [starts[0], *ends]
+    return statistics.median(start.elapsed_time(end) for start, end in zip(starts, ends)) * 1e3
 
 
 def cold_us(f, n):
@@ -660,7 +666,7 @@ def flush():
     return torch.empty(2**28, dtype=torch.int8, device=DEVICE)
 
 
-def slowest_us(who, row, call, n, context=nullcontext, timer=events_us):
+def slowest_us(who, row, call, n, context=None, timer=events_us):
     """On the slowest rank; None if it fails on any."""
 
     def timed():
@@ -669,19 +675,17 @@ def slowest_us(who, row, call, n, context=nullcontext, timer=events_us):
         synchronize()
         return timer(call, n)
 
-    us = attempt(who, row, timed, context=context, all_ranks=True)
+    us = attempt(who, row, timed, context=context)
     return us and slowest(us)[0]
 
 
-def in_turns(row, calls, timer, context=None):
-    """{who: microseconds per call} of those that do not fail, on the slowest rank. context: of each, if not
-    that of the contender.
+def in_turns(row, calls, timer, contexts={}):
+    """{who: microseconds per call} of those that do not fail, on the slowest rank. contexts: {who: what its
+    calls run in} of those that are no contenders.
 
     The median of five rounds in which all take turns. Each begins in another place, as a busy GPU gets
     slower. Calls of more than 0.3 s are timed once."""
-    if context is None:
-        context = {who: CONTENDERS[who].context for who in calls}
-    about = {who: slowest_us(who, row, call, 1, context[who], timer) for who, call in calls.items()}
+    about = {who: slowest_us(who, row, f, 1, contexts.get(who), timer) for who, f in calls.items()}
     found = {who: [us] for who, us in about.items() if us}
     order = list(found)
     for i in range(5 if GPU else 2):
@@ -689,7 +693,7 @@ def in_turns(row, calls, timer, context=None):
         for who in order[start:] + order[:start]:
             if about[who] < 3e5:
                 n = int(min(50, max(2, 4e4 / about[who]))) if GPU else 1
-                us = slowest_us(who, row, calls[who], n, context[who], timer)
+                us = slowest_us(who, row, calls[who], n, contexts.get(who), timer)
                 found[who] = [*found[who], us] if i else [us]
     return {who: statistics.median(us) for who, us in found.items() if all(us)}
 
@@ -702,23 +706,18 @@ def n_caches(needed):
 HOW = {"graph": events_us, "eager": wall_us} if GPU else {"eager": wall_us}  # decoding and its timers
 
 
-def decode_us(row, callers, context=None):
+def decode_us(row, callers):
     """{how: {who: microseconds per call}}. callers: {who: (f, q, [(k, v)])}; f(q, k, v) is called on the
     caches in turn, eight times or more."""
-    if context is None:
-        context = {who: CONTENDERS[who].context for who in callers}
     callers = {who: (f, q, caches * -(-8 // len(caches))) for who, (f, q, caches) in callers.items()}
     calls = {who: lambda x=x: [x[0](x[1], *kv) for kv in x[2]] for who, x in callers.items()}
     found = {}
     for how, timer in HOW.items():
+        timed = calls
         if how == "graph":
-            timed = {}
-            for who, f in calls.items():
-                if made := attempt(who, row, capture, f, context=context[who], all_ranks=True):
-                    timed[who] = made[0]
-        else:
-            timed = calls
-        us = in_turns(row, timed, timer, context)
+            graphs = {who: attempt(who, row, capture, f) for who, f in calls.items()}
+            timed = {who: graph[0] for who, graph in graphs.items() if graph}
+        us = in_turns(row, timed, timer)
         found[how] = {who: t / len(callers[who][2]) for who, t in us.items()}
     return found
 
@@ -849,9 +848,9 @@ def kernel_row(name, shape, mask, names):
         flop = 2 * products * B * H * mask.pairs(S) * D
         rates = {who: flop / t * 1e3 / FLOP_PER_MS for who, t in times.items()}
         lines.append(compare(name, f"{what} {RATE}", rates, KERNELS, max))
-    blank = {"of best": "", "best peer": ""}
     lines.append(compare(name, "error", errors, KERNELS))
-    return [*lines, compare(name, "deterministic", {}, KERNELS) | {w: same.get(w) for w in KERNELS} | blank]
+    repeats = {"name": name, "what": "deterministic"} | {who: same.get(who) for who in KERNELS}
+    return [*lines, repeats | {"of best": "", "best peer": ""}]
 
 
 def small(quick):
@@ -906,25 +905,20 @@ same bits: in {REPEATS} more calls, forward and backward. ours xN: the worst of 
     return title, error_row, rows
 
 
-def error_contenders(mask, H):
-    """{who: (its layout, what its calls run in, [(schedule, make f)])}"""
+def error_contenders():
+    """{who: [(contender, schedule of its shards)]}; on one rank a shard is the whole."""
 
     def on_ring(**options):
-        f = partial(ours, mask, H, ring_attn.ring_attn)
-        return [(x, partial(f, schedule=x, **options)) for x in ring_attn.SCHEDULES]
+        f = partial(ours, f=ring_attn.ring_attn, **options)
+        return [(Contender(partial(f, schedule=x)), x) for x in ring_attn.SCHEDULES]
 
     if N_RANKS == 1:
         names = [who for who in KERNELS if who != "sdpa"]  # which the others are measured by
-        found = {x: (CONTENDERS[x], [("contiguous", partial(CONTENDERS[x].make, mask, H))]) for x in names}
-        rings = {f"ours x{n}": on_ring(group=ring_attn.VirtualRing(n)) for n in VIRTUAL}
-        for who, makes in rings.items():  # whole tensors go in
-            found[who] = CONTENDERS["ours"], [("contiguous", make) for _, make in makes]
-        return found
-    found = {f"ours {x}": (CONTENDERS["ours"], on_ring(transport=x)) for x in ("p2p", "symmetric")[: 1 + GPU]}
+        found = {who: [(CONTENDERS[who], "contiguous")] for who in names}
+        return found | {f"ours x{n}": on_ring(group=ring_attn.VirtualRing(n)) for n in VIRTUAL}
+    found = {f"ours {x}": on_ring(transport=x) for x in ("p2p", "symmetric")[: 1 + GPU]}
     for peer in PEERS:
-        contender = Contender(peer.make, peer.heads_first, peer.context)
-        who = f"{peer.library} {peer.schedule} {peer.variant}"
-        found[who] = contender, [(peer.schedule, partial(peer.make, mask, H))]
+        found[f"{peer.library} {peer.schedule} {peer.variant}"] = [(peer.contender, peer.schedule)]
     return found
 
 
@@ -943,12 +937,12 @@ def error_row(name, mask, dtype):
         judge = Contender(biased_sdpa, True)
         yardstick = largest(map(judge.turn, judge.call(tensors, "fwd+bwd", mask)()), truth)
 
-    def measure(what, contender, makes):
+    def measure(what, contenders):
         worst, repeats = [0.0] * (4 if what == "fwd+bwd" else 1), True
-        for schedule, make_f in makes:
+        for contender, schedule in contenders:
             mine = partial(ring_attn.shard, schedule=schedule, rank=RANK, n_ranks=N_RANKS)
             inputs = [contender.turn(mine(x)).contiguous() for x in tensors]
-            call = attention_call(make_f(), inputs, what)
+            call = attention_call(contender.make(mask, H), inputs, what)
             results = call()
             worst = [*map(max, worst, largest(map(contender.turn, results), map(mine, truth)))]
             repeats &= same_bits(call, results, REPEATS)
@@ -956,11 +950,10 @@ def error_row(name, mask, dtype):
 
     columns = "o", "dq", "dk", "dv"
     lines = [{"name": name, "who": "SDPA"} | dict(zip(columns, yardstick)) | {"same bits": ""}]
-    for who, (contender, makes) in error_contenders(mask, H).items():
-        line = lines[0] | {"who": who}
+    for who, contenders in error_contenders().items():
+        line, context = lines[0] | {"who": who}, contenders[0][0].context
         for what, n in ("fwd", 1), ("fwd+bwd", 4):  # some have no backward
-            args = measure, what, contender, makes
-            found = attempt(who, name, *args, context=contender.context, all_ranks=True)
+            found = attempt(who, name, measure, what, contenders, context=context)
             if found is None:
                 line |= dict.fromkeys(columns[n // 4 :], why(who, name))
                 break
@@ -969,12 +962,6 @@ def error_row(name, mask, dtype):
             line["same bits"] = "no" if differ else "yes"
         lines.append(line)
     return lines
-
-
-def work_shares(schedule, n_ranks):
-    """Each rank's share of the scores of a causal forward."""
-    work = [sum(share for _, share in hops) for hops in ring_attn.work(schedule, n_ranks)]
-    return [x / sum(work) for x in work]
 
 
 def decode(quick):
@@ -1058,9 +1045,8 @@ def sharded_row(name, shape):
     stripes = [[x[:, RANK::N_RANKS].contiguous() for x in kv] for kv in caches]
 
     callers = {"ours": (sharded_decode_attn, q, stripes), "one rank": (decode_attn, q, caches)}
-    times = decode_us(name, callers, dict.fromkeys(callers, nullcontext))
-    who, lines = ("ours", "one rank"), []
-    for how, us in times.items():
+    who, lines = [*callers], []
+    for how, us in decode_us(name, callers).items():
         rates = {x: shape.needed() / t / 1e3 for x, t in us.items()}
         lines.append(compare(name, f"{how} us", us, who))
         lines.append(compare(name, f"{how} GB/s", rates, who, max))
@@ -1068,7 +1054,7 @@ def sharded_row(name, shape):
     def error():
         return relative_error(*(f(q, *kv[0]).to(TRUE_DTYPE) for f, q, kv in callers.values()))
 
-    error = attempt("ours", name, error, all_ranks=True)
+    error = attempt("ours", name, error)
     return [*lines, compare(name, "error", {} if error is None else {"ours": error}, who)]
 
 
@@ -1104,7 +1090,7 @@ def masked_rings(quick):
 
 def ring_title():
     first = make("the first ring", 2, 128, 4, 2, RING_D)[:3]
-    attempt("ours", "the first ring", ring_attn.ring_attn, *first, all_ranks=True)
+    attempt("ours", "the first ring", ring_attn.ring_attn, *first)
     ring = ring_attn.resolve_ring(None)
     return f"""rings: {N_RANKS} ranks, causal, D{RING_D}, B1 (or what the schedule needs), tokens per rank
 transport {ring.transport} ({ring.why}), or as named
@@ -1126,11 +1112,7 @@ def one_gpu(T, H, HKV, mask):
         tensors = make("one GPU", 1, S, H, HKV, RING_D)
         return tensors, attention_call(ours(mask, H), tensors, "fwd+bwd")()
 
-    return attempt("one GPU", f"ring {size(T)} {H}/{HKV}", results, all_ranks=True) or (None, None)
-
-
-def call_peer(peer, H, q, k, v):  # which may not be installed
-    return peer.make(CAUSAL, H)(q, k, v)
+    return attempt("one GPU", f"ring {size(T)} {H}/{HKV}", results) or (None, None)
 
 
 @lru_cache(maxsize=1)
@@ -1141,42 +1123,22 @@ def fastest_peers(schedule, T, H, HKV):
     row = f"ring {schedule} {size(T)}"
     # torch cp gets grouped heads as they are, and repeated, as some of its variants refuse them
     for peer, repeats in itertools.product(PEERS, sorted({1, H // HKV})):
-        if peer.schedule != schedule or repeats > 1 and not peer.heads_first:
+        contender = peer.contender
+        if peer.schedule != schedule or repeats > 1 and not contender.heads_first:
             continue
         tensors = q, k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2), do
-        tensors = [x.transpose(1, 2).contiguous() if peer.heads_first else x for x in tensors]
+        tensors = [contender.turn(x).contiguous() for x in tensors]
         variant = f"{peer.library} {peer.variant}" + " repeated" * (repeats > 1)
         for what in RING_CALLS if peer.backward else ("fwd",):
-            call = attention_call(partial(call_peer, peer, H), tensors, what)
-            us = slowest_us(variant, row, call, 1, peer.context)
+            call = attention_call(contender.make(CAUSAL, H), tensors, what)
+            time_it = partial(slowest_us, variant, row, call, context=contender.context)
+            us = time_it(n=1)
             if us and us < 3e5:  # a short one three times: a pause of one of the hosts must not decide
-                again = [slowest_us(variant, row, call, 3, peer.context) for _ in range(3 if us < 5e4 else 1)]
+                again = [time_it(n=3) for _ in range(3 if us < 5e4 else 1)]
                 us = min(filter(None, again), default=None)
             if us and us < best[what].get(peer.library, (math.inf,))[0]:
-                best[what][peer.library] = us, variant, (call, peer.context)
+                best[what][peer.library] = us, variant, (call, contender.context)
     return {what: {variant: call for _, variant, call in x.values()} for what, x in best.items()}
-
-
-def profiled(call, calls, path):
-    """Events of a Chrome trace of some calls, written to path."""
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * GPU
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(calls):
-            call()
-        synchronize()
-    profile.export_chrome_trace(str(path))
-    found = json.loads(Path(path).read_text())
-    base = int(found.get("baseTimeNanoseconds", 0)) / 1e3
-    return [event | dict(ts=base + event["ts"]) for event in found["traceEvents"] if event.get("ph") == "X"]
-
-
-def attention_stream(events):
-    """(the stream with most kernels that are not NCCL's, those kernels)."""
-    streams = {}
-    for event in events:
-        if event.get("cat") == "kernel" and "nccl" not in event["name"]:
-            streams.setdefault(event["tid"], []).append(event)
-    return max(streams.items(), key=lambda x: len(x[1]))
 
 
 def ring_rates(what, ms, one_ms, B, pairs, H):
@@ -1209,9 +1171,9 @@ def ring_row(name, schedule, T, H, HKV, transport=None, mask=CAUSAL):
         contenders = {"ours": call}
         if sequence:
             contenders["one GPU"] = attention_call(whole, sequence, what)
-        context = dict.fromkeys(contenders, nullcontext) | {x: where for x, (_, where) in peers[what].items()}
         contenders |= {x: f for x, (f, _) in peers[what].items()}
-        times = {x: us / 1e3 for x, us in in_turns(name, contenders, events_us, context).items()}
+        contexts = {x: context for x, (_, context) in peers[what].items()}
+        times = {x: us / 1e3 for x, us in in_turns(name, contenders, events_us, contexts).items()}
         ms, one_ms = map(times.get, ("ours", "one GPU"))
         variants = [who for who in peers[what] if who in times]
         library_ms = {x: times[who] for x in LIBRARIES for who in variants if who.startswith(x)}
@@ -1224,7 +1186,7 @@ def ring_row(name, schedule, T, H, HKV, transport=None, mask=CAUSAL):
     if not all(line["ms"] for line in lines):
         return lines
     forward, both = lines
-    if GPU and (peak := attempt("memory", name, peak_bytes, calls["fwd+bwd"], all_ranks=True)):
+    if GPU and (peak := attempt("memory", name, peak_bytes, calls["fwd+bwd"])):
         staging = ring.memory.local.nbytes if both["transport"] == "symmetric" else 0
         both["GiB"] = (slowest(peak)[0] + staging) / 2**30
     if results:
@@ -1233,11 +1195,11 @@ def ring_row(name, schedule, T, H, HKV, transport=None, mask=CAUSAL):
             pairs = zip(calls["fwd+bwd"](), results, strict=True)
             return [relative_error(x.float(), mine(true).float()) for x, true in pairs]
 
-        if found := attempt("ours", name, errors, all_ranks=True):
+        if found := attempt("ours", name, errors):
             forward["error"], *grads = slowest(*found)
             both["error"] = max(grads)
     for line, call in zip([forward, both], calls.values()) if GPU and T == 2 * K else ():
-        captured = attempt("ours in a CUDA graph", name, capture, call, all_ranks=True)
+        captured = attempt("ours in a CUDA graph", name, capture, call)
         if us := captured and slowest_us("ours in a CUDA graph", name, captured[0], 20):
             rates = ring_rates(line["what"], us / 1e3, line["one GPU"], B, pairs, H)
             lines.append(dict.fromkeys(line, "") | {"name": name, "what": f"graph {line['what']}"} | rates)
@@ -1266,18 +1228,17 @@ def training(quick):
 
 def train_row(name, flags):
     with tempfile.TemporaryDirectory() as folder:
-        folders = [folder] * N_RANKS
-        if N_RANKS > 1:
-            dist.all_gather_object(folders, folder)
-        args = train.parse([*flags, f"--out={folders[0]}"])
+        folder = gathered(folder)[0]
+        args = train.parse([*flags, f"--out={folder}"])
 
         def run():
             with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
                 train.train(args)
+            return True
 
-        if attempt("ours", name, run, all_ranks=True) is None and name in sum(FAILED.values(), []):
+        if not attempt("ours", name, run):
             return [{"name": name, "ms per step": None}]
-        with open(Path(folders[0], "metrics.csv"), newline="") as f:
+        with open(Path(folder, "metrics.csv"), newline="") as f:
             last = [row for row in csv.DictReader(f) if row["loss"]][-1]
         slowest(0)  # all have read it
     names = {"loss": "loss", "tokens_per_second": "tokens/s", "mfu": "MFU", "memory_gib": "GiB"}
@@ -1318,7 +1279,7 @@ def generate_row(name, S, steps=50 if GPU else 2):
     for who, (kind, rank, n_ranks) in (ranks | {"one rank": (AttentionType.FLASH, 0, 1)}).items():
         torch.manual_seed(0)
         model = Transformer(Config(seq_len=S, **SHAPE), rank, n_ranks, kind)
-        if found := attempt("ours", name, measure, model, all_ranks=True):
+        if found := attempt("ours", name, measure, model):
             ms, us = slowest(*found)
             line = {"name": name, "who": who, "prefill ms": ms, "prefill tokens/s": S / ms * 1e3}
             lines.append(line | {"step us": us, "tokens/s": 1e6 / us})
@@ -1346,6 +1307,19 @@ PARTS = ring_attn.Backend._fields
 MOVES = {"keys": "keys, values", "pass_on": "gradients"}  # methods of a transport that start copies
 
 
+def profiled(call, calls, path):
+    """Events of a Chrome trace of some calls, written to path."""
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * GPU
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(calls):
+            call()
+        synchronize()
+    profile.export_chrome_trace(str(path))
+    found = json.loads(path.read_text())
+    base = int(found.get("baseTimeNanoseconds", 0)) / 1e3
+    return [event | dict(ts=base + event["ts"]) for event in found["traceEvents"] if event.get("ph") == "X"]
+
+
 @contextlib.contextmanager
 def named_parts():
     """Inside, profiles have a range around the launches of each part of a hop loop."""
@@ -1371,7 +1345,9 @@ def intervals(events, calls):
     """[track, start, length, kind] of the last of some calls, in microseconds: kernels, and copies."""
     category, stream = "user_annotation", None
     if GPU:
-        category, stream = "gpu_user_annotation", attention_stream(events)[0]
+        category = "gpu_user_annotation"
+        kernels = [x for x in events if x.get("cat") == "kernel" and "nccl" not in x["name"]]
+        stream = statistics.mode(x["tid"] for x in kernels)  # where attention runs
     ranges = [x for x in events if x.get("cat") == category and x["name"] in (*PARTS, *MOVES.values())]
     ranges.sort(key=lambda x: x["ts"])
     found = []
@@ -1408,12 +1384,10 @@ def trace(folder):
             slowest(0)
             return intervals(profiled(call, calls, folder / f"rank{RANK}.json"), calls)
 
-    mine = attempt("ours", "trace", profile, all_ranks=True)
+    mine = attempt("ours", "trace", profile)
     if mine is None:
         return None
-    ranks = [mine] * N_RANKS
-    if N_RANKS > 1:
-        dist.all_gather_object(ranks, mine)
+    ranks = gathered(mine)
     zero = min(start for rank in ranks for _, start, *_ in rank)  # the clocks of processes on a host agree
     for event in itertools.chain(*ranks):
         event[1:3] = round(event[1] - zero), max(1, round(event[2]))
@@ -1451,7 +1425,9 @@ def schedules_figure(folder):
     parts += [label(grid + 24 * hop + side / 2, 48, hop, "middle", 12) for hop in range(R)]
     for schedule, (n_groups, multiple, _) in ring_attn.SCHEDULES.items():
         parts.append(label(16, y + 13, schedule, size=15, weight="bold"))
-        T, height, shares = 8 * multiple, min(44, 72 / n_groups - 4), work_shares(schedule, R)
+        T, height = 8 * multiple, min(44, 72 / n_groups - 4)
+        work = [sum(share for _, share in hops) for hops in ring_attn.work(schedule, R)]
+        shares = [x / sum(work) for x in work]
         owners = ring_attn.merge([torch.full((n_groups, T), rank) for rank in range(R)], schedule).tolist()
         for g, owner in enumerate(owners):  # of each token of the sequence, in each part of the batch
             x, top, width = 16, y + 24 + g * (height + 4), strip / len(owner)
@@ -1807,7 +1783,7 @@ error: relative (Frobenius), the worst of o, dq, dk, dv; of rings to one GPU, of
             try:
                 for name in some:
                     row = name, *rows[name]
-                    lines = attempt("ours, or its truth", name, measure_row, *row, all_ranks=True) or []
+                    lines = attempt("ours, or its truth", name, measure_row, *row) or []
                     for line in [dict(zip(x, x)) for x in lines[:1] if not table["rows"]] + lines:
                         print_line(line)
                     table["rows"] += lines
