@@ -346,17 +346,15 @@ def decode_flex(shape, lengths, table):
     first, window = shape.N - shape.M, shape.window  # the position of the first query
 
     def seen(b, h, i, j):
-        return i + first >= j if lengths is None else j < lengths[b]
+        if lengths is not None:
+            return j < lengths[b]
+        return (i + first >= j) & (i + first < j + window) if window else i + first >= j
 
-    def seen_in_window(b, h, i, j):
-        return (i + first >= j) & (i + first < j + window)
-
-    mask_mod, n = seen_in_window if window else seen, None if lengths is None else shape.B
     # made for a block of 128 queries, or no block of keys would count as full; then used for M
-    made = create_block_mask(mask_mod, n, None, 128, shape.N, device=DEVICE)
+    made = create_block_mask(seen, shape.lengths and shape.B, None, 128, shape.N, device=DEVICE)
     blocks = made.kv_num_blocks, made.kv_indices, made.full_kv_num_blocks, made.full_kv_indices
     sizes = dict(BLOCK_SIZE=made.BLOCK_SIZE, seq_lengths=(shape.M, shape.N))
-    mask = BlockMask.from_kv_blocks(*blocks, mask_mod=mask_mod, **sizes)
+    mask = BlockMask.from_kv_blocks(*blocks, mask_mod=seen, **sizes)
     attend = compiled_flex("max-autotune-no-cudagraphs")
     return partial(attend, block_mask=mask, enable_gqa=shape.H != shape.HKV)
 
@@ -387,11 +385,10 @@ class Contender(NamedTuple):
 
 
 FLASH, CUDNN = (partial(sdpa_kernel, x) for x in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION))
-CONTENDERS = {"ours": Contender(ours, decode=decode_ours)}
+CONTENDERS = {"ours": Contender(ours, decode=decode_ours)}  # on the backend that is fastest
 if GPU:
-    if len(ring_attn.BACKENDS) > 2:  # ours is the fastest of them; triton is what every GPU can run
-        CONTENDERS["ours free"] = Contender(partial(ours, deterministic=False))
-        CONTENDERS["triton"] = Contender(partial(ours, backend="triton"))
+    CONTENDERS["ours free"] = Contender(partial(ours, deterministic=False))
+    CONTENDERS["triton"] = Contender(partial(ours, backend="triton"))  # what every GPU can run
     CONTENDERS["fa2"] = Contender(sdpa, True, FLASH, decode_sdpa)
     CONTENDERS["cudnn"] = Contender(sdpa, True, CUDNN)
     CONTENDERS["flex"] = Contender(flex, True, decode=decode_flex)
@@ -1161,12 +1158,9 @@ def ring_row(name, schedule, T, H, HKV, transport=None, mask=CAUSAL):
 
     tensors = [mine(x) for x in sequence] if sequence else make(f"{name} {RANK}", B, T, H, HKV, RING_D)
     ring = ring_attn.resolve_ring(None)
-    whole, on_ring = ours(mask, H), ours(mask, H, ring_attn.ring_attn, schedule=schedule)
-    calls = {
-        what: attention_call(partial(on_ring, group=ring, transport=transport), tensors, what)
-        for what in RING_CALLS
-    }
-    lines = []
+    options = dict(schedule=schedule, group=ring, transport=transport)
+    whole, on_ring = ours(mask, H), ours(mask, H, ring_attn.ring_attn, **options)
+    calls, lines = {what: attention_call(on_ring, tensors, what) for what in RING_CALLS}, []
     for what, call in calls.items():
         contenders = {"ours": call}
         if sequence:
@@ -1247,12 +1241,12 @@ def train_row(name, flags):
 
 
 SHAPE = dict(n_layers=8, dim=2048, dim_per_head=128, n_kv_heads=8) if GPU else dict(n_layers=1, dim=64)
-SHAPE_TEXT = ", ".join(f"{name} {n}" for name, n in SHAPE.items())
 
 
 def generating(quick):
     lengths = (8 * K, 32 * K, 128 * K)[1 if quick else 0 :] if GPU else (256,)
-    title = f"""generate: a prompt of so many tokens, then one more a step; {SHAPE_TEXT}
+    shape = ", ".join(f"{name} {n}" for name, n in SHAPE.items())
+    title = f"""generate: a prompt of so many tokens, then one more a step; {shape}
 on a ring each rank has a part of the prompt and of the cache; one rank: has all, at the same time
 step: {"one replay of a CUDA graph" if GPU else "eager"}, without the sampling"""
     return title, generate_row, {f"generate {size(S)}": (S,) for S in lengths}
@@ -1474,17 +1468,16 @@ def throughput_figure(path, found, lines):
         parts.append(label(left, 62, f"{title}, TFLOP/s per GPU", size=14, weight="bold"))
         parts += y_axis(left, base, width, height, top)
         for line in (line for line in lines if line["what"] == what):
-            x, heights = left + width * (names.index(line["name"]) + 0.1) / len(names), rates(line)
-            heights = {key: (rate, height * rate / top) for key, rate in heights.items() if rate}
-            for n, key in enumerate(who):
-                if key in heights:
-                    rate, y = heights[key]
-                    parts.append(rect(x + n * bar, base - y, bar - 4, y, who[key]))
+            x, rate = left + width * (names.index(line["name"]) + 0.1) / len(names), rates(line)
+            for n, (key, color) in enumerate(who.items()):
+                if rate.get(key):
+                    y = height * rate[key] / top
+                    parts.append(rect(x + n * bar, base - y, bar - 4, y, color))
                     y, style = (y - 18, ("bold", "#ffffff")) if y > 24 else (y, ())
                     middle = x + (n + 0.5) * bar - 2
-                    parts.append(label(middle, base - y - 4, f"{rate:.0f}", "middle", 11, *style))
-            if "ideal" in heights:
-                y = base - heights["ideal"][1]
+                    parts.append(label(middle, base - y - 4, f"{rate[key]:.0f}", "middle", 11, *style))
+            if rate["ideal"]:
+                y = base - height * rate["ideal"] / top
                 parts.append(stroke([(x - 4, y), (x + 3 * bar, y)], DASHED))
             tokens = f"{line['name'].split()[-1]} per GPU"
             parts.append(label(x + 1.5 * bar - 2, base + 18, tokens, "middle", 12))
@@ -1545,12 +1538,10 @@ def errors_figure(path, found, lines):
                 if line["who"] != "SDPA" and ratios:
                     n, ratio = who.index(line["who"]), max(ratios)
                     x, at = left + step * (i + (n + 1) / (len(who) + 1)), y - height * min(ratio, top) / top
-                    parts.append(
-                        rect(x - 3, at - 3, 6, 6, colors[who[n]], 1 if line["same bits"] == "yes" else 0.4)
-                    )
-                    parts.append(
-                        label(x, at - 6, n + 1 if ratio <= top else f"{n + 1}: {ratio:.0f}", "middle", 9)
-                    )
+                    opacity = 1 if line["same bits"] == "yes" else 0.4
+                    text = f"{n + 1}" if ratio <= top else f"{n + 1}: {ratio:.0f}"
+                    parts.append(rect(x - 3, at - 3, 6, 6, colors[who[n]], opacity))
+                    parts.append(label(x, at - 6, text, "middle", 9))
         y += 34
     text = "pale: bits differ from call to call. dashed: what test.py allows, of o and of gradients"
     parts.append(label(10, y + 10, text, size=11))
@@ -1579,10 +1570,10 @@ def joined(runs):
 
 def markdown(runs):
     """RESULTS.md: a table for each part, each with the GPU and commit that made it."""
-    text = [
-        "# Results\n",
-        "`bench.py --figures` wrote this file from the output of `bench.py --all`, or of its parts.\n",
-    ]
+    text = ["# Results\n"]
+    text.append(
+        "`bench.py --figures` wrote this file from the output of `bench.py --all`, or of its parts.\n"
+    )
     cards = dict.fromkeys(tuple(found[x] for x in CARD) for found in runs)
     text.append(md_table(["GPU", "ranks", *CARD[2:]], cards))
     text.append("![largest errors beside those of SDPA](errors.svg)\n")
@@ -1605,10 +1596,11 @@ def failures(found):
     for who_and_reason, rows in found.items():
         who, reason = who_and_reason.split(": ", 1)
         groups.setdefault((reason, *rows), []).append(who)
-    return [
-        f"- {', '.join(who)}: {reason} ({len(rows)} row{'s' * (len(rows) > 1)}, the first {rows[0]})"
-        for (reason, *rows), who in groups.items()
-    ]
+    lines = []
+    for (reason, *rows), who in groups.items():
+        n = f"{len(rows)} row{'s' * (len(rows) > 1)}"
+        lines.append(f"- {', '.join(who)}: {reason} ({n}, the first {rows[0]})")
+    return lines
 
 
 def md_table(heads, rows):
@@ -1705,31 +1697,29 @@ def tell_failed():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rows: some lengths and head dims only")
+    parser, parts = argparse.ArgumentParser(description=__doc__.split("\n")[0]), [*SECTIONS, "trace"]
+    flag = parser.add_argument
+    flag("--quick", action="store_true", help="fewer rows: some lengths and head dims only")
     text = 'only rows whose name contains TEXT, such as "decode" or "16k causal"; once or more'
-    parser.add_argument("--filter", action="append", metavar="TEXT", help=text)
-    parts = [*SECTIONS, "trace"]
+    flag("--filter", action="append", metavar="TEXT", help=text)
     text = f"only this part of the tables, once or more; with as many processes as here: {', '.join(parts)}"
-    parser.add_argument("--part", action="append", choices=parts, metavar="NAME", help=text)
-    parser.add_argument(
-        "--errors", action="store_true", help="only errors beside float64: all parts errors-*"
-    )
-    parser.add_argument("--all", action="store_true", help="all parts")
+    flag("--part", action="append", choices=parts, metavar="NAME", help=text)
+    flag("--errors", action="store_true", help="only errors beside float64: all parts errors-*")
+    flag("--all", action="store_true", help="all parts")
     text = "profile every rank into FOLDER (default: runs/trace): Chrome traces, overlap.svg; alone: no rows"
-    parser.add_argument("--trace", nargs="?", const="runs/trace", metavar="FOLDER", help=text)
+    flag("--trace", nargs="?", const="runs/trace", metavar="FOLDER", help=text)
     text = (
         "write pictures and RESULTS.md into assets, from this run, or from FILEs: the output of earlier runs"
     )
-    parser.add_argument("--figures", nargs="*", metavar="FILE", help=text)
+    flag("--figures", nargs="*", metavar="FILE", help=text)
     args = parser.parse_args()
     if ring_attn.INTERPRET:
         refuse(parser, "TRITON_INTERPRET=1 is set: the interpreter's speed says nothing; unset it")
     chosen = set(args.part or ()) | {part for part in SECTIONS if args.errors and part.startswith("errors")}
-    if not chosen:
+    only_trace = args.trace and not (args.quick or args.filter or args.all or args.figures is not None)
+    if not chosen and not only_trace:
         chosen = {part for part in SECTIONS if args.all or args.filter or part not in ONLY_ALL}
-        only_trace = args.trace and not (args.quick or args.filter or args.all or args.figures is not None)
-        chosen = set() if only_trace else chosen | {"trace"} if args.all and N_RANKS > 1 else chosen
+        chosen |= {"trace"} if args.all and N_RANKS > 1 else set()
     if "trace" in chosen:
         args.trace = args.trace or "runs/trace"
     sections = {part: make(args.quick) for part, make in SECTIONS.items() if part in chosen}
@@ -1778,13 +1768,14 @@ error: relative (Frobenius), the worst of o, dq, dk, dv; of rings to one GPU, of
             FAILED.clear()
             title = title() if callable(title) else title
             table = found["parts"][part] = dict(title=title, rows=[], failed={})
-            print(f"\n{table['title']}", flush=True)
+            print(f"\n{title}", flush=True)
             start = time.perf_counter()
             try:
                 for name in some:
-                    row = name, *rows[name]
-                    lines = attempt("ours, or its truth", name, measure_row, *row) or []
-                    for line in [dict(zip(x, x)) for x in lines[:1] if not table["rows"]] + lines:
+                    lines = attempt("ours, or its truth", name, measure_row, name, *rows[name]) or []
+                    if lines and not table["rows"]:
+                        print_line({heading: heading for heading in lines[0]})
+                    for line in lines:
                         print_line(line)
                     table["rows"] += lines
             finally:
@@ -1800,8 +1791,9 @@ error: relative (Frobenius), the worst of o, dq, dk, dv; of rings to one GPU, of
         status = 130
     if RANK == 0 and status != 130:
         if found.get("trace"):
-            overlap_figure(Path(args.trace) / "overlap.svg", found)
-            print(f"wrote {Path(args.trace) / 'overlap.svg'}")
+            picture = Path(args.trace) / "overlap.svg"
+            overlap_figure(picture, found)
+            print(f"wrote {picture}")
         if args.figures is not None:
             figures([found])
     print_json(found)
