@@ -77,7 +77,7 @@ ASSETS = Path(__file__).parent / "assets"
 class Mask(NamedTuple):
     causal: bool = True
     window: int | None = None  # query i sees keys j > i - window
-    documents: tuple = ()  # their lengths, of B1; a query sees its own
+    documents: tuple = ()  # lengths of packed documents, B = 1; a query sees its own document
     sinks: bool = False  # a logit for each head in the denominator
     softcap: float | None = None
     alibi: bool = False
@@ -163,7 +163,7 @@ def sink_logits(H):
 
 
 def dense(mask, H, q, k, v):
-    """By the formula, in the dtype of q (B, S, h, D): the truth. h of H heads, the last ones."""
+    """The truth: attention by the formula, in q's dtype. q (B, S, h, D) has the last h of H heads."""
     S, h = k.shape[1], q.shape[2]
     q, k, v = (x.repeat_interleave(h // x.shape[2], 2).transpose(1, 2) for x in (q, k, v))
     j, head = torch.arange(S, device=q.device), torch.arange(H - h, H, device=q.device)
@@ -178,7 +178,7 @@ def dense(mask, H, q, k, v):
             s = torch.cat([s, sinks[:, None, None].expand(*s.shape[:3], 1)], -1)
         return (s.softmax(-1)[..., :S] @ v).transpose(1, 2)
 
-    blocks = j.split(512)  # of queries: all scores would take gigabytes, and the backward computes them again
+    blocks = j.split(512)  # of queries, as all scores would take gigabytes; the backward recomputes them
     return torch.cat([checkpoint(rows, i, q, k, v, use_reentrant=False) for i in blocks], 1)
 
 
@@ -335,7 +335,7 @@ def decode_sdpa(shape, lengths, table):
         return None
     bias = causal_lower_right(shape.M, shape.N) if shape.M > 1 else None
     attend = partial(F.scaled_dot_product_attention, attn_mask=bias, enable_gqa=shape.H != shape.HKV)
-    if shape.window:  # to a single query it is a slice, which moves with every token
+    if shape.window:  # a single query sees a slice of the cache
         return lambda q, k, v: attend(q, k[:, :, -shape.window :], v[:, :, -shape.window :])
     return attend
 
@@ -350,7 +350,7 @@ def decode_flex(shape, lengths, table):
             return j < lengths[b]
         return (i + first >= j) & (i + first < j + window) if window else i + first >= j
 
-    # made for a block of 128 queries, or no block of keys would count as full; then used for M
+    # made for 128 queries, then used for M: if made for M, no block of keys would count as full
     made = create_block_mask(seen, shape.lengths and shape.B, None, 128, shape.N, device=DEVICE)
     blocks = made.kv_num_blocks, made.kv_indices, made.full_kv_num_blocks, made.full_kv_indices
     sizes = dict(BLOCK_SIZE=made.BLOCK_SIZE, seq_lengths=(shape.M, shape.N))
@@ -401,7 +401,7 @@ CONTENDERS["ours float8"] = Contender(None, decode=decode_float8, store=quantize
 KERNELS = [who for who in CONTENDERS if CONTENDERS[who].make]
 EAGER = [who for who in KERNELS if who != "flex"]
 DECODERS = [who for who in CONTENDERS if CONTENDERS[who].decode]
-OURS = "ours", "triton"  # names of ours begin so
+OURS = "ours", "triton"  # how the names of our contenders begin
 
 FAILED = {}  # "contender: reason" -> names of the rows that show a dash for it
 
@@ -425,7 +425,7 @@ def attempt(who, row, f, *args, context=None):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            with context():  # around all calls: it takes host time that is not the kernel's
+            with context():  # once for many calls, as entering it takes host time
                 result = f(*args)
         except Exception as error:
             # SDPA raises "No available kernel" and warns why, also of kernels that were not asked for
@@ -434,7 +434,7 @@ def attempt(who, row, f, *args, context=None):
             kind = "refused" if isinstance(error, NotImplementedError) else type(error).__name__
             reason = " ".join(f"{kind}: {error} {' '.join(said)}".split())[:200]
     if reason and GPU:
-        torch.cuda.empty_cache()  # it may have run out of memory; what its frames held is free by now
+        torch.cuda.empty_cache()  # it may have run out of memory; the tensors that it held are free by now
     if reason := next(filter(None, gathered(reason)), None):
         FAILED.setdefault(f"{who}: {reason}"[:200], []).append(row)
         return None
@@ -473,7 +473,7 @@ class Peer(NamedTuple):
     backward: bool = True
 
 
-COMMON = "zigzag"  # the schedule of every peer; ours is timed over p2p and with other heads too
+COMMON = "zigzag"  # every peer has this schedule; of ours it is also timed over p2p and with other heads
 ring_mesh = cache(dist.device_mesh.init_device_mesh)
 
 
@@ -484,7 +484,7 @@ def context_parallel(rotate, kernel):
     from torch.distributed.tensor.experimental._attention import set_rotate_method
 
     set_rotate_method(rotate)
-    sequence = torch.zeros(1, 2 * N_RANKS, device=DEVICE)  # it wants something to shard; ours is sharded
+    sequence = torch.zeros(1, 2 * N_RANKS, device=DEVICE)  # it must shard something; our tensors are shards
     mesh, failed = ring_mesh(DEVICE, (N_RANKS,)), None
     with context_parallel(mesh, buffers=[sequence], buffer_seq_dims=[1]), CONTENDERS[kernel].context():
         try:
@@ -500,7 +500,7 @@ STAND_IN = {"kernel": None}  # what the stand-ins for flash_attn's functions run
 
 @contextlib.contextmanager
 def on_kernel(kernel):
-    ring_flash_attn()  # what is not installed is missed here, before anything is on its way to other ranks
+    ring_flash_attn()  # raises ImportError here, before anything is sent to other ranks
     if kernel == "fa3":
         importlib.import_module("flash_attn_interface")
     STAND_IN["kernel"] = kernel
@@ -636,11 +636,11 @@ def wall_us(f, n):
 
 
 def events_us(f, n, before=None):
-    """Median from the end of a call to that of the next: the host's time shows if it limits. before: a
-    function that runs before each call; from its end then."""
+    """Median from the end of one call to the end of the next: the host's time shows where it is longer.
+    before: a function that runs before each call; the clock starts at its end."""
     if not GPU:
         return wall_us(f, n)
-    f()  # its end is where the clock starts
+    f()
     starts, ends = [[torch.cuda.Event(enable_timing=True) for _ in range(n)] for _ in "ab"]
     starts[0].record()
     for start, end in zip(starts, ends):
@@ -654,7 +654,7 @@ def events_us(f, n, before=None):
 
 
 def cold_us(f, n):
-    """Of the GPU, with nothing of the inputs in its L2 cache."""
+    """The GPU's time, with no inputs in its L2 cache."""
     return events_us(f, n, flush().zero_ if GPU else None)
 
 
@@ -680,8 +680,8 @@ def in_turns(row, calls, timer, contexts={}):
     """{who: microseconds per call} of those that do not fail, on the slowest rank. contexts: {who: what its
     calls run in} of those that are no contenders.
 
-    The median of five rounds in which all take turns. Each begins in another place, as a busy GPU gets
-    slower. Calls of more than 0.3 s are timed once."""
+    The median of five rounds in which all take turns. Each round begins with another one, as a busy GPU
+    gets slower. Calls of more than 0.3 s are timed once."""
     about = {who: slowest_us(who, row, f, 1, contexts.get(who), timer) for who, f in calls.items()}
     found = {who: [us] for who, us in about.items() if us}
     order = list(found)
@@ -696,11 +696,8 @@ def in_turns(row, calls, timer, contexts={}):
 
 
 def n_caches(needed):
-    """How many caches of `needed` bytes make four times L2: calls on them in turn find it cold."""
+    """How many caches of `needed` bytes fill L2 four times: a call on each in turn finds none of its own."""
     return -(-4 * torch.cuda.get_device_properties().L2_cache_size // needed) if GPU else 1
-
-
-HOW = {"graph": events_us, "eager": wall_us} if GPU else {"eager": wall_us}  # decoding and its timers
 
 
 def decode_us(row, callers):
@@ -709,14 +706,12 @@ def decode_us(row, callers):
     callers = {who: (f, q, caches * -(-8 // len(caches))) for who, (f, q, caches) in callers.items()}
     calls = {who: lambda x=x: [x[0](x[1], *kv) for kv in x[2]] for who, x in callers.items()}
     found = {}
-    for how, timer in HOW.items():
-        timed = calls
-        if how == "graph":
-            graphs = {who: attempt(who, row, capture, f) for who, f in calls.items()}
-            timed = {who: graph[0] for who, graph in graphs.items() if graph}
-        us = in_turns(row, timed, timer)
-        found[how] = {who: t / len(callers[who][2]) for who, t in us.items()}
-    return found
+    if GPU:
+        graphs = {who: attempt(who, row, capture, f) for who, f in calls.items()}
+        replays = {who: graph[0] for who, graph in graphs.items() if graph}
+        found["graph"] = in_turns(row, replays, events_us)
+    found["eager"] = in_turns(row, calls, wall_us)
+    return {how: {who: t / len(callers[who][2]) for who, t in us.items()} for how, us in found.items()}
 
 
 @cache
@@ -743,7 +738,7 @@ def relative_error(x, true):
 
 
 def same_bits(call, results, times=1):
-    """Do more calls return the same? All are made: other ranks, who may see no difference, wait for them."""
+    """Do more calls return the same bits? All are made, also after a difference: other ranks wait in them."""
     return all([torch.equal(x, y) for _ in range(times) for x, y in zip(call(), results, strict=True)])
 
 
@@ -1012,19 +1007,19 @@ def decode_row(name, shape):
         call, mine = contender.decode(shape, lengths, table), contender.turn(q)
         if call is None:
             return None
-        n = n_caches(shape.needed(contender.store is quantized))
-        caches = [make_cache(name, i, shape) for i in range(n)]
+        needed = shape.needed(contender.store is quantized)
+        caches = [make_cache(name, i, shape) for i in range(n_caches(needed))]
         caches = [[contender.store(contender.turn(x)) for x in kv] for kv in caches]
-        return relative_error(contender.turn(call(mine, *caches[0]))[-1:], truth), (call, mine, caches)
+        error = relative_error(contender.turn(call(mine, *caches[0]))[-1:], truth)
+        return error, needed, (call, mine, caches)
 
     found = of_each(DECODERS, name, prepare)
-    us = decode_us(name, {who: x for who, (_, x) in found.items()})
+    us = decode_us(name, {who: caller for who, (*_, caller) in found.items()})
     lines = [compare(name, f"{how} us", x, DECODERS) for how, x in us.items()]
     for what, unit in (("GB/s", 1), ("of copy", copy_gbs())) if GPU else ():
-        needed = {who: shape.needed(CONTENDERS[who].store is quantized) for who in DECODERS}
-        rates = {who: needed[who] / t / 1e3 / unit for who, t in us["graph"].items()}
+        rates = {who: found[who][1] / t / 1e3 / unit for who, t in us["graph"].items()}
         lines.append(compare(name, what, rates, DECODERS, max))
-    return lines + [compare(name, "error", {who: error for who, (error, _) in found.items()}, DECODERS)]
+    return lines + [compare(name, "error", {who: error for who, (error, *_) in found.items()}, DECODERS)]
 
 
 def sharded(quick):
@@ -1051,8 +1046,7 @@ def sharded_row(name, shape):
     def error():
         return relative_error(*(f(q, *kv[0]).to(TRUE_DTYPE) for f, q, kv in callers.values()))
 
-    error = attempt("ours", name, error)
-    return [*lines, compare(name, "error", {} if error is None else {"ours": error}, who)]
+    return [*lines, compare(name, "error", {"ours": attempt("ours", name, error)}, who)]
 
 
 # -----------------------------------------------------------------------------
@@ -1098,7 +1092,7 @@ GiB: peak beyond the inputs, symmetric memory included
 peers: ms of B1 under our schedule, or {COMMON} if no peer has it, of each library's fastest variant"""
 
 
-@lru_cache(maxsize=1)  # of long sequences, memory holds one
+@lru_cache(maxsize=1)  # memory holds one long sequence
 def one_gpu(T, H, HKV, mask):
     """All ranks' tokens on every rank alone: ([q, k, v, do], [o, dq, dk, dv]), or (None, None)."""
     S = N_RANKS * T
@@ -1289,10 +1283,9 @@ else:
     SECTIONS["mods"] = partial(masked, some=slice(4, None), title="sinks, softcap, ALiBi")
     SECTIONS |= dict(small=small, memory=memory) if GPU else {}
     SECTIONS["decode"] = decode
-SECTIONS |= {"train": training, "generate": generating}
-SECTIONS |= {f"errors-{dtype}": partial(errors, dtype=dtype) for dtype in ERROR_DTYPES}
-# parts that run only where --all or --part asks for them
-ONLY_ALL = {"errors-bf16", "errors-fp16", "train", "generate"}
+MORE = {"train": training, "generate": generating}  # they run only where a flag asks for them
+MORE |= {f"errors-{dtype}": partial(errors, dtype=dtype) for dtype in ERROR_DTYPES}
+SECTIONS |= MORE
 
 # -----------------------------------------------------------------------------
 # what overlaps: a profile of every rank
@@ -1548,9 +1541,7 @@ def errors_figure(path, found, lines):
     svg(path, left + width + 20, y + 40, parts, measured_on(found))
 
 
-BY_HAND = "\n## Where the tests ran\n"  # RESULTS.md from here on stays as it is
-
-
+BY_HAND = "\n## Where the tests ran\n"  # from this heading on, people write RESULTS.md
 CARD = "gpu", "n_ranks", "torch", "triton", "cuda", "cudnn", "dtype", "commit"
 
 
@@ -1718,7 +1709,7 @@ def main():
     chosen = set(args.part or ()) | {part for part in SECTIONS if args.errors and part.startswith("errors")}
     only_trace = args.trace and not (args.quick or args.filter or args.all or args.figures is not None)
     if not chosen and not only_trace:
-        chosen = {part for part in SECTIONS if args.all or args.filter or part not in ONLY_ALL}
+        chosen = {part for part in SECTIONS if args.all or args.filter or part not in MORE}
         chosen |= {"trace"} if args.all and N_RANKS > 1 else set()
     if "trace" in chosen:
         args.trace = args.trace or "runs/trace"
