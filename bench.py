@@ -379,7 +379,7 @@ class Contender(NamedTuple):
         """(B, S, H, D) into the contender's layout, or back."""
         return x.transpose(1, 2) if self.heads_first else x
 
-    def call(self, tensors, what, mask=Mask()):
+    def call(self, tensors, what, mask=CAUSAL):
         f = self.make(mask, tensors[0].shape[2])
         return attention_call(f, [*map(self.turn, tensors)], what)
 
@@ -1344,10 +1344,10 @@ def intervals(events, calls):
         if not wanted:
             continue
         moves = cat == "gpu_memcpy" and thread != stream or "nccl" in name or name == "gloo:recv"
-        # the last range that began before it. On a GPU it must not have ended; a CPU's messages take longer
-        around = [x for x in ranges if x["tid"] == thread and x["ts"] - 0.1 <= start]
-        around = [x["name"] for x in around if not GPU or start < x["ts"] + x["dur"]]
-        kind = around[-1] if around else "forward" if "fwd" in name else "other"
+        kind = "forward" if "fwd" in name else "other"
+        for x in ranges:  # the last that began before it; a CPU's messages may outlast theirs
+            if x["tid"] == thread and x["ts"] - 0.1 <= start and (not GPU or start < x["ts"] + x["dur"]):
+                kind = x["name"]
         if (kind in MOVES.values()) != moves:
             kind = "copy" if moves else "other"
         track = "copies" if moves else "kernels" if thread == stream or not GPU else "other stream"
@@ -1508,7 +1508,8 @@ def overlap_figure(path, found):
 
 def errors_figure(path, found, lines):
     """A panel for each dtype; for each mask and contender a dot: the worst ratio of o, dq, dk and dv."""
-    who = [x for x in dict.fromkeys(line["who"] for line in lines) if x != "SDPA"]
+    lines = [line for line in lines if line["who"] != "SDPA"]
+    who = list(dict.fromkeys(line["who"] for line in lines))
     left, width, height, top, y = 60, 860, 200, 4, 40 + 18 * -(-len(who) // 4)
     colors = dict(zip(who, itertools.cycle((BLUE, ORANGE, GREEN, PURPLE, GOLD, INK))))
     panels, parts = {}, []
@@ -1528,16 +1529,16 @@ def errors_figure(path, found, lines):
             parts.append(label(left + step * (i + 0.5), y + 18, mask, "middle", 11))
             for line in some:
                 ratios = [line[x] for x in ("o", "dq", "dk", "dv") if not isinstance(line[x], str)]
-                if line["who"] != "SDPA" and ratios:
-                    n, ratio = who.index(line["who"]), max(ratios)
-                    x, at = left + step * (i + (n + 1) / (len(who) + 1)), y - height * min(ratio, top) / top
+                if ratios:
+                    n, ratio = 1 + who.index(line["who"]), max(ratios)
+                    x, at = left + step * (i + n / (len(who) + 1)), y - height * min(ratio, top) / top
                     opacity = 1 if line["same bits"] == "yes" else 0.4
-                    text = f"{n + 1}" if ratio <= top else f"{n + 1}: {ratio:.0f}"
-                    parts.append(rect(x - 3, at - 3, 6, 6, colors[who[n]], opacity))
+                    parts.append(rect(x - 3, at - 3, 6, 6, colors[line["who"]], opacity))
+                    text = n if ratio <= top else f"{n}: {ratio:.0f}"
                     parts.append(label(x, at - 6, text, "middle", 9))
         y += 34
-    text = "pale: bits differ from call to call. dashed: what test.py allows, of o and of gradients"
-    parts.append(label(10, y + 10, text, size=11))
+    footnote = "pale: bits differ from call to call. dashed: what test.py allows, of o and of gradients"
+    parts.append(label(10, y + 10, footnote, size=11))
     svg(path, left + width + 20, y + 40, parts, measured_on(found))
 
 
