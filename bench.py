@@ -462,7 +462,7 @@ def slowest(*numbers):
 
 
 # -----------------------------------------------------------------------------
-# peers on a ring: their schedule is ours of the same name, so they take the same shards
+# peers on a ring. Under a schedule of the same name they take the same shards as ours
 
 
 class Peer(NamedTuple):
@@ -473,7 +473,7 @@ class Peer(NamedTuple):
     backward: bool = True
 
 
-COMMON = "zigzag"  # every peer has this schedule; of ours it is also timed over p2p and with other heads
+COMMON = "zigzag"  # every peer has this schedule; ours is timed under it over p2p and with other heads too
 ring_mesh = cache(dist.device_mesh.init_device_mesh)
 
 
@@ -495,7 +495,7 @@ def context_parallel(rotate, kernel):
         raise failed
 
 
-STAND_IN = {"kernel": None}  # what the stand-ins for flash_attn's functions run
+STAND_IN = {"kernel": None}  # the kernel that the stand-ins for flash_attn's functions call
 
 
 @contextlib.contextmanager
@@ -508,11 +508,11 @@ def on_kernel(kernel):
 
 
 @cache
-def no_dropout(kernel, device):
+def no_dropout(kernel):
     """Seed and offset, which a backward without dropout does not read."""
     if kernel == "fa2":
-        return [torch.zeros(n, dtype=torch.uint64, device=device) for n in (2, 0)]
-    return [torch.zeros((), dtype=torch.int64, device=device)] * 2
+        return [torch.zeros(n, dtype=torch.uint64, device=DEVICE) for n in (2, 0)]
+    return [torch.zeros((), dtype=torch.int64, device=DEVICE)] * 2
 
 
 def stand_in_forward(q, k, v, softmax_scale, causal, **unused):
@@ -534,7 +534,7 @@ def stand_in_forward(q, k, v, softmax_scale, causal, **unused):
 def stand_in_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, softmax_scale, causal, **unused):
     kernel, aten, lse = STAND_IN["kernel"], torch.ops.aten, softmax_lse.contiguous()
     tensors, options = (dout, q, k, v, out), (q.shape[1], k.shape[1], 0.0, causal)
-    seed = no_dropout(kernel, q.device)
+    seed = no_dropout(kernel)
     if kernel == "fa2":
         options = None, None, *options, *seed
         grads = aten._flash_attention_backward(*tensors, lse, *options, scale=softmax_scale)
@@ -569,7 +569,7 @@ def ring_flash_attn():
 
 def make_ring_flash_attn(schedule, mask, H):
     mask.allow()
-    return lambda q, k, v: ring_flash_attn()[schedule](q, k, v, causal=mask.causal)  # if it is installed
+    return lambda q, k, v: ring_flash_attn()[schedule](q, k, v, causal=mask.causal)  # it may be missing
 
 
 PEERS = []
@@ -602,8 +602,8 @@ def make(name, B, S, H, HKV, D, dtype=DTYPE):
 
 
 def attention_call(f, tensors, what):
-    """A function that returns what="fwd": [o] of f(q, k, v); "bwd": gradients, again and again of one
-    forward; "fwd+bwd": o and gradients. tensors: q, k, v, do."""
+    """A function without arguments. what="fwd": it returns [o] of f(q, k, v); "fwd+bwd": o and gradients;
+    "bwd": gradients of one forward, which is done here. tensors: q, k, v, do."""
     *inputs, do = tensors
     inputs = [x.detach().requires_grad_(what != "fwd") for x in inputs]
     if what == "bwd":
@@ -677,8 +677,8 @@ def slowest_us(who, row, call, n, context=None, timer=events_us):
 
 
 def in_turns(row, calls, timer, contexts={}):
-    """{who: microseconds per call} of those that do not fail, on the slowest rank. contexts: {who: what its
-    calls run in} of those that are no contenders.
+    """{who: microseconds per call} of those that do not fail, on the slowest rank. contexts: {who: what the
+    call runs in}, for those that are no contenders.
 
     The median of five rounds in which all take turns. Each round begins with another one, as a busy GPU
     gets slower. Calls of more than 0.3 s are timed once."""
@@ -905,7 +905,7 @@ def error_contenders():
         return [(Contender(partial(f, schedule=x)), x) for x in ring_attn.SCHEDULES]
 
     if N_RANKS == 1:
-        names = [who for who in KERNELS if who != "sdpa"]  # which the others are measured by
+        names = [who for who in KERNELS if who != "sdpa"]  # it is the yardstick
         found = {who: [(CONTENDERS[who], "contiguous")] for who in names}
         return found | {f"ours x{n}": on_ring(group=ring_attn.VirtualRing(n)) for n in VIRTUAL}
     found = {f"ours {x}": on_ring(transport=x) for x in ("p2p", "symmetric")[: 1 + GPU]}
@@ -1522,7 +1522,7 @@ def errors_figure(path, found, lines):
         y, step = y + height + 24, width / len(columns)
         title = f"{dtype}: largest error, over that of SDPA"
         parts += [label(left, y - height - 10, title, weight="bold"), *y_axis(left, y, width, height, top)]
-        for bound in (2, 3):  # test.py's
+        for bound in (2, 3):  # what test.py allows
             at = y - height * bound / top
             parts.append(stroke([(left, at), (left + width, at)], DASHED))
         for i, (mask, some) in enumerate(columns.items()):
@@ -1616,8 +1616,8 @@ def error_lines(found):
 
 
 def figures(runs):
-    """The README's pictures and RESULTS.md, from runs on GPUs: throughput and errors from all that share GPU
-    and commit with the first one that has them, the overlap from the first one with a trace."""
+    """Writes the README's pictures and RESULTS.md, from runs on GPUs. Throughput and errors: of the first run
+    that has them, and of all others on its GPU at its commit. Overlap: of the first run with a trace."""
     runs = joined(runs)
     ASSETS.mkdir(exist_ok=True)
     schedules_figure(ASSETS)
@@ -1655,7 +1655,7 @@ def commit():
 
 
 def refuse(parser, text):
-    if RANK == 0:  # one of several ranks tells
+    if RANK == 0:  # one message, not one from each rank
         parser.error(text)
     sys.exit(2)
 
@@ -1666,8 +1666,8 @@ def print_json(found):
 
 
 def leave_if_stuck(found, seconds=5.0):
-    """After SIGINT or SIGTERM Python raises KeyboardInterrupt once it is back from C. A rank that waits for
-    one that is gone never is: some seconds later a thread prints `found`, and ends the process."""
+    """After SIGINT or SIGTERM Python raises KeyboardInterrupt, but only once it is back from C. A rank that
+    waits in C for a rank that is gone stays there: a thread prints `found` and ends it, seconds later."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write)
