@@ -30,6 +30,7 @@ import os
 import pickle
 import random
 import re
+import reprlib
 import resource
 import shutil
 import signal
@@ -84,6 +85,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 DEVICE = torch.device("cuda", LOCAL_RANK) if GPU else torch.device("cpu")
 HOPPER = GPU and torch.cuda.get_device_capability(DEVICE)[0] == 9
 HERE = Path(__file__).resolve().parent
+COMPILER = "inductor" if GPU else "aot_eager"
 if ring_attn.INTERPRET:  # it patches its language in every call of a function, and computes overflows in vain
     interpreter = triton.runtime.interpreter
     interpreter._patch_lang(SimpleNamespace(__globals__=dict(tl=tl, core=tl.core)))
@@ -167,11 +169,16 @@ def without_fill():
     return replaced(torch.utils.deterministic, "fill_uninitialized_memory", False)
 
 
+def ratio(row):
+    _, error, bound = row
+    return error / bound
+
+
 def worst(rows):
     """The row (what, error, bound) of the largest error / bound; AssertionError if one is above its bound."""
     bad = "; ".join(f"{what} {error:.2e} > {bound:.2e}" for what, error, bound in rows if not error <= bound)
     assert not bad, bad
-    return max(rows, key=lambda row: row[1] / row[2])
+    return max(rows, key=ratio)
 
 
 def compare(names, got, expected, bound):
@@ -183,7 +190,7 @@ def error(a, b):
     return (a.double() - b).abs().max().item()
 
 
-def same_bits(a, b, why):
+def same_bits(a, b, why="not the same bits"):
     """The tensors of two sequences must be equal, one by one."""
     differ = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if not torch.equal(x, y)]
     assert not differ, f"{why}: tensors {differ} of {len(a)} differ"
@@ -414,8 +421,7 @@ def check_masked_rows(backend):
     q, k, v, do = make(1, 12, 2, 1, 16, LOW[backend])
     k, v = k[:, :7], v[:, :7]
     o, lse, dq, *dkv = run(q, k, v, do, backend=backend)
-    empty = not o[:, :5].any() and not dq[:, :5].any() and (lse[..., :5] == -inf).all()
-    assert empty, "rows without a key are not empty"
+    assert not o[:, :5].any() and not dq[:, :5].any() and (lse[..., :5] == -inf).all()
     return judge((o[:, 5:], lse[..., 5:], dq[:, 5:], *dkv), q[:, 5:], k, v, do[:, 5:], True)
 
 
@@ -437,25 +443,27 @@ def check_autocast(backend):
     plain = run(*casted, *options)
     with torch.autocast(DEVICE.type, low):
         from_float32, same = run(*inputs[:3], casted[3], *options), run(*casted, *options)
-    dtypes = from_float32[0].dtype, from_float32[2].dtype
-    assert dtypes == (low, f32), f"o and dq are {dtypes}, not as SDPA's"
-    same_bits(plain, same, "autocast changes results of its own dtype")
-    from_float32 = [x.to(y.dtype) for x, y in zip(from_float32, plain)]
-    same_bits(plain, from_float32, "float32 inputs are not cast as SDPA casts them")
+    dtypes = from_float32[0].dtype, from_float32[2].dtype  # of o and dq
+    assert dtypes == (low, f32)
+    same_bits(plain, same)
+    same_bits(plain, [x.to(y.dtype) for x, y in zip(from_float32, plain)])
 
 
 def check_same_bits(backend):
-    inputs = make(*(2, 512, 4, 2, 64) if GPU else (1, 24, 2, 1, 16), f16)
-    first = run(*inputs, "zigzag", VirtualRing(2), True, backend)
-    for _ in range(1000 if GPU and backend != "torch" else 2):
-        other = run(*inputs, "zigzag", VirtualRing(2), True, backend)
-        same_bits(first, other, "the same inputs gave other bits")
-    for causal in (True, False):  # many programs add to one tile of dq, and wait for each other
-        inputs = make(1, *(8192, 4, 2, 128) if GPU else (64, 2, 1, 16), f16)
-        first = run(*inputs, causal=causal, backend=backend)
-        for _ in range(300 if GPU and backend != "torch" else 1):
-            other = run(*inputs, causal=causal, backend=backend)
-            same_bits(first, other, "the same inputs gave other bits")
+    many = GPU and backend != "torch"
+    small, large = (
+        ((2, 512, 4, 2, 64), (1, 8192, 4, 2, 128)) if GPU else ((1, 24, 2, 1, 16), (1, 64, 2, 1, 16))
+    )
+    for shape, times, *args in (
+        (small, 1000 if many else 2, "zigzag", VirtualRing(2), True),
+        # many programs add to one tile of dq, and wait for each other
+        (large, 300 if many else 1, "contiguous", None, True),
+        (large, 300 if many else 1, "contiguous", None, False),
+    ):
+        call = partial(run, *make(*shape, f16), *args, backend)
+        first = call()
+        for _ in range(times):
+            same_bits(first, call())
 
 
 def check_free_order(backend):
@@ -467,7 +475,7 @@ def check_free_order(backend):
         free = run(*args, deterministic=False)
         rows.append(judge(free, *inputs, causal))
         if backend != "gluon":
-            same_bits(run(*args), free, "deterministic=False changed a backend that takes no notice")
+            same_bits(run(*args), free)
     return worst(rows)
 
 
@@ -542,12 +550,12 @@ def check_positions(schedule):
         if n_ranks > 1 and fit(schedule, B, T) != (B, T):
             continue
         at = [positions(schedule, r, n_ranks, T, B).expand(B, T) for r in range(n_ranks)]
-        once = (torch.cat(at, 1).sort(1).values == torch.arange(n_ranks * T)).all()
-        assert once, f"{schedule} x{n_ranks}: not every position is held once"
-        assert all((pos.diff(dim=1) > 0).all() for pos in at), f"{schedule} x{n_ranks}: not increasing"
+        assert (torch.cat(at, 1).sort(1).values == torch.arange(n_ranks * T)).all(), (
+            "not every one is held once"
+        )
+        assert all((pos.diff(dim=1) > 0).all() for pos in at)
         x = torch.randn(B, n_ranks * T, 3)
-        shards = [shard(x, schedule, r, n_ranks) for r in range(n_ranks)]
-        assert torch.equal(merge(shards, schedule), x), f"{schedule} x{n_ranks}: merge(shard(x)) != x"
+        assert torch.equal(merge([shard(x, schedule, r, n_ranks) for r in range(n_ranks)], schedule), x)
 
 
 @local
@@ -557,23 +565,21 @@ def shards_are_padded():
         x = torch.randn(2, S, 3, requires_grad=True)
         shards = [shard(x, schedule, r, n_ranks, pad=True, pad_value=7) for r in range(n_ranks)]
         y, more = merge(shards, schedule), n_ranks * fit(schedule, 2, 1)[1] if n_ranks > 1 else 1
-        assert y.shape[1] == -(-S // more) * more, f"{schedule} x{n_ranks}: {S} tokens padded to {y.shape[1]}"
-        assert torch.equal(y[:, :S], x) and (y[:, S:] == 7).all(), f"{schedule} x{n_ranks}: padded otherwise"
+        assert y.shape[1] == -(-S // more) * more
+        assert torch.equal(y[:, :S], x) and (y[:, S:] == 7).all()
         (grad,) = torch.autograd.grad(y.square().sum(), x)
-        assert torch.equal(grad, 2 * x), f"{schedule} x{n_ranks}: gradients of padded shards"
+        assert torch.equal(grad, 2 * x)
         targets = shard(x[..., 0].long(), schedule, 0, n_ranks, pad=True, pad_value=-100)
-        assert targets.dtype == torch.int64 and targets.shape == shards[0].shape[:2], "targets"
+        assert targets.dtype == torch.int64 and targets.shape == shards[0].shape[:2]
     raises(lambda: shard(torch.zeros(3, 5), "step", 0, 2, pad=True), "B=3", "zigzag")
     one = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
     by_sequence = torch.tensor([[0, 3, 3, 8], [0, 1, 8, 8]], dtype=torch.int32)
     starts = torch.tensor([[0, 0, 0, 3, 3, 3, 3, 3], [0, 1, 1, 1, 1, 1, 1, 1]])
-    for schedule, n_ranks in product(SCHEDULES, (1, 2, 4)):
-        for cu_seqlens, start in ((one, starts[:1]), (by_sequence, starts)):
-            at = schedule, n_ranks, 8 // n_ranks, 2
-            here = [positions(at[0], r, *at[1:], cu_seqlens=cu_seqlens).expand(2, -1) for r in range(n_ranks)]
-            got = merge(here, schedule)
-            right = torch.equal(got, (torch.arange(8) - start).expand(2, -1))
-            assert right, f"{schedule} x{n_ranks}: positions in documents are {got.tolist()}"
+    documents = (one, starts[:1]), (by_sequence, starts)
+    for schedule, n_ranks, (cu_seqlens, start) in product(SCHEDULES, (1, 2, 4), documents):
+        at = partial(positions, n_ranks=n_ranks, T=8 // n_ranks, B=2, cu_seqlens=cu_seqlens)
+        got = merge([at(schedule, rank).expand(2, -1) for rank in range(n_ranks)], schedule)
+        assert torch.equal(got, (torch.arange(8) - start).expand(2, -1))
 
 
 def rows_needed(first, last, q_layout, k_layout, T, block):
@@ -588,15 +594,17 @@ def rows_needed(first, last, q_layout, k_layout, T, block):
     return (rows[0] // block * block, min(-(-(rows[-1] + 1) // block) * block, T)) if rows else (0, 0)
 
 
+def mask_of(S, cu_seqlens=None, **options):
+    return ring_attn.make_mask(S, **options, documents=ring_attn.documents_of(cu_seqlens, S))
+
+
 def check_plan(schedule, n_ranks, T, B, block, **options):
     """Ranks send what neighbours receive; keys that a query sees have arrived; no others are moved; gradients
     come home. options: of the mask. Returns the plans forward by rank."""
-    S, name = n_ranks * T, f"{schedule} x{n_ranks}, T={T}, {options}"
-    seen = seen_by_position(S, S, **options).cpu()[:, 0]
+    S = n_ranks * T
+    seen, mask = seen_by_position(S, S, **options).cpu()[:, 0], mask_of(S, **options)
     last = (seen * torch.arange(1, S + 1)).amax(2) - 1  # (1 or B, S): the last key that each query sees
     first = S - (seen * torch.arange(S, 0, -1)).amax(2)
-    mask = {x: value for x, value in options.items() if x != "cu_seqlens"}
-    mask = ring_attn.make_mask(S, **mask, documents=ring_attn.documents_of(options.get("cu_seqlens"), S))
 
     def holds(outer, inner):
         return inner[0] == inner[1] or outer[0] <= inner[0] and inner[1] <= outer[1]
@@ -606,26 +614,23 @@ def check_plan(schedule, n_ranks, T, B, block, **options):
         pulled = [0] * n_ranks
         for r, j in product(range(n_ranks), range(n_ranks)):
             hop, neighbour, came = plans[r][j], plans[(r + direction) % n_ranks][j], plans[r][j - 1]
-            matches = hop.send == neighbour.recv and hop.send_grad == neighbour.recv_grad
-            assert matches, f"{name}: sends do not match"
+            assert hop.send == neighbour.recv and hop.send_grad == neighbour.recv_grad
             for g, row in enumerate(hop.rows):
                 rows, layouts = hop.seen[g], (ring_attn.Layout(*row[:3]), ring_attn.Layout(*row[3:6]))
                 sequences = ring_attn.batch_slices(len(seen), len(hop.rows))[g] if len(seen) > 1 else slice(1)
                 needed = rows_needed(first[sequences], last[sequences], *layouts, T, block)
                 # between queries that are a stride apart there may be keys that none of them sees
                 exact = layouts[0].stride == 1 or mask.kind != ring_attn.INTERVAL.value
-                right = rows == needed if exact else holds(rows, needed)
-                assert right, f"{name}: rows {rows} of the keys seen, not {needed}"
+                assert rows == needed if exact else holds(rows, needed)
                 pulled[r] += (rows[1] - rows[0]) * B // len(hop.rows) * (j > 0)
-                assert not j or holds(came.recv[g], rows), f"{name}: keys are missing"
+                assert not j or holds(came.recv[g], rows), "keys are missing"
                 held, fill = (row.held_begin, row.held_end), (row.fill_begin, row.fill_end)
                 if direction < 0:
-                    home = held == ((0, 0) if n_ranks == 1 or j == 1 else came.recv_grad[g])
-                    assert home, f"{name}: gradients are missing"
-                    leave = holds(fill, held) and holds(fill, rows) and (not j or fill == hop.send_grad[g])
-                    assert leave, f"{name}: gradients leave that nobody has written"
-    by_rank = ring_attn.keys_moved(schedule, n_ranks, T, B, **options)
-    assert by_rank == pulled, f"{name} pulls {by_rank} keys, queries see {pulled}"
+                    assert held == ((0, 0) if n_ranks == 1 or j == 1 else came.recv_grad[g])
+                    written = holds(fill, held) and holds(fill, rows) and (not j or fill == hop.send_grad[g])
+                    assert written, "gradients leave that nobody has written"
+    moved = ring_attn.keys_moved(schedule, n_ranks, T, B, **options)
+    assert moved == pulled
     return plans, pulled
 
 
@@ -638,19 +643,16 @@ def check_plans(schedule):
     for n_ranks, causal, T in product(range(1, 9), (True, False), (8, 256)):
         B, T = fit(schedule, 1, T)
         plans, pulled = check_plan(schedule, n_ranks, T, B, 128, causal=causal)
-        name, most = f"{schedule} x{n_ranks}", n_ranks * (n_ranks - 1)
-        n_groups = len(plans[0][0].rows)
+        most, n_groups = n_ranks * (n_ranks - 1), len(plans[0][0].rows)  # most: shards
         moved = sum(end - begin for p in plans for hop in p for begin, end in hop.recv) / n_groups / T
-        assert moved <= most, f"{name} moves {moved} shards, more than {most}"
+        assert moved <= most
         if causal and schedule in KNOWN:
             share, balanced = KNOWN[schedule]
-            if schedule == "contiguous":
-                assert moved == most / 2, f"{name} moves {moved} shards, not half of {most}"
-            all_pulled = sum(pulled) == share * B * T * most
-            assert T < 256 or all_pulled, f"{name} does not pull {share} of all keys"
+            assert schedule != "contiguous" or moved == most / 2
+            assert T < 256 or sum(pulled) == share * B * T * most
             work = [sum(share for _, share in hops) for hops in ring_attn.work(schedule, n_ranks, T)]
             even = max(work) - min(work) <= 8 * n_ranks / T**2
-            assert T == 256 or n_ranks == 1 or even == balanced, f"{name}, balanced={balanced}: {work}"
+            assert T == 256 or n_ranks == 1 or even == balanced
 
 
 def check_plans_of_masks(schedule):
@@ -683,13 +685,12 @@ def check_bounds(schedule, BLOCK=8, STREAMED=4):
         B, T = fit(schedule, 2, rng.randint(3, 40))
         S, order = n_ranks * T, ring_attn.hop_order(n_ranks, direction)
         options = dict(causal=causal, window=draw_window(rng, S, causal), seq_len=S - padding)
-        cu_seqlens = draw_documents(rng, B, S - padding, S)
-        seen = seen_by_position(S, S, **options, cu_seqlens=cu_seqlens).cpu().expand(B, 1, S, S)
-        mask = ring_attn.make_mask(S, **options, documents=ring_attn.documents_of(cu_seqlens, S))
+        options["cu_seqlens"] = draw_documents(rng, B, S - padding, S)
+        seen = seen_by_position(S, S, **options).cpu().expand(B, 1, S, S)
+        mask = mask_of(S, **options)
         hops = plan(schedule, n_ranks - 1, n_ranks, T, mask, direction)
         args = hops, mask, B, T, T, mask.starts(), direction, (BLOCK, STREAMED), "cpu"
         tables = ring_attn.make_bounds(*args)
-        name = f"{schedule} x{n_ranks}, {T=}, {direction=}, {options}, {cu_seqlens.tolist()}"
         for b in range(B):
             later = torch.zeros(T, dtype=torch.bool)
             for j in reversed(order):
@@ -698,42 +699,42 @@ def check_bounds(schedule, BLOCK=8, STREAMED=4):
                 q_pos, k_pos = (ring_attn.layout_positions(layout, T) for layout in layouts)
                 here = seen[b, 0][q_pos][:, k_pos]
                 bounds = ring_attn.Bounds(*(x if x is None else x[b * len(x) // B] for x in tables[j]))
-                check_tables(f"{name}, hop {j}", here, later, bounds, BLOCK, STREAMED, direction)
+                check_tables(here, later, bounds, BLOCK, STREAMED, direction)
                 later |= here.any(1)
 
 
-def check_tables(name, seen, later, bounds, BLOCK, STREAMED, direction):
+def check_tables(seen, later, bounds, BLOCK, STREAMED, direction):
     """Bounds of one sequence at one hop; seen (T, TK); later (T,): does a query see a key at a later hop?"""
 
     def interval(begin, end, n):
         return (begin[:, None] <= torch.arange(n)) & (torch.arange(n) < end[:, None])
 
     T, TK = seen.shape
-    assert torch.equal(interval(*bounds.rows[:2], TK), seen), f"{name}: keys of a query"
-    assert torch.equal(bounds.rows[2].bool(), later), f"{name}: later hops of a query"
+    assert torch.equal(interval(*bounds.rows[:2], TK), seen), "keys of a query"
+    assert torch.equal(bounds.rows[2].bool(), later), "later hops of a query"
     if direction < 0:
-        assert torch.equal(interval(*bounds.columns, T), seen.mT), f"{name}: queries of a key"
+        assert torch.equal(interval(*bounds.columns, T), seen.mT), "queries of a key"
     some, every = blocks_of(seen if direction > 0 else seen.mT, BLOCK, STREAMED)  # (resident, streamed) tiles
     n, names = some.shape[1], "BEGIN FULL_BEGIN FULL_END END LATER NUMBER TURN WAIT_END".split()
     columns = (bounds.tiles[:, getattr(ring_attn, x).value] for x in names)
     begin, full_begin, full_end, end, any_later, number, *turns = columns
     if direction > 0:  # the tiles that see the most keys come first
-        assert torch.equal(number.sort().values, torch.arange(len(some))), f"{name}: not every tile once"
-        assert (n_keys := end - begin).diff().le(0).all(), f"{name}: {n_keys.tolist()} tiles of keys"
+        assert torch.equal(number.sort().values, torch.arange(len(some))), "not every tile once"
+        assert (end - begin).diff().le(0).all()
         expected = F.pad(later, (0, -T % BLOCK)).unflatten(0, (-1, BLOCK)).any(1)[number]
-        assert torch.equal(any_later.bool(), expected), f"{name}: later hops of a tile"
+        assert torch.equal(any_later.bool(), expected), "later hops of a tile"
         some, every = some[number], every[number]
     visited, bare = interval(begin, end, n), interval(full_begin, full_end, n)
-    assert not (some & ~visited).any(), f"{name}: a tile is left out"
-    assert not (bare & ~(visited & every)).any(), f"{name}: a tile is not masked that must be"
+    assert not (some & ~visited).any(), "a tile is left out"
+    assert not (bare & ~(visited & every)).any(), "a tile is not masked that must be"
     ordered = (begin <= full_begin) & (full_begin <= full_end) & (full_end <= end)
-    assert ordered.all(), f"{name}: tiles would be visited twice"
+    assert ordered.all(), "tiles would be visited twice"
     if direction < 0:  # dq of a query tile is added up by one key tile after the other, which wait in turn
         turn, wait_end = (x[:, None] for x in turns)
         number = torch.arange(1, len(some) + 1)[:, None]
         before = F.pad((number * visited).cummax(0).values, (0, 0, 1, 0))[:-1]  # 1 + the last one before it
         waits = torch.where(torch.arange(n) < wait_end, turn, 0)
-        assert not ((waits != before) & visited).any(), f"{name}: turns of key tiles"
+        assert not ((waits != before) & visited).any()
 
 
 @local
@@ -757,22 +758,23 @@ def p2p_moves_what_keys_moved_says():
             with replaced(ring_attn.VirtualRank, "exchange", spy) as exchange:
                 ring_attn.ring_attn(q, k, v, schedule, ring, backend="torch", **options)
             rows = ring_attn.keys_moved(schedule, n_ranks, T, B, transport="p2p", **options)
-            expected = [n * 2 * 8 * 4 for n in rows]
-            assert moved == expected, f"{schedule} x{n_ranks} {options}: {moved} bytes, not {expected}"
+            assert moved == [n * 2 * 8 * 4 for n in rows]
 
 
 @local
 def windows_and_documents_move_what_is_seen():
     """A window of 257 tokens in shards of 1024: 256 from the token before each run of consecutive ones."""
-    rows = dict(contiguous=[0, 256, 256, 256], zigzag=[256, 512, 512, 256], striped=[3072] * 4)
     documents = torch.tensor([0, 1024, 2048, 3072, 4096], dtype=torch.int32)
-    for schedule, expected in rows.items():
-        moved = ring_attn.keys_moved(schedule, 4, 1024, window=257)
-        assert moved == expected, f"{schedule} moves {moved}, not {expected}"
-    for causal in (True, False):
-        assert ring_attn.keys_moved("contiguous", 4, 1024, causal=causal, cu_seqlens=documents) == [0] * 4
-    padded = ring_attn.keys_moved("contiguous", 4, 1024, causal=False, seq_len=1100)
-    assert padded == [128, 1024, 0, 0], f"padding moves: {padded}"
+    for schedule, expected, options in (
+        ("contiguous", [0, 256, 256, 256], dict(window=257)),
+        ("zigzag", [256, 512, 512, 256], dict(window=257)),
+        ("striped", [3072] * 4, dict(window=257)),
+        ("contiguous", [0] * 4, dict(cu_seqlens=documents)),
+        ("contiguous", [0] * 4, dict(cu_seqlens=documents, causal=False)),
+        ("contiguous", [128, 1024, 0, 0], dict(seq_len=1100, causal=False)),
+    ):
+        moved = ring_attn.keys_moved(schedule, 4, 1024, **options)
+        assert moved == expected
 
 
 class ModelCopyStream:
@@ -816,11 +818,8 @@ def check_protocol(schedule, n_ranks, seed, loops=8, **options):
     """ring_attn.Symmetric without a GPU: hop loops, forward and backward in turn, on ranks whose two streams
     advance at random. Every key and gradient must be what and where it should when a kernel reads it, no rank
     may wait for ever, and all flags must be clear at the end. options: of the mask."""
-    rng, D, title = random.Random(seed), 2, f"{schedule} x{n_ranks} {options}"
-    B, T = fit(schedule, 2, 256)
-    mask = {x: value for x, value in options.items() if x != "cu_seqlens"}
-    documents = ring_attn.documents_of(options.get("cu_seqlens"), n_ranks * T)
-    mask = ring_attn.make_mask(n_ranks * T, **mask, documents=documents)
+    rng, D, (B, T) = random.Random(seed), 2, fit(schedule, 2, 256)
+    mask = mask_of(n_ranks * T, **options)
     size = 2 * B * T * D * 4
     kv_staging, grad_staging = [4096, 4096 + size], [4096 + 2 * size, 4096 + 3 * size]
     memories = [torch.full((4096 + 4 * size,), 255, dtype=torch.uint8) for _ in range(n_ranks)]
@@ -841,11 +840,11 @@ def check_protocol(schedule, n_ranks, seed, loops=8, **options):
     def groups(hop):  # of sequences: their slice, row of the hop table, rows seen
         return zip(ring_attn.batch_slices(B, len(hop.seen)), hop.rows, hop.seen)
 
-    def attend(name, loop, kv, hop, j):
+    def attend(loop, kv, hop, j):
         for x, what in zip(kv, "kv"):
             expected = content(loop, hop.source, what)
             for s, _, (begin, end) in groups(hop):
-                assert torch.equal(x[s, begin:end], expected[s, begin:end]), f"{name}, hop {j}: wrong keys"
+                assert torch.equal(x[s, begin:end], expected[s, begin:end])
             if j:
                 x.fill_(nan)  # they are not needed any more
 
@@ -856,15 +855,14 @@ def check_protocol(schedule, n_ranks, seed, loops=8, **options):
             x[s, row.fill_begin : row.fill_end], x[s, held] = 0, kept
             x[s, begin:end] += 10.0**rank
 
-    def bring_home(name, rank, hop, grads):
+    def bring_home(rank, hop, grads):
         for g, (s, row, _) in enumerate(groups(hop)):
             truth, home = torch.zeros(T), slice(row.held_begin, row.held_end)
             for other in set(range(n_ranks)) - {rank}:
                 begin, end = plan(schedule, other, n_ranks, T, mask, 1)[(other - rank) % n_ranks].seen[g]
                 truth[begin:end] += 10.0**other
             for x in grads:
-                right = (x[s, home, 0, 0] == truth[home]).all() and truth[home].sum() == truth.sum()
-                assert right, f"{name}: gradients lack a rank's part"
+                assert (x[s, home, 0, 0] == truth[home]).all() and truth[home].sum() == truth.sum()
         spoil(*grads)
 
     def fill(k, v, loop, rank):
@@ -876,7 +874,7 @@ def check_protocol(schedule, n_ranks, seed, loops=8, **options):
 
     def hop_loop(loop, rank, direction):  # as in forward_hops and backward_hops
         ring = SimpleNamespace(rank=rank, n_ranks=n_ranks, memory=shared[rank])
-        name, k, v = f"{title}, loop {loop}, rank {rank}", *torch.full((2, B, T, 1, D), nan)
+        k, v = torch.full((2, B, T, 1, D), nan)
 
         def kernel(*call):
             streams[rank].kernels.append(("kernel", *call))
@@ -895,13 +893,13 @@ def check_protocol(schedule, n_ranks, seed, loops=8, **options):
                 if hop.visible and j:
                     kernel(collect, rank, grads, hop)
             if hop.visible:
-                kernel(attend, name, loop, kv, hop, j)
+                kernel(attend, loop, kv, hop, j)
             if direction < 0 and j:
                 at = ctypes.addressof(coming) if loop % 4 == 1 and j == n_ranks - 1 else None
                 moves.pass_on(j, at)
             elif direction < 0:
                 streams[rank].kernels.append(("wait for 0", ctypes.addressof(coming)))  # within the kernel
-                kernel(bring_home, name, rank, hop, grads)
+                kernel(bring_home, rank, hop, grads)
         moves.finish()
         kernel(spoil, k, v)  # as the caller may
 
@@ -919,7 +917,7 @@ def check_protocol(schedule, n_ranks, seed, loops=8, **options):
 
     while any(queues):
         able = [queue for queue in queues if queue and ready(queue)]
-        assert able, f"{title}: every stream waits"
+        assert able, "every stream waits"
         kind, *args = rng.choice(able).popleft()
         if kind == "record":
             done.add(args[0])
@@ -932,11 +930,11 @@ def check_protocol(schedule, n_ranks, seed, loops=8, **options):
         elif kind == "write":
             flag(args[0]).value = args[1]
         elif kind in ("signal", "wait"):
-            assert kind == "wait" or flag(args[0]).value == 0, f"{title}: a flag is set twice"
+            assert kind == "wait" or flag(args[0]).value == 0, "a flag is set twice"
             flag(args[0]).value = int(kind == "signal")
-    assert not any(memory[:4096].any() for memory in memories), f"{title}: a flag is left set"
+    assert not any(memory[:4096].any() for memory in memories), "a flag is left set"
     expected = [n * 2 * D * 4 * loops for n in ring_attn.keys_moved(schedule, n_ranks, T, B, **options)]
-    assert bytes_pushed == expected, f"{title}: moved {bytes_pushed} bytes in {loops} loops, not {expected}"
+    assert bytes_pushed == expected
 
 
 def check_protocols(schedule, n_ranks):
@@ -953,8 +951,7 @@ def buffers_per_rank():
     seen, shard_size = set(), 2 * 4 * 2 * 16
 
     def spy(self, send, recv, *args):
-        sizes = [x.numel() for x in recv]
-        assert set(sizes) <= {shard_size}, f"buffers of {sizes} elements, not {shard_size}"
+        assert {x.numel() for x in recv} <= {shard_size}
         seen.update((self.rank, x.dtype, x.data_ptr()) for x in recv)
         return exchange(self, send, recv, *args)
 
@@ -963,8 +960,7 @@ def buffers_per_rank():
     # two buffers each: k and v in 16 bits, forward and backward; dk and dv in float32
     for dtype, most in ((f16, 2 * 2 * 2), (f32, 2 * 2)):
         counts = [sum(r == rank and d == dtype for r, d, _ in seen) for rank in range(8)]
-        bounded = 0 < min(counts) and max(counts) <= most
-        assert bounded, f"buffers of {dtype} by rank: {counts}, not 1 to {most}"
+        assert 0 < min(counts) and max(counts) <= most
 
 
 @local
@@ -1011,9 +1007,8 @@ def operators_where_the_dispatcher_is_needed():
         keep = partial(create_selective_checkpoint_contexts, policy)
         o = checkpoint(attn, q, k, v, use_reentrant=False, context_fn=keep)
         grads = torch.autograd.grad(o, (q, k, v), do)
-    once = ran == [ring_attn.forward_hops, ring_attn.backward_hops]
-    assert once, f"under a checkpoint that keeps results it ran {ran}"
-    same_bits(grads, torch.autograd.grad(attn(q, k, v), (q, k, v), do), "under a checkpoint")
+    assert ran == [ring_attn.forward_hops, ring_attn.backward_hops], ran
+    same_bits(grads, torch.autograd.grad(attn(q, k, v), (q, k, v), do))
     with forward_ad.dual_level():
         q, k, v = (x.detach() for x in (q, k, v))
         raises(lambda: attn(forward_ad.make_dual(q, do.detach()), k, v), kind=NotImplementedError)
@@ -1037,7 +1032,7 @@ def second_derivatives_are_refused():
         total = sum(x.sum() for x in results)
         plain = torch.autograd.grad(total, leaves, retain_graph=True)
         grads = torch.autograd.grad(total, leaves, create_graph=True)
-        same_bits(plain, grads, "create_graph=True")
+        same_bits(plain, grads)
         for grad in grads:
             refused(grad.sum().backward, "second derivative", retain_graph=True)
 
@@ -1046,7 +1041,7 @@ def second_derivatives_are_refused():
 def check_compiled():
     """One graph: o, lse and gradients as in eager, whichever of the two has one; other lengths, no_grad;
     errors when it runs; a VirtualRing that is made inside."""
-    made, compiler, backend = VirtualRing(2), "inductor" if GPU else "aot_eager", None if GPU else "torch"
+    made, backend = VirtualRing(2), None if GPU else "torch"
 
     def attn(q, k, v, ring=made):
         return ring_attn.ring_attn(2 * q, k, v, "zigzag", ring, return_lse=True, backend=backend)
@@ -1054,23 +1049,20 @@ def check_compiled():
     def with_own_ring(q, k, v):
         return attn(q, k, v, VirtualRing(2))
 
-    compiled = torch.compile(attn, fullgraph=True, backend=compiler)
-    losses = (
-        lambda o, lse: o.square().sum(),
-        lambda o, lse: lse.square().sum(),
-        lambda o, lse: o.sum() + lse.square().sum(),
-    )
-    rows = []
-    for T, loss in zip((8, 16, 24), losses):
+    compiled, rows = torch.compile(attn, fullgraph=True, backend=COMPILER), []
+    for T, loss in (
+        (8, lambda o, lse: o.square().sum()),
+        (16, lambda o, lse: lse.square().sum()),
+        (24, lambda o, lse: o.sum() + lse.square().sum()),
+    ):
         leaves, results = [x.requires_grad_() for x in make(2, T, 4, 2, 16, f32)[:3]], []
         for f in (attn, compiled):
             out = f(*leaves)
             results.append([*out, *torch.autograd.grad(loss(*out), leaves, materialize_grads=True)])
         rows.append(compare(("o", "lse", "dq", "dk", "dv"), *results, 1e-5))
     with torch.no_grad():
-        same_bits(compiled(*leaves), attn(*leaves), "under no_grad")
-        inside = torch.compile(with_own_ring, backend=compiler)(*leaves)
-        same_bits(inside, attn(*leaves), "a VirtualRing made inside")
+        same_bits(compiled(*leaves), attn(*leaves))
+        same_bits(torch.compile(with_own_ring, backend=COMPILER)(*leaves), attn(*leaves))
     raises(lambda: compiled(*(x[:, :7] for x in leaves)), "seq_len=7", "n_ranks=2")
     flash = torch.compile(ring_attn.flash_attn_func, fullgraph=True, backend="aot_eager")
     raises(lambda: flash(*leaves, bias=leaves[0]), "bias")
@@ -1086,7 +1078,7 @@ def check_compiled_masks():
     """One graph with windows, documents, sinks and padding: results and gradients as in eager, new documents
     without a new graph; errors when it runs."""
     made, backend, sinks = VirtualRing(2), None if GPU else "torch", torch.randn(4, device=DEVICE)
-    graphs = CompileCounterWithBackend("inductor" if GPU else "aot_eager")
+    graphs = CompileCounterWithBackend(COMPILER)
     leaves = [x.requires_grad_() for x in (*make(2, 24, 4, 2, 16, f32)[:3], sinks)]
 
     def attn(q, k, v, sinks, cu_seqlens, window):
@@ -1101,7 +1093,7 @@ def check_compiled_masks():
             loss = f(*leaves, documents, window)
             results.append((loss / 1000, *torch.autograd.grad(loss, leaves)))
         rows.append(compare(("loss", "dq", "dk", "dv", "dsinks"), *results, 1e-4))
-        assert graphs.frame_count == n // 2 + 1, f"{graphs.frame_count} graphs, not {n // 2 + 1}"
+        assert graphs.frame_count == n // 2 + 1, f"{graphs.frame_count} graphs"
     wild = torch.tensor([0, 30, 21], dtype=torch.int32)
     raises(lambda: compiled(*leaves, wild, 5), "cu_seqlens", "begin with 0")
     raises(lambda: compiled(*leaves, None, 0), "window")
@@ -1117,11 +1109,11 @@ def rings_and_agreements_do_not_pile_up():
     del ring, rings
     gc.collect()
     n_left = sum(ring() is not None for ring in left)
-    assert n_left <= 4, f"{n_left} of 50 VirtualRings are kept"
+    assert n_left <= 4
     ring = VirtualRing(2)
     for i in range(20_000):
         ring_attn.agree_once(ring, i, {}, None, lambda: None)
-    assert 0 < len(ring.agreed) <= 10_000, f"a ring remembers {len(ring.agreed)} of 20,000 agreements"
+    assert 0 < len(ring.agreed) <= 10_000, f"a ring remembers {len(ring.agreed)} agreements"
     x = inputs[0].requires_grad_()
     ring_attn.ring_attn(x, x, x, group=ring_attn.Ring()).sum().backward()  # only the graph holds the ring
 
@@ -1139,7 +1131,7 @@ def tables_stay_where_they_are():
     tables = [hop.table for hop in hops]
     for table, hop in zip(tables, hops, strict=True):
         rows = [n for row in hop.rows for n in row]
-        assert table.device == DEVICE and table.tolist()[: len(rows)] == rows, f"{table}, not {rows}"
+        assert table.device == DEVICE and table.tolist()[: len(rows)] == rows
     if GPU:
         inputs = make(1, 64, 2, 2, 64, bf16)
         truth = run(*inputs, group=ring)
@@ -1150,8 +1142,7 @@ def tables_stay_where_they_are():
         for rank in (0, 1):  # fills the cache of plans as well
             plan("contiguous", rank, 2, 2 * T + 1, ring_attn.make_mask(4 * T + 2), 1)
     again = [hop.table for hop in on_device(64)]
-    same = all(a is b for a, b in zip(tables, again, strict=True))
-    assert same, "after 2,000 other shapes a table is another tensor"
+    assert all(a is b for a, b in zip(tables, again, strict=True))
     if GPU:
         gc.collect()
         litter = [torch.full((16,), 10**6, dtype=torch.int32, device=DEVICE) for _ in range(4000)]
@@ -1163,8 +1154,8 @@ def tables_stay_where_they_are():
 @real
 def copies_of_a_ring_share_it(_):
     ring = ring_attn.resolve_ring(None)
-    assert copy.deepcopy([ring])[0] is ring, "deepcopy made another ring"
-    assert pickle.loads(pickle.dumps(ring)) is ring, "a pickled ring of the default group is another one"
+    assert copy.deepcopy([ring])[0] is ring
+    assert pickle.loads(pickle.dumps(ring)) is ring
 
 
 @local(needs="GPU")
@@ -1181,7 +1172,7 @@ def a_million_tokens(T=2**20):
     peak = (torch.cuda.max_memory_allocated() - before) / q.nbytes
     # o, dq, dk, dv, 3 float32 a row; on Hopper also dq in float32
     most = 6.5 if ring_attn.best_backend(q) == "gluon" else 4.5
-    assert peak < most, f"forward and backward keep {peak:.1f} times the memory of q"
+    assert peak < most
     scale, lse_error = D**-0.5, 0.0
     squares = {}  # (what, position): squared errors of ours and of the yardstick, summed over the heads
 
@@ -1238,12 +1229,10 @@ def work_tiles_of_the_Hopper_forward():
         scheduler = FunctionType(ring_attn.tile_scheduler.fn.__code__, {"gl": gl})
         tile, head, exists = scheduler(n, n_tiles, l2_heads, waves)
         tiles = np.sort((tile * n_heads + head)[exists])
-        name, most = f"{(B, T, H, HKV)} on {n_sm}", exists.sum(1).max()
-        assert np.array_equal(tiles, np.arange(n_tiles * n_heads)), f"{name}: not every work tile once"
-        single = l2_heads == 1 or (T, HKV) != (65536, 32)
-        assert single, f"{name}: keys of {l2_heads} heads at a time, one of which fills L2"
-        fair = most <= triton.cdiv(len(tiles), P) + 1
-        assert fair, f"{name}: a program has {most} of {len(tiles)} work tiles"
+        assert np.array_equal(tiles, np.arange(n_tiles * n_heads)), "not every work tile once"
+        assert l2_heads == 1 or (T, HKV) != (65536, 32), "here one head fills L2"
+        most = exists.sum(1).max()  # work tiles of a program
+        assert most <= triton.cdiv(len(tiles), P) + 1
         if len(n) >= 4:  # a work tile takes as long as its key tiles and about three more
             work = (exists * (n_tiles - tile + 3)).sum(1)
             uneven = max(uneven, work.max() / work.mean() - 1)
@@ -1264,13 +1253,13 @@ def work_tiles_of_the_Hopper_backward():
         dims, n_tiles = ring_attn.Dims(0, 0, 0, *integers, 1), -(-T // N)
         work = FunctionType(code, names)(np.arange(n_tiles * B * HKV), dims, N, M, ring_attn.CAUSAL.value)
         tiles = (work.b * HKV + work.h) * n_tiles + work.start // N
-        assert np.array_equal(np.sort(tiles), np.arange(len(tiles))), f"T{T}: not every work tile once"
+        assert np.array_equal(np.sort(tiles), np.arange(len(tiles))), "not every work tile once"
         for head in range(B * HKV):
             starts = work.start[work.b * HKV + work.h == head]
-            assert (np.diff(starts) > 0).all(), f"T{T}: a key tile comes before one that it waits for"
+            assert (np.diff(starts) > 0).all(), "a key tile comes before one that it waits for"
         end = -(-T // M)
-        assert work.first == end - 1 and (work.n_tiles == end - work.start // M).all(), f"T{T}: queries"
-        assert (work.n_tail == np.minimum(N // M, work.n_tiles)).all(), f"T{T}: masked tiles"
+        assert work.first == end - 1 and (work.n_tiles == end - work.start // M).all()
+        assert (work.n_tail == np.minimum(N // M, work.n_tiles)).all()
 
 
 @local
@@ -1280,18 +1269,16 @@ def launchers_fit_the_Hopper_kernels():
     integers = "sm_scale n_hops B H G T TK GROUP_B SET_B L2_HEADS WAVES OUTER".split()
 
     def spy(kernel, device, depends, grid, args, constants, **options):
-        given, name = dict(zip(kernel.arg_names, args)), kernel.__name__
-        expected = list(kernel.arg_names[len(args) :])
-        assert expected == list(constants), f"{name}: constants {list(constants)}, not {expected}"
-        for x, value in given.items():
+        name = kernel.__name__
+        assert list(kernel.arg_names[len(args) :]) == list(constants)
+        for x, value in zip(kernel.arg_names, args):
             if value is None:
-                assert x in ("DLSE", "MODS"), f"{name}: no {x}"
+                assert x in ("DLSE", "MODS")
             elif x == "MODS":
-                assert [len(value), len(value.args), len(value.dropout)] == [6, 1, 3], f"{name}: MODS {value}"
+                assert [len(value), len(value.args), len(value.dropout)] == [6, 1, 3]
             else:
                 kind = "_desc" if hasattr(value, "block_shape") else isinstance(value, torch.Tensor)
-                right = "_desc" if x.endswith("_desc") else x not in integers
-                assert kind == right, f"{name}: {x} is {value}"
+                assert kind == ("_desc" if x.endswith("_desc") else x not in integers)
         seen.append((name, grid))
 
     properties = SimpleNamespace(multi_processor_count=10)
@@ -1316,7 +1303,7 @@ def launchers_fit_the_Hopper_kernels():
             kernels.backward(q, k, v, do, state, q, *grads, bwd, 0, mask, mods, 0.5, True)
             kernels.postprocess(state, q, 0.5)
     backward = [("bwd_preprocess_kernel", 64), ("hopper_bwd_kernel", 8), ("bwd_postprocess_kernel", 32)]
-    assert seen == [("hopper_fwd_kernel", 10), *backward] * 2, f"{seen}"
+    assert seen == [("hopper_fwd_kernel", 10), *backward] * 2
 
 
 @local
@@ -1328,7 +1315,7 @@ def a_schedule_is_one_row():
         for file in HERE.glob("*.py"):
             shutil.copy(file, folder)
         code = (folder / "ring_attn.py").read_text()
-        assert code.count(first) == 1, f"ring_attn.py has no {first!r}"
+        assert code.count(first) == 1
         (folder / "ring_attn.py").write_text(code.replace(first, first + fifth))
         done = call_python("test.py", "--filter", "fifth x2", cwd=folder)
         cases, last = re.findall(r"^(.*fifth x2.*) ok$", done.stdout, re.M), done.stdout.splitlines()[-1:]
@@ -1346,7 +1333,7 @@ def check_low_scores(backend):
     for n_ranks, causal in product((1, 2), (True, False)):
         o = ring_attn.ring_attn(*leaves, "contiguous", VirtualRing(n_ranks), causal, backend=backend)
         grads = torch.autograd.grad(o, leaves, do)
-        assert all(x.isfinite().all() for x in grads), f"{n_ranks=} {causal=}: not all gradients are finite"
+        assert all(x.isfinite().all() for x in grads)
 
 
 for backend in ring_attn.BACKENDS:
@@ -1444,11 +1431,10 @@ def judge_masked(got, *inputs):
     wide = [x if x is None else x.double() for x in inputs[:6]]
     truth = dense_attention(*wide, *inputs[6:])
     peer = truth if q.dtype == f64 else masked_sdpa(*inputs)
-    assert torch.equal(got[1] == -inf, truth[1] == -inf), "lse is not -inf where it must be, or elsewhere"
+    assert torch.equal(got[1] == -inf, truth[1] == -inf)
     sees, is_seen = seen.any(-1).mT.expand(*q.shape[:2], 1), seen.any(2).mT.expand(*k.shape[:2], 1)
     for i, what, some in ((0, "o", sees), (2, "dq", sees), (3, "dk", is_seen), (4, "dv", is_seen)):
-        rest = got[i].masked_fill(some[..., None], 0.0)
-        assert (rest == 0).all(), f"{what} is not 0 where nothing is seen, but up to {rest.abs().max():.1e}"
+        assert (got[i].masked_fill(some[..., None], 0.0) == 0).all(), f"{what} where nothing is seen"
     rows, names, exact = [], ("o", "lse", "dq", "dk", "dv"), 1e-12 if q.dtype == f64 else 1e-5
     for what, a, t, p, times in zip(names, got, truth, peer, (2, 2, 3, 3, 3)):
         a, t, p = (x.masked_fill(x == -inf, 0.0) for x in (a, t, p))
@@ -1641,22 +1627,20 @@ def check_drawn(seed, ring=None):
     sinks = None  # exact in every dtype
     if case.sinks:
         sinks = torch.randint(-32, 33, (H, 2), generator=g).div(8).to(DEVICE, case.sinks)[:, 1]  # strided
-    try:
-        with row_blocks(case.row_block) if case.row_block < 128 else contextlib.nullcontext():
-            group = ring or VirtualRing(case.n_ranks)
-            return check_masked(*inputs, dlse, sinks, case.schedule, group, case.backend, **case.options)
-    except Exception as error:
-        raise AssertionError(f"seed {seed}, {vars(case)}: {type(error).__name__}: {error}") from error
+    with row_blocks(case.row_block) if case.row_block < 128 else contextlib.nullcontext():
+        group = ring or VirtualRing(case.n_ranks)
+        return check_masked(*inputs, dlse, sinks, case.schedule, group, case.backend, **case.options)
 
 
-def check_seeds(first, n, ring=None):
-    return max((check_drawn(seed, ring) for seed in range(first, first + n)), key=lambda row: row[1] / row[2])
+def check_seeds(ring, check, first, n):
+    return max((check(seed, ring) for seed in range(first, first + n)), key=ratio)
 
 
 for first in range(0, 150 if GPU else 100, 10):
-    local(check_seeds, f"masks drawn at random, seeds {first} to {first + 9}", first, 10)
+    name = f"masks drawn at random, seeds {first} to {first + 9}"
+    local(check_seeds, name, None, check_drawn, first, 10)
 for size in (2, 4):
-    real(lambda ring: check_seeds(0, 20, ring), f"masks drawn at random on a ring of {size}", ring=size)
+    real(check_seeds, f"masks drawn at random on a ring of {size}", check_drawn, 0, 20, ring=size)
 
 
 def fuzz(n, seed):
@@ -1664,14 +1648,14 @@ def fuzz(n, seed):
     failed, top, began = [], ("", 0.0, 1.0), time.perf_counter()
     for case in range(seed + RANK, seed + n, WORLD):
         try:
-            top = max(top, check_drawn(case), key=lambda row: row[1] / row[2])
-        except AssertionError as error:
+            top = max(top, check_drawn(case), key=ratio)
+        except Exception as error:
             failed.append(case)
-            print(f"FAILED {error}", flush=True)
+            print(f"FAILED {told(error)}", flush=True)
         if (case - seed) % 100 < WORLD:
             print(f"seed {case}: {time.perf_counter() - began:.0f} s, {len(failed)} failed", flush=True)
     said = f"seeds {seed} to {seed + n - 1}, {time.perf_counter() - began:.0f} s"
-    print(f"rank {RANK}, {said}: {len(failed)} failed {failed}; worst ratio {top[1] / top[2]:.2f}, {top[0]}")
+    print(f"rank {RANK}, {said}: {len(failed)} failed {failed}; worst ratio {ratio(top):.2f}, {top[0]}")
     sys.exit(len(failed) > 0)
 
 
@@ -1745,17 +1729,15 @@ def draw_mods(rng, g, B, T, TK, H, backend):
 
 def check_mods(seed, ring=None):
     rng, g = random.Random(seed), torch.Generator().manual_seed(seed)
-    backend = rng.choices(
-        ("torch", "triton", "gluon"), (1, 2, 4) if HOPPER else (1, 3, 0) if GPU else (3, 1, 0)
-    )[0]
+    shares = (1, 2, 4) if HOPPER else (1, 3, 0) if GPU else (3, 1, 0)
+    backend = rng.choices(("torch", "triton", "gluon"), shares)[0]
     interpreted, schedule = backend == "triton" and not GPU, rng.choice([*SCHEDULES])
     n_ranks = ring.n_ranks if ring else rng.randint(1, 4 if interpreted else 8)
     B, T = fit(schedule, 1 if interpreted else 2, rng.randint(1, (40 if interpreted else 600) // n_ranks))
     S, (H, HKV) = n_ranks * T, rng.choice(((2, 1), (2, 2), (6, 2)))
     SK = rng.randint(1, 300) if n_ranks == 1 and not interpreted and rng.random() < 0.3 else S
-    D = rng.choice(
-        dict(torch=(8, 24), triton=(16, 64, 128), gluon=(40, 64, 128))[backend][: 1 if interpreted else 3]
-    )
+    dims = dict(torch=(8, 24), triton=(16, 64, 128), gluon=(40, 64, 128))[backend]
+    D = rng.choice(dims[: 1 if interpreted else 3])
     low = (bf16, f16) if backend == "gluon" else (f32, f16) if interpreted else (f32, bf16)
     dtype, causal = f64 if backend == "torch" else rng.choice(low), rng.random() < 0.6
     shapes = (B, S, H, D), (B, SK, HKV, D), (B, SK, HKV, D), (B, S, H, D)
@@ -1778,68 +1760,49 @@ def check_mods(seed, ring=None):
     leaves = [x.clone().requires_grad_() for x in (*padded[:3], sinks) if x is not None]
     options |= dict(causal=causal, window=window, backend=backend, deterministic=rng.random() < 0.8)
     options |= dict(sinks=leaves[3] if sinks is not None else None, seq_len=S if n_padding else None)
-    try:
-        if ring:
-            at = schedule, ring.rank, ring.n_ranks
-            o = ring_attn.ring_attn(*(shard(x, *at) for x in leaves[:3]), schedule, ring, **options)
-            loss = (o * shard(padded[3], *at)).sum()
-        else:
-            o = ring_attn.ring_attn(*leaves[:3], schedule, VirtualRing(n_ranks), **options)
-            loss = (o * padded[3]).sum()
-        grads = [*torch.autograd.grad(loss, leaves + ([options["bias"]] if wants_bias else []))]
-        if ring:
-            o = unshard(o, schedule, ring)
-            for x in grads:  # each rank has the part of its queries
-                dist.all_reduce(x, group=ring.group)
-        if n_padding:
-            assert not any(x[:, S:].any() for x in (o, *grads[:3])), "padding is not 0"
-            o, *grads = o[:, :S], *(x[:, :S] for x in grads[:3]), *grads[3:]
-        truth = dense_modified(
-            *(x if x is None or x.dtype == torch.bool else x.double() for x in inputs), **mods
-        )
-        peer = dense_modified(*inputs, **mods) if dtype.itemsize == 2 else truth
-    except Exception as failure:
-        raise AssertionError(f"seed {seed}: {type(failure).__name__}: {failure}") from failure
+    if ring:
+        at = schedule, ring.rank, ring.n_ranks
+        o = ring_attn.ring_attn(*(shard(x, *at) for x in leaves[:3]), schedule, ring, **options)
+        loss = (o * shard(padded[3], *at)).sum()
+    else:
+        o = ring_attn.ring_attn(*leaves[:3], schedule, VirtualRing(n_ranks), **options)
+        loss = (o * padded[3]).sum()
+    grads = [*torch.autograd.grad(loss, leaves + ([options["bias"]] if wants_bias else []))]
+    if ring:
+        o = unshard(o, schedule, ring)
+        for x in grads:  # each rank has the part of its queries
+            dist.all_reduce(x, group=ring.group)
+    if n_padding:
+        assert not any(x[:, S:].any() for x in (o, *grads[:3])), "padding is not 0"
+        o, *grads = o[:, :S], *(x[:, :S] for x in grads[:3]), *grads[3:]
+    exact = [x if x is None or x.dtype == torch.bool else x.double() for x in inputs]
+    truth = dense_modified(*exact, **mods)
+    peer = dense_modified(*inputs, **mods) if dtype.itemsize == 2 else truth
     names, rows = ["o", "dq", "dk", "dv", *["dsinks"] * (sinks is not None), "dbias"], []
     # every kernel subtracts do * o with a rounded o from all of a row's gradients of scores: what dbias sums
     rounding = do.double() * (truth[0].to(dtype).double() - truth[0])
     noise = rounding.sum(-1).square().mT[..., None]  # (B, H, queries, 1)
     if sinks is not None:  # likewise, by how much of a row's weight its sink has
         kept = {x: y for x, y in mods.items() if "dropout" not in x}
-        ones = [x if x is None or x.dtype == torch.bool else x.double() for x in inputs]
-        ones[2] = torch.ones_like(ones[2])
-        of_sinks = 1 - dense_modified(*ones, **kept)[0][..., :1].transpose(1, 2)  # (B, H, queries, 1)
+        exact[2] = torch.ones_like(exact[2])
+        of_sinks = 1 - dense_modified(*exact, **kept)[0][..., :1].transpose(1, 2)  # (B, H, queries, 1)
     for name, a, t, p in zip(names, (o, *grads), truth, peer):
-        exact = 1e-12 if dtype == f64 and name[1:] not in ("sinks", "bias") else 2e-5
-        bound = 3 * error(p, t) + exact * max(1, t.abs().max().item())
+        least = 1e-12 if dtype == f64 and name[1:] not in ("sinks", "bias") else 2e-5
+        bound = 3 * error(p, t) + least * max(1, t.abs().max().item())
         if name == "dsinks":
             bound += 3 * (noise * of_sinks.square()).sum((0, 2, 3)).sqrt().max().item()
         if name == "dbias":
             summed = [dim for dim, n in enumerate(t.shape[:3]) if n == 1]
             bound += 3 * noise.sum(summed, keepdim=True).sqrt().max().item()
         rows.append((name, error(a, t), bound))
-    try:
-        return worst(rows)
-    except AssertionError as bad:
-        options = {x: y for x, y in options.items() if not isinstance(y, (torch.Tensor, tuple))}
-        case = dict(schedule=schedule, n_ranks=n_ranks, S=S, SK=SK, H=H, HKV=HKV, D=D, dtype=dtype)
-        raise AssertionError(
-            f"seed {seed}, {case}, {options}, {[*mods]}, {sinks is not None=}: {bad}"
-        ) from bad
-
-
-def check_mod_seeds(first, n, ring=None):
-    return max((check_mods(seed, ring) for seed in range(first, first + n)), key=lambda row: row[1] / row[2])
+    return worst(rows)
 
 
 for first in range(0, 100 if GPU else 40, 10):
-    local(check_mod_seeds, f"score mods drawn at random, seeds {first} to {first + 9}", first, 10)
+    name = f"score mods drawn at random, seeds {first} to {first + 9}"
+    local(check_seeds, name, None, check_mods, first, 10)
 for size in (2, 4):
-    real(
-        lambda ring: check_mod_seeds(0, 12, ring),
-        f"score mods drawn at random on a ring of {size}",
-        ring=size,
-    )
+    real(check_seeds, f"score mods drawn at random on a ring of {size}", check_mods, 0, 12, ring=size)
 
 
 @local
@@ -1927,21 +1890,18 @@ def check_mod_errors():
 @local(name="compiled, with score mods")
 def check_compiled_mods():
     """One graph, results and gradients as in eager."""
-    backend, compiler = ("triton", "inductor") if GPU else ("torch", "aot_eager")
-    leaves = [
-        x.requires_grad_()
-        for x in (*make(2, 24, 4, 2, 16, f32)[:3], torch.randn(1, 4, 24, 24, device=DEVICE))
-    ]
-    slopes, seed = torch.rand(4, device=DEVICE), torch.tensor([5], device=DEVICE)
-    scales, shifts = torch.rand(4, device=DEVICE), torch.rand(24, device=DEVICE)
-    mods = dict(score_mod=stretch) if not GPU else dict(score_mod=ScoreMod(stretch_jit, stretch_bwd_jit))
+    bias = torch.randn(1, 4, 24, 24, device=DEVICE)
+    leaves = [x.requires_grad_() for x in (*make(2, 24, 4, 2, 16, f32)[:3], bias)]
+    seed = torch.tensor([5], device=DEVICE)
+    slopes, scales, shifts = (torch.rand(n, device=DEVICE) for n in (4, 4, 24))
+    backend, mod = ("triton", ScoreMod(stretch_jit, stretch_bwd_jit)) if GPU else ("torch", stretch)
 
     def attn(q, k, v, bias, with_bias):
         options = dict(softcap=3.0, alibi_slopes=slopes, dropout_p=0.2, dropout_seed=seed, backend=backend)
-        options |= dict(bias=bias) if with_bias else dict(mods, aux=(scales, shifts))
+        options |= dict(bias=bias) if with_bias else dict(score_mod=mod, aux=(scales, shifts))
         return ring_attn.ring_attn(2 * q, k, v, "zigzag", VirtualRing(2), **options).square().sum()
 
-    compiled, rows = torch.compile(attn, fullgraph=True, backend=compiler), []
+    compiled, rows = torch.compile(attn, fullgraph=True, backend=COMPILER), []
     for with_bias in (True, False):
         results = []
         for f in (attn, compiled):
@@ -2242,18 +2202,15 @@ def check_compiled_decode():
         (*pages, dict(page_table=table)),
     ):
         f = partial(decode_attn, backend=backend, **options)
-        graphs = CompileCounterWithBackend("inductor" if GPU else "aot_eager")
-        compiled = torch.compile(
-            lambda q, k, v, L: f(q, k, v, cache_seqlens=L), fullgraph=True, backend=graphs
-        )
+        graphs = CompileCounterWithBackend(COMPILER)
+        g = torch.compile(lambda q, k, v, L: f(q, k, v, cache_seqlens=L), fullgraph=True, backend=graphs)
         for lengths in (L, L // 2, L.flip(0)):
-            got, expected = (g(q, k, v, **{x: lengths}) for g, x in ((compiled, "L"), (f, "cache_seqlens")))
+            got, expected = g(q, k, v, lengths), f(q, k, v, cache_seqlens=lengths)
             if not options.get("return_lse"):
                 got, expected = [got], [expected]
-            same_bits(got, expected, f"compiled, {list(options)}")
-            strides = [[x.stride() for x in results] for results in (got, expected)]
-            assert strides[0] == strides[1], f"strides {strides}"
-        assert graphs.frame_count == 1, f"{graphs.frame_count} graphs for {list(options)}"
+            same_bits(got, expected)
+            assert [x.stride() for x in got] == [x.stride() for x in expected]
+        assert graphs.frame_count == 1, f"{graphs.frame_count} graphs"
     compiled = torch.compile(decode_attn, fullgraph=True, backend="aot_eager")
     k, v = make_qkv(f32, 2, 2, 64, 4, 2, 16)[1:]
     raises(lambda: compiled(q.clone().requires_grad_(), k, v), "q requires a gradient")
@@ -2702,7 +2659,7 @@ def check_stream(ring, kind, **options):
                 again = torch.cat((again, token), 1)
         assert torch.equal(text, again), f"temperature {temperature}: {text.tolist()} and {again.tolist()}"
     if not options:
-        graphs = CompileCounterWithBackend("inductor" if GPU else "aot_eager")
+        graphs = CompileCounterWithBackend(COMPILER)
         compiled = torch.compile(model.decode, fullgraph=True, backend=graphs)
         for size, most in (41, 1), (46, 2), (60, 2):  # of caches: the second graph is for all sizes
             cache, logits = model.new_cache(2, size), []
@@ -3574,7 +3531,7 @@ def check_compiled_model(ring, kind, autocast):
     model = small_model(ring, 16, kind)
     text = torch.randint(256, (2, 2, 16 * ring.n_ranks), device=DEVICE)
     tokens, targets = (model.blocks[0].attn.shard(x) for x in text)
-    compiled = torch.compile(model, fullgraph=True, backend="inductor" if GPU else "aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=COMPILER)
     results, low = [], f16 if ring_attn.INTERPRET else bf16
     # what runs in the operator does not concern a graph: the interpreter, which is slow, on one process only
     with on_torch_path() if ring.n_ranks > 1 else contextlib.nullcontext():
@@ -4167,8 +4124,8 @@ def check_command_line():
 
 def command_line_error(done, *words):
     """A script must have refused its flags: exit code 2, a message with all words, no traceback."""
-    told = done.returncode == 2 and all(w in done.stderr for w in ("error: ", *words))
-    assert told and "Traceback" not in done.stderr, f"{words}: {done.returncode} {done.stderr}"
+    refused = done.returncode == 2 and all(w in done.stderr for w in ("error: ", *words))
+    assert refused and "Traceback" not in done.stderr, f"{words}: {done.returncode} {done.stderr}"
 
 
 @local(name="train.py --generate at the command line")
@@ -4615,16 +4572,28 @@ def kill_runs(n_kills, seed):
             print(f"{share} kills, {ends}, {time.perf_counter() - began:.0f} s", flush=True)
 
 
+def told(error):
+    """What an error says, or the line that raised it; then the variables of the checks that it went through."""
+    where, short = traceback.extract_tb(error.__traceback__)[-1], reprlib.Repr()
+    short.maxother = short.maxstring = 300
+    short.maxlist = short.maxtuple = short.maxdict = 20
+    said = str(error)[:2000] or where.line
+    lines = [f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}: {said}"]
+    for frame, line in [*traceback.walk_tb(error.__traceback__)][1:]:  # without who called the check
+        if frame.f_globals is globals():
+            known = {x: short.repr(y) for x, y in frame.f_locals.items() if not callable(y)}
+            values = ", ".join(f"{x}={' '.join(text.split())}" for x, text in known.items())
+            lines.append(f"        {frame.f_code.co_name}:{line} {values[:2000]}")
+    return "\n".join(lines)
+
+
 def execute(case, *args):
     """(name, the worst row or None, the failure or None, seconds)."""
     start, row, failure = time.perf_counter(), None, None
     try:
         row = case.run(*args)
     except (Exception, SystemExit) as error:
-        where, said = traceback.extract_tb(error.__traceback__)[-1], str(error)[:2000]
-        failure = (
-            f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}: {said or where.line}"
-        )
+        failure = told(error)
     return case.name, row, failure, time.perf_counter() - start
 
 
@@ -4636,10 +4605,10 @@ def verdict(results):
 def report(results, first):
     """Print the row of a case, and its failures. first: the rank of the first result."""
     name, seconds = results[0][0], max(s for *_, s in results)
-    row = max((row for _, row, _, _ in results if row), key=lambda r: r[1] / r[2], default=None)
+    row = max((row for _, row, _, _ in results if row), key=ratio, default=None)
     numbers = "     -         -         -      -"
     if row:
-        numbers = f"{row[0]:>6} {row[1]:9.1e} {row[2]:9.1e} {row[1] / row[2]:6.2f}"
+        numbers = f"{row[0]:>6} {row[1]:9.1e} {row[2]:9.1e} {ratio(row):6.2f}"
     lines = [f"{name:62} {numbers} {seconds:5.1f} {verdict(results)}"]
     lines += [f"    rank {rank}: {r[2]}" for rank, r in enumerate(results, first) if r[2]]
     print("\n".join(lines), flush=True)
@@ -4717,7 +4686,7 @@ def main():
     def count(results):
         nonlocal top
         counts[verdict(results)] += 1
-        top = max(top, *(row[1] / row[2] for _, row, _, _ in results if row), 0.0)
+        top = max(top, *(ratio(row) for _, row, _, _ in results if row), 0.0)
 
     where = torch.cuda.get_device_name() if GPU else "CPU, kernels in Triton's interpreter"
     say(f"{WORLD} x {where} | torch {torch.__version__} | triton {triton.__version__} | {len(cases)} cases")
