@@ -92,6 +92,10 @@ if ring_attn.INTERPRET:  # it patches its language in every call of a function, 
     interpreter._patch_lang = lambda fn: SimpleNamespace(restore=lambda: None)
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+i32, i64 = torch.int32, torch.int64
+randn, rand, zeros, ones, arange = (
+    partial(f, device=DEVICE) for f in (torch.randn, torch.rand, torch.zeros, torch.ones, torch.arange)
+)
 GROUPS = {1: None}  # size -> the process group of that size that this process is in
 
 # -----------------------------------------------------------------------------
@@ -438,7 +442,7 @@ def check_masked_rows(backend):
 def check_lse_gradient(backend):
     """A loss of both o and lse: all three gradients."""
     q, k, v, do = make(2, 24, 4, 2, 16, f32)
-    dlse = torch.randn(2, 4, 24, device=DEVICE)
+    dlse = randn(2, 4, 24)
     _, _, *truth = by_rows(*(x.double() for x in (q, k, v, do)), True, dlse.double())
     leaves = [x.requires_grad_() for x in (q, k, v)]
     results = ring_attn.ring_attn(*leaves, "striped", VirtualRing(3), return_lse=True, backend=backend)
@@ -492,11 +496,11 @@ def check_free_order(backend):
 @local
 def deterministic_False_is_refused_by_a_deterministic_torch():
     """Where there will be a backward, in every public function and in a model. warn_only refuses nothing."""
-    x = torch.randn(1, 8, 2, 16, device=DEVICE, requires_grad=True)
+    x = randn(1, 8, 2, 16, requires_grad=True)
     before = torch.get_deterministic_debug_mode()
     alone_, two = dict(deterministic=False), dict(deterministic=False, group=VirtualRing(2))
     config = Config(n_layers=1, dim=32, dim_per_head=16, seq_len=8, deterministic=False)
-    model, tokens = Transformer(config).to(DEVICE), torch.zeros(1, 8, dtype=torch.int64, device=DEVICE)
+    model, tokens = Transformer(config).to(DEVICE), zeros(1, 8, dtype=i64)
     calls = [partial(ring_attn.flash_attn_func, x, x, x, **alone_), partial(model, tokens)]
     for schedule in set(SCHEDULES) - {"step"}:  # which needs an even B
         calls.append(partial(ring_attn.ring_attn, x, x, x, schedule, **two))
@@ -550,7 +554,7 @@ def check_offsets():
     del far, spread, view
     T = 100  # the last tile of 128 is hardly padded
     B = 2**31 // (T * 32 * 128) + 64
-    inputs = [torch.randn(B, T, n, 128, device=DEVICE, dtype=bf16) for n in (32, 1, 1, 32)]
+    inputs = [randn(B, T, n, 128, dtype=bf16) for n in (32, 1, 1, 32)]
     got = run(*inputs)
     return worst([row, judge([x[-64:] for x in got], *(x[-64:] for x in inputs), True)])
 
@@ -582,8 +586,8 @@ def shards_are_padded():
         targets = shard(x[..., 0].long(), schedule, 0, n_ranks, pad=True, pad_value=-100)
         assert targets.dtype == torch.int64 and targets.shape == shards[0].shape[:2]
     raises(lambda: shard(torch.zeros(3, 5), "step", 0, 2, pad=True), "B=3", "zigzag")
-    one = torch.tensor([0, 3, 3, 8], dtype=torch.int32)
-    by_sequence = torch.tensor([[0, 3, 3, 8], [0, 1, 8, 8]], dtype=torch.int32)
+    one = torch.tensor([0, 3, 3, 8], dtype=i32)
+    by_sequence = torch.tensor([[0, 3, 3, 8], [0, 1, 8, 8]], dtype=i32)
     starts = torch.tensor([[0, 0, 0, 3, 3, 3, 3, 3], [0, 1, 1, 1, 1, 1, 1, 1]])
     documents = (one, starts[:1]), (by_sequence, starts)
     for schedule, n_ranks, (cu_seqlens, start) in product(SCHEDULES, (1, 2, 4), documents):
@@ -774,7 +778,7 @@ def p2p_moves_what_keys_moved_says():
 @local
 def windows_and_documents_move_what_is_seen():
     """A window of 257 tokens in shards of 1024: 256 from the token before each run of consecutive ones."""
-    documents = torch.tensor([0, 1024, 2048, 3072, 4096], dtype=torch.int32)
+    documents = torch.tensor([0, 1024, 2048, 3072, 4096], dtype=i32)
     for schedule, expected, options in (
         ("contiguous", [0, 256, 256, 256], dict(window=257)),
         ("zigzag", [256, 512, 512, 256], dict(window=257)),
@@ -976,8 +980,7 @@ def buffers_per_rank():
 @local
 def operators_under_opcheck():
     """Schemas, fakes (shapes, dtypes, strides) and autograd of both operators."""
-    documents, seed = torch.tensor([0, 3, 8], dtype=torch.int32), torch.tensor([1], device=DEVICE)
-    randn = partial(torch.randn, device=DEVICE)
+    documents, seed = torch.tensor([0, 3, 8], dtype=i32), torch.tensor([1], device=DEVICE)
     masked = dict(sinks=randn(4), cu_seqlens=documents, seed=seed)
     for group, dtype, given in ((alone(), f64, {}), (VirtualRing(2), f16, {}), (VirtualRing(2), f32, masked)):
         leaves = [permuted(x, 1, 2).requires_grad_() for x in make(2, 8, 4, 2, 16, dtype)]
@@ -1087,7 +1090,7 @@ def check_compiled():
 def check_compiled_masks():
     """One graph with windows, documents, sinks and padding: results and gradients as in eager, new documents
     without a new graph; errors when it runs."""
-    made, backend, sinks = VirtualRing(2), None if GPU else "torch", torch.randn(4, device=DEVICE)
+    made, backend, sinks = VirtualRing(2), None if GPU else "torch", randn(4)
     graphs = CompileCounterWithBackend(COMPILER)
     leaves = [x.requires_grad_() for x in (*make(2, 24, 4, 2, 16, f32)[:3], sinks)]
 
@@ -1098,13 +1101,13 @@ def check_compiled_masks():
 
     compiled, rows, devices = torch.compile(attn, fullgraph=True, backend=graphs), [], {"cpu", DEVICE.type}
     for n, (device, window, cut) in enumerate(product(sorted(devices), (5, (3, 2)), (4, 9))):
-        documents, results = torch.tensor([0, cut, 21], dtype=torch.int32, device=device), []
+        documents, results = torch.tensor([0, cut, 21], dtype=i32, device=device), []
         for f in (attn, compiled):
             loss = f(*leaves, documents, window)
             results.append((loss / 1000, *torch.autograd.grad(loss, leaves)))
         rows.append(compare(("loss", "dq", "dk", "dv", "dsinks"), *results, 1e-4))
         assert graphs.frame_count == n // 2 + 1, f"{graphs.frame_count} graphs"
-    wild = torch.tensor([0, 30, 21], dtype=torch.int32)
+    wild = torch.tensor([0, 30, 21], dtype=i32)
     raises(lambda: compiled(*leaves, wild, 5), "cu_seqlens", "begin with 0")
     raises(lambda: compiled(*leaves, None, 0), "window")
     return worst(rows)
@@ -1155,7 +1158,7 @@ def tables_stay_where_they_are():
     assert all(a is b for a, b in zip(tables, again, strict=True))
     if GPU:
         gc.collect()
-        litter = [torch.full((16,), 10**6, dtype=torch.int32, device=DEVICE) for _ in range(4000)]
+        litter = [torch.full((16,), 10**6, dtype=i32, device=DEVICE) for _ in range(4000)]
         for _ in range(3):
             replay()
         same_bits(results, truth, f"a graph replayed after 2,000 other shapes, {len(litter)} tensors")
@@ -1175,7 +1178,7 @@ def a_million_tokens(T=2**20):
     lse from the forward."""
     torch.manual_seed(0)
     H, D = 8, 128
-    q, k, v, do = (torch.randn(1, T, H, D, device=DEVICE, dtype=bf16) for _ in range(4))
+    q, k, v, do = (randn(1, T, H, D, dtype=bf16) for _ in range(4))
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     o, lse, dq, dk, dv = run(q, k, v, do)
@@ -1294,14 +1297,14 @@ def launchers_fit_the_Hopper_kernels():
     properties = SimpleNamespace(multi_processor_count=10)
     config = ring_attn.hopper_config.__wrapped__  # not the cached one: the GPU is made up
     q, k, v, do = make(2, 200, 4, 2, 40, f16)
-    lse, kernels = torch.zeros(2, 4, 200, device=DEVICE), ring_attn.BACKENDS["gluon"]
-    sinks, ring = torch.zeros(4, device=DEVICE), ring_attn.Ring()
+    lse, kernels = zeros(2, 4, 200), ring_attn.BACKENDS["gluon"]
+    sinks, ring = zeros(4), ring_attn.Ring()
     with (
         replaced(ring_attn, "launch", spy),
         replaced(ring_attn, "hopper_config", config),
         replaced(torch.cuda, "get_device_properties", lambda device: properties),
     ):
-        seed = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        seed = zeros(1, dtype=i64)
         modified = ring_attn.make_chain(q, 2.0)[0], (), 0.1, seed, (199, 199)
         for window, sink, mods in ((None, None, ()), (9, sinks, modified)):
             mask, mods = ring_attn.make_mask(200, window=window), ring_attn.Mods(*mods)
@@ -1506,8 +1509,8 @@ def check_own_mask(backend, changed, seen):
 
     D, dtype = dict(torch=(8, f64), triton=(16, f32), gluon=(64, bf16))[backend]
     S, rows, n_all = 168, [], (2,) if backend == "triton" and not GPU else (1, 3)
-    inputs, i = make(2, S, 2, 1, D, dtype), torch.arange(S, device=DEVICE)
-    dlse = torch.zeros(2, 2, S, device=DEVICE, dtype=torch.promote_types(dtype, f32))
+    inputs, i = make(2, S, 2, 1, D, dtype), arange(S)
+    dlse = zeros(2, 2, S, dtype=torch.promote_types(dtype, f32))
     given = *inputs, dlse, None, seen(i[:, None], i)[None, None], S, D**-0.5
     with replaced(ring_attn.Mask, "keys", found["keys"]), replaced(ring_attn, "make_mask", make_interval):
         with row_blocks(128):  # no plan from before
@@ -1530,11 +1533,11 @@ def documents_on_a_GPU():
     under debug=True. A graph would freeze those on a CPU."""
     S, ring, inputs = 300, ring_attn.Ring(), make(2, 300, 4, 2, 64, bf16)
     rows = ((0, 5, 170, S), (0, 0, 299, S), (0, 100, 200, S), (0, 900, -7, S))  # the last ones are wild
-    tables = [torch.tensor(row, dtype=torch.int32, device=DEVICE) for row in rows]
-    clipped = torch.tensor((0, S, S, S), dtype=torch.int32)
+    tables = [torch.tensor(row, dtype=i32, device=DEVICE) for row in rows]
+    clipped = torch.tensor((0, S, S, S), dtype=i32)
 
     def call(cu_seqlens, backend, **options):
-        options |= dict(cu_seqlens=cu_seqlens, window=60, sinks=torch.ones(4, device=DEVICE))
+        options |= dict(cu_seqlens=cu_seqlens, window=60, sinks=ones(4))
         return run(*inputs, "zigzag", ring, True, backend, **options)
 
     for backend in ("triton", "gluon")[: 1 + HOPPER]:
@@ -1568,7 +1571,7 @@ def draw_documents(rng, B, length, end):
         cuts += [cut for cut in cuts if rng.random() < 0.2]  # empty ones
         rows.append([0, *sorted(cuts), end])
     rows = [row + [end] * (max(map(len, rows)) - len(row)) for row in rows]
-    return torch.tensor(rows if by_sequence else rows[0], dtype=torch.int32)
+    return torch.tensor(rows if by_sequence else rows[0], dtype=i32)
 
 
 def draw_window(rng, S, causal):
@@ -1718,19 +1721,19 @@ def dense_modified(q, k, v, do, sinks, seen, softcap=None, bias=None, alibi_slop
 def draw_mods(rng, g, B, T, TK, H, backend):
     """Options of ring_attn, and what a gradient of bias is wanted beside."""
 
-    def randn(*shape):
+    def draw(*shape):
         return torch.randn(shape, generator=g).to(DEVICE)
 
     options = {}
     if rng.random() < 0.4:
         options["softcap"] = rng.choice((0.5, 3.0, 50.0))
     if rng.random() < 0.5:
-        options["bias"] = randn(*(rng.choice((1, n)) for n in (B, H, T, TK)))
+        options["bias"] = draw(*(rng.choice((1, n)) for n in (B, H, T, TK)))
     if rng.random() < 0.4:
-        options["alibi_slopes"] = randn(*rng.choice(((H,), (B, H)))).abs() / 4
+        options["alibi_slopes"] = draw(*rng.choice(((H,), (B, H)))).abs() / 4
     if rng.random() < 0.4:
         wide = f64 if backend == "torch" else f32
-        options["aux"] = (randn(H) + 1).to(wide), (randn(max(T, TK)) / 100).to(wide)
+        options["aux"] = (draw(H) + 1).to(wide), (draw(max(T, TK)) / 100).to(wide)
     if rng.random() < 0.4:
         options |= dict(dropout_p=0.3, dropout_seed=rng.randint(-(2**63), 2**63 - 1))
     return options
@@ -1818,10 +1821,10 @@ for size in (2, 4):
 def dropout_is_philox():
     """The known answer of Random123, a share of entries kept, a scale that keeps the mean; the same entries
     whatever the backend; another seed drops others; a seed may be a tensor."""
-    zero = torch.zeros((), dtype=torch.int64)
+    zero = torch.zeros((), dtype=i64)
     assert int(ring_attn.philox(0, zero, zero, zero, zero)) == 0x5F6FB709 >> 8
     S, H = 1024 if GPU else 64, 2
-    q, v = torch.zeros(1, S, H, S, device=DEVICE), torch.eye(S, device=DEVICE)
+    q, v = zeros(1, S, H, S), torch.eye(S, device=DEVICE)
     v = v.expand(1, H, S, S).transpose(1, 2)
 
     def call(seed=None, backend="torch", D=S, dtype=f32):
@@ -1848,7 +1851,7 @@ def dropout_is_philox():
 
 @local(name="errors of score mods")
 def check_mod_errors():
-    x = torch.randn(2, 8, 4, 16, device=DEVICE)
+    x = randn(2, 8, 4, 16)
 
     def call(**options):
         return ring_attn.ring_attn(x, x, x, group=alone(), **dict(backend="torch") | options)
@@ -1859,16 +1862,14 @@ def check_mod_errors():
     for p in (1.0, -0.1, "x"):
         refused(f"dropout_p={p!r}", dropout_p=p)
     refused("dropout_seed='x'", dropout_p=0.1, dropout_seed="x")
-    refused("dropout_seed", "int64", dropout_p=0.1, dropout_seed=torch.zeros(1, device=DEVICE))
+    refused("dropout_seed", "int64", dropout_p=0.1, dropout_seed=zeros(1))
     raises(lambda: ring_attn.flash_attn_func(x, x, x, 0.1), "bias=0.1", "dropout_p=", "sm_scale=")
-    refused("bias", "(2, 4, 8, 8)", bias=torch.zeros(2, 4, 8, 7, device=DEVICE))
-    refused("bias", "4 dimensions", bias=torch.zeros(8, 8, device=DEVICE))
+    refused("bias", "(2, 4, 8, 8)", bias=zeros(2, 4, 8, 7))
+    refused("bias", "4 dimensions", bias=zeros(8, 8))
     with replaced(ring_attn, "MAX_BIAS", 255):
-        refused("bias has", "score_mod", bias=torch.zeros(1, 1, 8, 8, device=DEVICE))
-    refused("alibi_slopes", "(4,)", "(2, 4)", alibi_slopes=torch.zeros(3, device=DEVICE))
-    refused(
-        "alibi_slopes", "requires a gradient", alibi_slopes=torch.ones(4, device=DEVICE, requires_grad=True)
-    )
+        refused("bias has", "score_mod", bias=zeros(1, 1, 8, 8))
+    refused("alibi_slopes", "(4,)", "(2, 4)", alibi_slopes=zeros(3))
+    refused("alibi_slopes", "requires a gradient", alibi_slopes=ones(4, requires_grad=True))
     plain = dict(score_mod=stretch, aux=(x[0, 0, :, 0], x[0, 0, 0]))
     refused("aux is a list", **dict(plain, aux=[x, x]))
     refused("aux[1] is NoneType", **dict(plain, aux=(x, None)))
@@ -1880,7 +1881,7 @@ def check_mod_errors():
     with torch.enable_grad():
         words = "score_mod_bwd", "no_grad"
         raises(lambda: ring_attn.ring_attn(learned, x, x, group=alone(), **jitted), *words)
-        bias = torch.zeros(1, 1, 8, 8, device=DEVICE, requires_grad=True)
+        bias = zeros(1, 1, 8, 8, requires_grad=True)
         both = dict(jitted, score_mod_bwd=stretch_bwd_jit, bias=bias)
         raises(lambda: ring_attn.ring_attn(x, x, x, group=alone(), **both), "bias", "beside a score_mod")
     number = ring_attn.number_of_functions(stretch, None)
@@ -1894,10 +1895,10 @@ def check_mod_errors():
 @local(name="compiled, with score mods")
 def check_compiled_mods():
     """One graph, results and gradients as in eager."""
-    bias = torch.randn(1, 4, 24, 24, device=DEVICE)
+    bias = randn(1, 4, 24, 24)
     leaves = [x.requires_grad_() for x in (*make(2, 24, 4, 2, 16, f32)[:3], bias)]
     seed = torch.tensor([5], device=DEVICE)
-    slopes, scales, shifts = (torch.rand(n, device=DEVICE) for n in (4, 4, 24))
+    slopes, scales, shifts = (rand(n) for n in (4, 4, 24))
     backend, mod = ("triton", ScoreMod(stretch_jit, stretch_bwd_jit)) if GPU else ("torch", stretch)
 
     def attn(q, k, v, bias, with_bias):
@@ -1992,14 +1993,14 @@ LOW_DECODE = bf16 if GPU else f16
 
 
 def ints(*x, shape=(-1,)):
-    return torch.tensor(x, dtype=torch.int32, device=DEVICE).view(*shape)
+    return torch.tensor(x, dtype=i32, device=DEVICE).view(*shape)
 
 
 def visible(L, M, H, N, causal=True, mask_mod=None, aux=(), window=None, sink=0):
     """(B, H, M, N): which keys the queries may see."""
     sizes = (len(L), (-1, 1, 1, 1)), (H, (-1, 1, 1)), (N, (-1,))
-    b, h, j = (torch.arange(n, device=DEVICE).view(shape) for n, shape in sizes)
-    i = L.long()[b] - M + torch.arange(M, device=DEVICE)[:, None]  # (B, 1, M, 1)
+    b, h, j = (arange(n).view(shape) for n, shape in sizes)
+    i = L.long()[b] - M + arange(M)[:, None]  # (B, 1, M, 1)
     seen = j < L[b]
     if causal or window is not None:
         seen = seen & (j <= i)
@@ -2080,7 +2081,7 @@ def make_decode(dtype, M, H, HKV, D, lengths, causal=True, score_mod=None, mask_
             o, lse = o * (lse - total).exp().transpose(1, 2)[..., None].to(o.dtype), total
         flexed.append((o, lse.double()))
     (true_o, true_lse), (peer_o, peer_lse) = flexed
-    behind = torch.arange(N, device=DEVICE) >= L[:, None]
+    behind = arange(N) >= L[:, None]
     k[behind] = v[behind] = nan
     empty = true_lse == -inf  # (B, H, M)
 
@@ -2133,14 +2134,14 @@ def decode_splits_are_of_equal_length():
         k = new(*cache, 128, dtype=decode.FLOAT8 if float8 else bf16)
         options = dict.fromkeys(("k_scale", "v_scale"), new(cache)) if float8 else {}
         if paged:
-            options["page_table"] = new(B, 16, dtype=torch.int32)
-        seqlens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+            options["page_table"] = new(B, 16, dtype=i32)
+        seqlens = torch.tensor(lengths, dtype=i32, device=DEVICE)
         options["cache_seqlens"] = seqlens
         q = new(B, M, 32, 128, dtype=bf16)
         config = hopper_config(decode.make_call(q, k, k, 0, 1, "triton", **options))
         sizes, n, BLOCK_N = config.sizes, config.constants["MAX_GROUPS"], config.constants["BLOCK_N"]
         row_tiles = sizes.HEAD_SETS * sizes.ROW_TILES
-        tiles, splits = torch.zeros(2, n, dtype=torch.int32, device=DEVICE)
+        tiles, splits = zeros(2, n, dtype=i32)
         count_splits_jit[(1,)](tiles, splits, seqlens, sizes, row_tiles, n, BLOCK_N)
         tiles, splits = tiles[:B].tolist(), splits[:B].tolist()
         assert tiles == [-(-x // BLOCK_N) for x in lengths]
@@ -2189,7 +2190,7 @@ def check_compiled_decode():
     jit = dict(score_mod=ScoreMod(softcap_jit), mask_mod=ScoreMod(dilated_jit))
     mods = jit if GPU else dict(score_mod=softcap, mask_mod=dilated)
     causal = ScoreMod(causal_jit) if GPU else causal_mask
-    of_heads = dict(alibi_slopes=torch.rand(4, device=DEVICE), sink=torch.rand(4, device=DEVICE))
+    of_heads = dict(alibi_slopes=rand(4), sink=rand(4))
     for k, v, options in (
         (k, v, {}),
         (k, v, dict(return_lse=True, window=20, sink=3, n_splits=2)),
@@ -2244,7 +2245,7 @@ def check_block_mask(backend, mask_mod, by_batch, by_head, size, dtype, M, H, HK
 def check_skipped_blocks(backend):
     """Blocks that a mask does not name are not read, and full ones are seen without mask_mod: the former hold
     nan, the mask_mod refuses everything."""
-    q, k, v = (torch.randn(1, n, 2, 16, device=DEVICE, dtype=LOW_DECODE) for n in (1, 96, 96))
+    q, k, v = (randn(1, n, 2, 16, dtype=LOW_DECODE) for n in (1, 96, 96))
     k[:, 32:64] = v[:, 32:64] = nan
     at = dict(shape=(1, 1, 1, -1))
     tables = ints(0, shape=(1, 1, 1)), ints(0, 0, 0, **at), ints(2, shape=(1, 1, 1)), ints(2, 0, 1, **at)
@@ -2320,7 +2321,7 @@ def check_float8_cache():
     config = Config(n_layers=2, dim=64, dim_per_head=16, n_kv_heads=2, seq_len=64, vocab_size=61)
     model, logits = Transformer(config, 0, 1, AttentionType.FLASH).to(DEVICE), []
     tokens = torch.randint(61, (2, 40), device=DEVICE)
-    for dtype in (None, torch.float8_e4m3fn):
+    for dtype in (None, decode.FLOAT8):
         cache = model.new_cache(2, 40, dtype)
         model.prefill(tokens[:, :30], cache)
         logits.append(torch.cat([model.step(x, cache) for x in tokens[:, 30:].split((1, 4, 5), 1)], 1))
@@ -2332,7 +2333,7 @@ def check_float8_cache():
 @local(name="float8: any scale, and what is refused")
 @on_torch_path()
 def check_float8():
-    x = torch.randn(2, 40, 3, 64, device=DEVICE) * torch.logspace(-30, 30, 40, device=DEVICE)[:, None, None]
+    x = randn(2, 40, 3, 64) * torch.logspace(-30, 30, 40, device=DEVICE)[:, None, None]
     x[0, 0] = 0
     x8, scale = decode.quantized(x)
     off = (decode.dequantized(x8, scale, f32) - x).abs() / x.abs().amax(-1, keepdim=True).clamp(min=1e-37)
@@ -2406,7 +2407,7 @@ def check_unseen(backend, poison, dtype, M, H, HKV, D, lengths, N, n_ranks=1, pa
             n_named = named.shape[-1]
             tables += [ints(n_named, shape=(1, 1, 1)), F.pad(named, (0, n_blocks - n_named))]
         options["block_mask"] = BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=(128, block_size))
-        block = torch.arange(N, device=DEVICE) // block_size
+        block = arange(N) // block_size
         seen = torch.where(block % 2 == 0, visible(L, M, H, N, **known | dict(mask_mod=None)), seen)
         seen = seen & (block < n_blocks - 1)
     hidden = ~seen.any(dim=2).view(B, HKV, H // HKV, N).any(dim=2).transpose(1, 2)  # (B, N, HKV)
@@ -2418,7 +2419,7 @@ def check_unseen(backend, poison, dtype, M, H, HKV, D, lengths, N, n_ranks=1, pa
         if float8:  # 0x7F is nan
             kv, scales = zip(*(decode.quantized(x) for x in (k, v)))
             byte, kv = 0x7F if fill else 0, [x.view(torch.uint8) for x in kv]
-            kv = [x.masked_fill(hidden[..., None], byte).view(torch.float8_e4m3fn) for x in kv]
+            kv = [x.masked_fill(hidden[..., None], byte).view(decode.FLOAT8) for x in kv]
             options |= {x: y.masked_fill(hidden, fill) for x, y in zip(("k_scale", "v_scale"), scales)}
         if page_size:
             kv, options["page_table"] = in_pages(*kv, page_size, poison, 0, seed=1)
@@ -2432,8 +2433,8 @@ def check_unseen(backend, poison, dtype, M, H, HKV, D, lengths, N, n_ranks=1, pa
 
 @local(name="decode refuses gradients, odd numbers, nested tensors")
 def check_decode_refusals():
-    q, k = torch.randn(2, 1, 4, 16, device=DEVICE), torch.randn(2, 32, 2, 16, device=DEVICE)
-    sink, slopes = (torch.ones(4, device=DEVICE, requires_grad=True) for _ in range(2))
+    q, k = randn(2, 1, 4, 16), randn(2, 32, 2, 16)
+    sink, slopes = (ones(4, requires_grad=True) for _ in range(2))
     attn = partial(decode_attn, q=q, k=k, v=k, backend="triton")
     with torch.no_grad():
         parts = torch.stack([decode_part(q, k, k, rank, 2, backend="triton") for rank in range(2)])
@@ -2455,7 +2456,7 @@ def check_decode_refusals():
     for _ in range(2):
         raises(attn, "sm_scale=True", sm_scale=True)
         attn(sm_scale=1.0)  # 1.0 == True, and is another key
-    ragged = [torch.randn(n, 2, 16, device=DEVICE) for n in (3, 5)]
+    ragged = [randn(n, 2, 16) for n in (3, 5)]
     for layout in (torch.jagged, torch.strided):
         bad = torch.nested.nested_tensor(ragged, layout=layout)
         refused = partial(raises, decode_attn)
@@ -2509,7 +2510,7 @@ def check_jit_mods():
 @local(name="decode.capture", needs="GPU")
 def check_capture():
     """What f returned is overwritten by each replay; with and without a warm-up call."""
-    x, calls = torch.ones(4, device=DEVICE), []
+    x, calls = ones(4), []
 
     def f():
         calls.append(1)
@@ -2537,7 +2538,7 @@ def decode_in_a_CUDA_graph():
         replay, results = decode.capture(partial(decode_attn, q, k, v, **options))
         for call in (*calls[1:], calls[0]):
             table.copy_(table.roll(1, 0))
-            order = table[:, 0].long() if paged else torch.arange(4, device=DEVICE)
+            order = table[:, 0].long() if paged else arange(4)
             q.copy_(call.q), L.copy_(call.lengths)
             k[order], v[order] = call.k, call.v
             replay()
@@ -2553,7 +2554,7 @@ def check_decode_offsets():
         shape = (B, 16, N, 128) if heads_first else (B, N, 16, 128)
         k, v = (torch.empty(shape, dtype=bf16, device=DEVICE).normal_() for _ in range(2))
         k, v = (x.transpose(1, 2) for x in (k, v)) if heads_first else (k, v)
-        q = torch.randn(B, 1, 16, 128, dtype=bf16, device=DEVICE)
+        q = randn(B, 1, 16, 128, dtype=bf16)
         o, lse = decode_attn(q, k, v, window=300, return_lse=True)
         tail = q[-n:], k[-n:, -300:], v[-n:, -300:], q[-n:]
         truth, true_lse, *_ = by_rows(*(x.double() for x in tail), False)
@@ -2565,7 +2566,7 @@ def check_decode_offsets():
 
 @local(name="errors of decode_attn")
 def check_decode_errors():
-    q, k = torch.randn(2, 1, 4, 16, device=DEVICE), torch.randn(2, 32, 2, 16, device=DEVICE)
+    q, k = randn(2, 1, 4, 16), randn(2, 32, 2, 16)
 
     def call(q=q, k=k, **options):
         return decode_attn(q, k, **dict(v=k) | options)
@@ -2587,7 +2588,7 @@ def check_decode_errors():
         refused(f"{name}={value!r}", **{name: value})
     refused("sink=4", "window", sink=4)
     refused("sink=-1", sink=-1, window=8)
-    refused("sink=((3,)", "(4,)", sink=torch.zeros(3, device=DEVICE))
+    refused("sink=((3,)", "(4,)", sink=zeros(3))
     refused("cache_seqlens", "(2,)", cache_seqlens=ints(1, 2, 3))
     refused("cache_seqlens", "int32", cache_seqlens=ints(1, 2).long())
     refused("cache_seqlens list", cache_seqlens=[1, 2])
@@ -2706,7 +2707,7 @@ def check_ragged(ring, kind, dtype=None, **options):
         most = max(most, sum(-(-(n + i) // span) for n, row in zip(lengths, stopped) if i < len(row)))
     stopped = torch.tensor([row + [stop] * (columns - len(row)) for row in stopped], device=DEVICE)
     for left, paged in product((False, True), repeat=2):
-        tokens, mask = torch.full((4, 20), -1, device=DEVICE), torch.zeros(4, 20, device=DEVICE)
+        tokens, mask = torch.full((4, 20), -1, device=DEVICE), zeros(4, 20)
         for b, (n, prompt) in enumerate(zip(lengths, prompts)):
             at = slice(20 - n, None) if left else slice(n)
             tokens[b, at], mask[b, at] = prompt[0], 1
@@ -2766,7 +2767,7 @@ def check_refill(model, span, prompts, alone, new_cache):
     n_pages = -(-longest // span) + -(-n // span)
     cache = new_cache(page_size=span // model.blocks[0].attn.n_ranks, n_pages=n_pages)
     model.prefill(tokens, cache, torch.tensor([longest, n]), rows=[2, 0])
-    refused, i, new = None, 0, torch.zeros(4, 1, dtype=torch.int64, device=DEVICE)
+    refused, i, new = None, 0, zeros(4, 1, dtype=i64)
     if not GPU:  # what fails leaves no tokens without keys
         raises(lambda: model.step(new - 1, cache), "index", kind=IndexError)
     while refused is None:  # until a page is needed, and none is free
@@ -2783,7 +2784,7 @@ def check_refill(model, span, prompts, alone, new_cache):
     assert before == (cache.host_lengths, cache.pages, cache.free), "the refused step left traces"
 
     def keys():  # of layer 0, as bytes
-        tokens = {b: torch.arange(cache.host_lengths[b], device=DEVICE)[None] for b in (0, 2)}
+        tokens = {b: arange(cache.host_lengths[b])[None] for b in (0, 2)}
         return [cache.k[0].view(torch.uint8)[cache.slots(x, cache.rows[[b]])] for b, x in tokens.items()]
 
     held = keys()
@@ -2839,7 +2840,7 @@ SHAPES = [(1, 4, 4, 16, (33, 0, 1)), (1, 6, 2, 64, (200, 64, 5)), (2, 32, 1, 24,
 SHAPES += [(4, 8, 2, 80, (130,)), (17, 5, 1, 128, (60, 9)), (1, 3, 1, 256, (65, 64)), (40, 4, 2, 33, (90,))]
 if GPU:
     SHAPES += [(1, 8, 2, 128, (5000, 17, 1024)), (3, 32, 4, 128, (4096, 4096)), (70, 8, 8, 96, (333, 64, 1))]
-docs = torch.arange(4 * 256, device=DEVICE).view(4, 256) // 37
+docs = arange(4 * 256).view(4, 256) // 37
 MODS = dict(score_mod=alibi, mask_mod=same_doc, aux=(torch.tensor([0.25, 0.05], device=DEVICE), docs))
 for backend in ("torch", "triton"):
 
@@ -2870,7 +2871,7 @@ for backend in ("torch", "triton"):
         over(f"striped over {n_ranks}", n_ranks, low, 3, 6, 2, 32, (203, 17, 1, 0))
     shape = 3, full, 2, 6, 2, 32, (203, 150, 1)
     over("striped over 3, window and sink tokens", *shape, window=80, sink=4)
-    over("striped over 3, mods and sink logits", *shape, sink=torch.ones(6, device=DEVICE), **MODS)
+    over("striped over 3, mods and sink logits", *shape, sink=ones(6), **MODS)
     heads, lengths = (2, 6, 2, 32), ((190, 64, 3), 200)
     for title, *args in (
         ("causal, blocks of 32", causal_mask, True, False, 32, low, *heads, *lengths),
@@ -2887,7 +2888,7 @@ for backend in ("torch", "triton"):
     for dtype, *args, options in (
         (low, 1, 6, 2, 64, (200, 37, 0), {}),
         (full, 3, 6, 2, 32, (200, 45, 3), dict(window=40, sink=5)),
-        (low, 9, 4, 2, 32, (90, 50), dict(sink=torch.ones(4, device=DEVICE))),
+        (low, 9, 4, 2, 32, (90, 50), dict(sink=ones(4))),
         (low, 2, 6, 2, 32, (150, 20, 0), dict(n_splits=5, score_mod=softcap)),
         (low, 3, 6, 2, 32, (200, 37, 150), docs_only),
     ):
@@ -2930,7 +2931,7 @@ for backend in ("torch", "triton"):
 
 @local(name="errors of ring_attn")
 def check_errors():
-    x, ring2 = torch.randn(2, 8, 4, 16, device=DEVICE), VirtualRing(2)
+    x, ring2 = randn(2, 8, 4, 16), VirtualRing(2)
 
     def call(args=(x, x, x), **options):
         return ring_attn.ring_attn(*args, **dict(group=alone()) | options)
@@ -2955,7 +2956,7 @@ def check_errors():
     refused("spiral", "zigzag", schedule="spiral")
     refused("group", "'world'", group="world")
     refused("backend='cuda'", "triton", backend="cuda")
-    refused("257", "256", args=[torch.randn(1, 4, 1, 257, device=DEVICE)] * 3, backend="triton")
+    refused("257", "256", args=[randn(1, 4, 1, 257)] * 3, backend="triton")
     refused("seq_len=8", "n_ranks=3", group=VirtualRing(3))
     words = "seq_len=6 must be a multiple of 2*n_ranks=4", 'schedule="striped"'
     refused(*words, args=[x[:, :6]] * 3, schedule="zigzag", group=ring2)
@@ -2991,10 +2992,10 @@ def check_errors():
 @local
 def errors_of_masks():
     """In every public function."""
-    x, ring2 = torch.randn(2, 8, 4, 16, device=DEVICE), VirtualRing(2)
+    x, ring2 = randn(2, 8, 4, 16), VirtualRing(2)
 
     def ints(*values):
-        return torch.tensor(values, dtype=torch.int32)
+        return torch.tensor(values, dtype=i32)
 
     def call(q=x, k=x, **options):
         return ring_attn.ring_attn(q, k, k, **dict(group=alone(), backend="torch") | options)
@@ -3052,13 +3053,13 @@ def errors_of_the_model():
     refused("dim_per_head=1", "even", dim_per_head=1, rope_theta=1e4)
     refused("window=0", "1 or more", window=0)
     on_two = Transformer(Config(), 0, 2, AttentionType.ZIGZAG)
-    raises(lambda: on_two.generate(torch.zeros(1, 1, dtype=torch.int64), 1), "on 2 ranks", "STRIPED")
+    raises(lambda: on_two.generate(torch.zeros(1, 1, dtype=i64), 1), "on 2 ranks", "STRIPED")
 
 
 @real(ranks=2)
 def errors_on_one_rank_raise_on_all(ring):
     """And the ring still works afterwards."""
-    x, last = torch.randn(2, 8, 4, 16, device=DEVICE), WORLD - 1
+    x, last = randn(2, 8, 4, 16), WORLD - 1
 
     def wrong(a, b=x):
         return a if RANK == last else b
@@ -3077,8 +3078,8 @@ def errors_on_one_rank_raise_on_all(ring):
     refused("spiral", schedule="spiral")
     refused(f"rank {last}: q is torch.sparse_coo", q=wrong(x.to_sparse()), k=x)
     refused(f"rank {last}: schedule=['zigzag']", schedule=wrong(["zigzag"], "zigzag"))
-    S, sinks = 8 * WORLD, torch.zeros(4, device=DEVICE)
-    documents, others = (torch.tensor([0, n, S], dtype=torch.int32) for n in (3, 4))
+    S, sinks = 8 * WORLD, zeros(4)
+    documents, others = (torch.tensor([0, n, S], dtype=i32) for n in (3, 4))
     for name, good, bad in (
         ("window", 4, 5),
         ("window", 4, (3, 0)),
@@ -3184,7 +3185,7 @@ def check_reuse(ring, times=1000):
     kinds = list(product(range(4), fitting, masks))
     truth = {(i, s, m): run(*inputs[i], s, ring, transport="p2p", **masks[m]) for i, s, m in kinds}
     run(*inputs[0], "zigzag", ring, transport="symmetric")
-    streams, wrong = [torch.cuda.Stream(), torch.cuda.Stream()], torch.zeros(2, device=DEVICE)
+    streams, wrong = [torch.cuda.Stream(), torch.cuda.Stream()], zeros(2)
     torch.cuda.synchronize()
     with without_fill():
         for _ in range(times):
@@ -3208,7 +3209,7 @@ def check_receive_buffers(ring, n_calls=4):
         size = 2 * ring.n_ranks * 4 * 9  # of two receive buffers
         files, kind = [str(folder / f"buffer {r}") for r in range(ring.n_ranks)], torch.int64
         buffers = [torch.from_file(file, shared=True, size=size, dtype=kind) for file in files]
-        waits, halves = torch.zeros(1, dtype=torch.int32), [half for odd in (0, 1) for half in buffers]
+        waits, halves = torch.zeros(1, dtype=i32), [half for odd in (0, 1) for half in buffers]
         where = [buffer.data_ptr() + i // ring.n_ranks * 4 * size for i, buffer in enumerate(halves)]
         peers = torch.tensor([2**31 - 3, 0, waits.data_ptr(), 7, *where])  # epochs that overflow 32 bits
         memory = SimpleNamespace(use_peers=lambda: peers)
@@ -3246,7 +3247,7 @@ def check_sent_parts(ring, times=300):
         ring.memory = memory
     assert memory is not None, ring.why
     replay, replayed = decode.capture(calls[0])
-    streams, wrong = [torch.cuda.Stream(), torch.cuda.Stream()], torch.zeros(2, device=DEVICE)
+    streams, wrong = [torch.cuda.Stream(), torch.cuda.Stream()], zeros(2)
     torch.cuda.synchronize()
     for n in range(times):
         if n % 50 == 0:
@@ -3270,7 +3271,7 @@ def check_ring_graph(ring, packed):
     inputs = [make(2, 256, 4, 2, 64, bf16, seed=100 * RANK + i) for i in range(3)]
     for i, x in enumerate(inputs if packed else ()):
         S = 256 * ring.n_ranks
-        x.append(torch.tensor([0, 9 + 90 * i, S - 99 * i, S], dtype=torch.int32, device=DEVICE))
+        x.append(torch.tensor([0, 9 + 90 * i, S - 99 * i, S], dtype=i32, device=DEVICE))
     static = [x.clone() for x in inputs[0]]
 
     def call(q, k, v, do, cu_seqlens=None):
@@ -3476,10 +3477,10 @@ def check_attention(ring, kind, masked):
     args = 64, 16, S, ring.rank, n_ranks, 0.0, True, AttentionType.SDPA
     options = dict(window=20, sinks=True) if masked else {}
     attn = Attention(*args, n_kv_heads=2, rope_theta=1e4, group=ring, **options).to(DEVICE)
-    cu_seqlens = torch.tensor([[0, 9, S], [0, S, S]], dtype=torch.int32) if masked else None
+    cu_seqlens = torch.tensor([[0, 9, S], [0, S, S]], dtype=i32) if masked else None
     if masked:
-        attn.sinks.data = torch.randn(4, device=DEVICE)
-    x, dy = torch.randn(2, 2, S, 64, device=DEVICE).unbind()
+        attn.sinks.data = randn(4)
+    x, dy = randn(2, 2, S, 64).unbind()
     results = []
     for attn.attn_type in (AttentionType.SDPA, kind):
         leaf = x.clone().requires_grad_()
@@ -3577,7 +3578,7 @@ for n_ranks in SIZES:
     real(check_stream, f"{name}, window, sinks, softcap", kind, ring=n_ranks, softcap=2.0, **options)
     name = f"a model decodes ragged batches x{n_ranks}"
     real(check_ragged, name, kind, ring=n_ranks)
-    real(check_ragged, f"{name}, float8", kind, torch.float8_e4m3fn, ring=n_ranks)
+    real(check_ragged, f"{name}, float8", kind, decode.FLOAT8, ring=n_ranks)
     real(check_ragged, f"{name}, window and sinks", kind, ring=n_ranks, **options)
 
 # -----------------------------------------------------------------------------
@@ -4252,7 +4253,7 @@ def read_schedules(path, schedules, n_ranks=4):
     areas = [shaded_area(x["d"]) / 400 for tag, x, _ in tags if tag == "path" and x["d"].endswith("Z")]
     for schedule in schedules:
         n_groups, multiple, _ = SCHEDULES[schedule]
-        tokens = torch.zeros(n_groups, 32 * multiple, dtype=torch.int64)
+        tokens = torch.zeros(n_groups, 32 * multiple, dtype=i64)
         for rank in range(n_ranks):
             tokens.scatter_(1, positions(schedule, rank, n_ranks, 8 * multiple, n_groups), rank)
         held += tokens.tolist()
@@ -4357,7 +4358,7 @@ def under_products(sass):
 def decode_calls():
     """{name: Call}, as decode_attn gets them, of tensors without data."""
     new = partial(torch.empty, device="meta")
-    ints = partial(new, dtype=torch.int32)
+    ints = partial(new, dtype=i32)
 
     def call(B=1, M=1, D=128, cache=None, float8=False, **options):
         q, cache = new(B, M, 32, D, dtype=bf16), (*(cache or (B, 8192)), 8)
