@@ -259,9 +259,8 @@ def start_python(stderr, *args, before=(), env=None):
     return subprocess.Popen(command, env=env or user_env(), cwd=HERE, **streams)
 
 
-def call_python(*args, cwd=HERE, timeout=180, env=None):
-    """Run Python, in the folder of this file."""
-    options = dict(capture_output=True, text=True, env=env or user_env(), cwd=cwd, timeout=timeout)
+def call_python(*args, cwd=HERE, env=None):
+    options = dict(capture_output=True, text=True, env=env or user_env(), cwd=cwd, timeout=180)
     return subprocess.run([sys.executable, *map(str, args)], **options)
 
 
@@ -1695,11 +1694,10 @@ def dense_modified(q, k, v, do, sinks, seen, softcap=None, bias=None, alibi_slop
     alibi_slopes: with as many queries and keys. aux: of stretch."""
     leaves = [x if x is None else x.detach().to(q.dtype).requires_grad_() for x in (q, k, v, sinks, bias)]
     q, k, v, sinks, bias = leaves
-    (B, T, H, D), TK, device = q.shape, k.shape[1], q.device
-    at = [
-        torch.arange(n, device=device).view(-1, *[1] * dims) for n, dims in ((B, 3), (H, 2), (T, 1), (TK, 0))
-    ]
-    b, h, i, j = at[0], at[1], at[2] + max(TK - T, 0), at[3] + max(T - TK, 0)
+    (B, T, H, D), TK = q.shape, k.shape[1]
+    sizes = (B, 3), (H, 2), (T, 1), (TK, 0)
+    b, h, i, j = (arange(n).view(-1, *[1] * dims) for n, dims in sizes)
+    i, j = i + max(TK - T, 0), j + max(T - TK, 0)
     k, v = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v))
     s = torch.einsum("b m h d, b n h d -> b h m n", q, k) * D**-0.5
     s = softcap * (s / softcap).tanh() if softcap else s
@@ -1992,8 +1990,13 @@ JIT |= {left_pad: left_pad_jit, scale_by_head: scale_jit}
 LOW_DECODE = bf16 if GPU else f16
 
 
-def ints(*x, shape=(-1,)):
-    return torch.tensor(x, dtype=i32, device=DEVICE).view(*shape)
+def ints(*x):
+    return torch.tensor(x, dtype=i32, device=DEVICE)
+
+
+def block_list(n, *blocks):
+    """As BlockMask.from_kv_blocks takes them, of all heads and sequences: the first n of these blocks."""
+    return ints(n).view(1, 1, 1), ints(*blocks).view(1, 1, 1, -1)
 
 
 def visible(L, M, H, N, causal=True, mask_mod=None, aux=(), window=None, sink=0):
@@ -2247,8 +2250,7 @@ def check_skipped_blocks(backend):
     nan, the mask_mod refuses everything."""
     q, k, v = (randn(1, n, 2, 16, dtype=LOW_DECODE) for n in (1, 96, 96))
     k[:, 32:64] = v[:, 32:64] = nan
-    at = dict(shape=(1, 1, 1, -1))
-    tables = ints(0, shape=(1, 1, 1)), ints(0, 0, 0, **at), ints(2, shape=(1, 1, 1)), ints(2, 0, 1, **at)
+    tables = *block_list(0, 0, 0, 0), *block_list(2, 2, 0, 1)  # partial, full
     blocks = BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=(128, 32))
     got = decode_attn(q, k, v, block_mask=blocks, **for_backend(dict(mask_mod=never), backend))
     seen = (torch.cat((x[:, 64:], x[:, :32]), 1) for x in (k, v))
@@ -2360,10 +2362,9 @@ def check_cache_layouts(backend):
 def check_wild_values(backend):
     """Lengths outside of the cache are clipped: nothing outside is read; debug=True and CPUs refuse them."""
     call = make_decode(LOW_DECODE, 1, 4, 2, 32, (64, 64, 64))
-    pages, at = call.k.reshape(-1, 32, 2, 32)[:3], dict(shape=(1, 1, 1, -1))
-    tables = ints(9, shape=(1, 1, 1)), ints(0, 1, **at), ints(-3, shape=(1, 1, 1)), ints(7, -7, **at)
+    pages, tables = call.k.reshape(-1, 32, 2, 32)[:3], (*block_list(9, 0, 1), *block_list(-3, 7, -7))
     wild = dict(cache_seqlens=ints(64, 65, -1))
-    paged = dict(k=pages, v=pages, page_table=ints(0, 1, 1, 2, 2, 3, shape=(3, 2)), cache_seqlens=None)
+    paged = dict(k=pages, v=pages, page_table=ints([0, 1], [1, 2], [2, 3]), cache_seqlens=None)
     blocked = dict(block_mask=BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=(128, 32)), cache_seqlens=None)
     refused = partial(raises, partial(call, backend, debug=True))
     refused("cache_seqlens[1]=65", "0..64", **wild)
@@ -2403,9 +2404,8 @@ def check_unseen(backend, poison, dtype, M, H, HKV, D, lengths, N, n_ranks=1, pa
     if block_size:  # every second block is full, the others partial, the last one not named at all
         n_blocks, tables = -(-N // block_size), []
         for first in (1, 0):
-            named = ints(*range(first, n_blocks - 1, 2), shape=(1, 1, 1, -1))
-            n_named = named.shape[-1]
-            tables += [ints(n_named, shape=(1, 1, 1)), F.pad(named, (0, n_blocks - n_named))]
+            named = range(first, n_blocks - 1, 2)
+            tables += block_list(len(named), *named, *[0] * (n_blocks - len(named)))
         options["block_mask"] = BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=(128, block_size))
         block = arange(N) // block_size
         seen = torch.where(block % 2 == 0, visible(L, M, H, N, **known | dict(mask_mod=None)), seen)
@@ -2533,7 +2533,7 @@ def decode_in_a_CUDA_graph():
         lengths = [(700, 3, 0, 64), (1, 1000, 1000, 999), (1000, 5, 5, 5), (0, 0, 0, 0)]
         calls = [make_decode(bf16, 1, 8, 2, 64, n, N=1000, seed=i) for i, n in enumerate(lengths)]
         q, k, v, L = (x.clone() for x in calls[0][:4])
-        table = ints(0, 1, 2, 3, shape=(4, 1))
+        table = ints([0], [1], [2], [3])
         options = dict(cache_seqlens=L, page_table=table if paged else None, return_lse=True)
         replay, results = decode.capture(partial(decode_attn, q, k, v, **options))
         for call in (*calls[1:], calls[0]):
@@ -3207,8 +3207,8 @@ def check_receive_buffers(ring, n_calls=4):
     """merge_ranks_kernel with receive buffers in files that ranks share: the bits that merge_parts gives."""
     with shared_folder(ring) as folder:
         size = 2 * ring.n_ranks * 4 * 9  # of two receive buffers
-        files, kind = [str(folder / f"buffer {r}") for r in range(ring.n_ranks)], torch.int64
-        buffers = [torch.from_file(file, shared=True, size=size, dtype=kind) for file in files]
+        files = [str(folder / f"buffer {r}") for r in range(ring.n_ranks)]
+        buffers = [torch.from_file(file, shared=True, size=size, dtype=i64) for file in files]
         waits, halves = torch.zeros(1, dtype=i32), [half for odd in (0, 1) for half in buffers]
         where = [buffer.data_ptr() + i // ring.n_ranks * 4 * size for i, buffer in enumerate(halves)]
         peers = torch.tensor([2**31 - 3, 0, waits.data_ptr(), 7, *where])  # epochs that overflow 32 bits
@@ -4642,18 +4642,14 @@ def main():
         if RANK == 0:
             print(line, flush=True)
 
-    def count(results):
-        nonlocal top
-        counts[verdict(results)] += 1
-        top = max(top, *(ratio(row) for _, row, _, _ in results if row), 0.0)
-
     where = torch.cuda.get_device_name() if GPU else "CPU, kernels in Triton's interpreter"
     say(f"{WORLD} x {where} | torch {torch.__version__} | triton {triton.__version__} | {len(cases)} cases")
     say(f"{'case':62} {'worst':>6} {'error':>9} {'bound':>9} {'ratio':>6}     s")
     for size in sorted({case.ring for case in cases}):
         mine = take_turns(everyone, size, [case for case in cases if case.ring == size and not case.lacks])
         for results in itertools.chain(*everyone.gather(mine)):
-            count(results)
+            counts[verdict(results)] += 1
+            top = max(top, *(ratio(row) for _, row, _, _ in results if row), 0.0)
     assert sum(counts.values()) + len(skipped) == len(cases), "a case ran nowhere"
     for why in dict.fromkeys(why for _, why in skipped):
         say(f"skipped, {why}: {'; '.join(name for name, reason in skipped if reason == why)}")
