@@ -200,9 +200,9 @@ def same_bits(a, b, why="not the same bits"):
     assert not differ, f"{why}: tensors {differ} of {len(a)} differ"
 
 
-def by_rows(q, k, v, do, causal, dlse=None):
+def by_rows(q, k, v, do, causal):
     """(o, lse, dq, dk, dv) by the formula in the inputs' dtype, of 256 queries at a time: the scores of all
-    would take gigabytes. dlse: if the loss depends on lse, too."""
+    would take gigabytes."""
     leaves, results = [x.detach().requires_grad_() for x in (q, k, v)], []
     for first in range(0, q.shape[1], 256):
         rows = slice(first, first + 256)
@@ -212,8 +212,7 @@ def by_rows(q, k, v, do, causal, dlse=None):
             s = s.masked_fill(torch.ones_like(s[0, 0], dtype=torch.bool).triu(1 + first), -inf)
         lse = s.logsumexp(-1)
         o = ((s - lse[..., None]).exp() @ v).transpose(1, 2)
-        loss = [(o, do[:, rows])] + ([] if dlse is None else [(lse, dlse[..., rows])])
-        torch.autograd.backward(*zip(*loss))
+        o.backward(do[:, rows])
         results.append((o.detach(), lse.detach()))
     o, lse = zip(*results)
     return torch.cat(o, 1), torch.cat(lse, 2), *(x.grad for x in leaves)
@@ -436,16 +435,6 @@ def check_masked_rows(backend):
     o, lse, dq, *dkv = run(q, k, v, do, backend=backend)
     assert not o[:, :5].any() and not dq[:, :5].any() and (lse[..., :5] == -inf).all()
     return judge((o[:, 5:], lse[..., 5:], dq[:, 5:], *dkv), q[:, 5:], k, v, do[:, 5:], True)
-
-
-def check_lse_gradient(backend):
-    """A loss of both o and lse: all three gradients."""
-    q, k, v, do = make(2, 24, 4, 2, 16, f32)
-    dlse = randn(2, 4, 24)
-    _, _, *truth = by_rows(*(x.double() for x in (q, k, v, do)), True, dlse.double())
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    results = ring_attn.ring_attn(*leaves, "striped", VirtualRing(3), return_lse=True, backend=backend)
-    return compare(("dq", "dk", "dv"), torch.autograd.grad(results, leaves, (do, dlse)), truth, 2e-5)
 
 
 def check_autocast(backend):
@@ -1351,8 +1340,6 @@ def check_low_scores(backend):
 for backend in ring_attn.BACKENDS:
     local(check_low_scores, f"scores far below 0 ({backend})", backend)
     local(check_masked_rows, f"rows without a key ({backend})", backend)
-    if backend != "gluon":  # its bound is for float32 inputs
-        local(check_lse_gradient, f"gradient of lse ({backend})", backend)
     local(check_autocast, f"autocast casts as SDPA's ({backend})", backend)
     local(check_same_bits, f"same inputs, same bits ({backend})", backend)
     local(check_free_order, f"gradients in free order ({backend})", backend)
@@ -4179,7 +4166,7 @@ lock(mutex), lock(mutex)
 
 @real(ranks=2)
 def a_peer_that_fails_leaves_SDPA_as_it_was(ring):
-    """torch's context_parallel puts a ring in SDPA's place; before torch 2.14 it stayed there after an error."""
+    """torch's context_parallel puts a ring in SDPA's place; before torch 2.14 it stayed after an error."""
     before, kernel = F.scaled_dot_product_attention, "fa2" if GPU else "sdpa"
 
     def fail():
@@ -4532,7 +4519,7 @@ def kill_runs(n_kills, seed):
 
 
 def told(error):
-    """What an error says, or the line that raised it; then the variables of the checks that it went through."""
+    """What an error says, or the line that raised it; then the variables of the checks on the way to it."""
     where, short = traceback.extract_tb(error.__traceback__)[-1], reprlib.Repr()
     short.maxother = short.maxstring = 100
     short.maxlist = short.maxtuple = short.maxdict = 16
