@@ -292,7 +292,7 @@ def document_starts(cu_seqlens, S):
 
 
 def count_le(layouts, x, T):
-    """How many of the T local tokens of a layout are at or before x. layouts (..., 3), x (...)."""
+    """How many of the T local tokens of a layout are at or before x. layouts (..., 3), x (...) or an int."""
     start, stride, jump = layouts.unbind(-1)
     first_half = (x - start) // stride + 1
     second_half = (x - start - jump) // stride + 1 - T // 2
@@ -629,18 +629,22 @@ FUNCTIONS = {}  # (score_mod, score_mod_bwd) by number, which operators take; th
 FUNCTION_NUMBERS = itertools.count(1)
 
 
+def remember(cache, key, value, most):
+    """Put a value into a dict, as the latest of at most so many."""
+    cache.pop(key, None)
+    cache[key] = value
+    if len(cache) > most:
+        cache.pop(next(iter(cache)), None)
+
+
 @torch.compiler.assume_constant_result  # called when a graph is made
 def number_of_functions(score_mod, score_mod_bwd):
     """0 for None. The latest 1024 are kept."""
     if score_mod is None:
         return 0
-    pair = score_mod, score_mod_bwd
-    number = next((n for n, known in FUNCTIONS.items() if known[0] is pair[0] and known[1] is pair[1]), None)
-    number = next(FUNCTION_NUMBERS) if number is None else number
-    FUNCTIONS.pop(number, None)
-    FUNCTIONS[number] = pair
-    if len(FUNCTIONS) > 1024:
-        del FUNCTIONS[next(iter(FUNCTIONS))]
+    known = (n for n, (f, f_bwd) in FUNCTIONS.items() if f is score_mod and f_bwd is score_mod_bwd)
+    number = next(known, None) or next(FUNCTION_NUMBERS)
+    remember(FUNCTIONS, number, (score_mod, score_mod_bwd), 1024)
     return number
 
 
@@ -878,8 +882,7 @@ def padding_of(schedule, rank, n_ranks, mask, B, T):
     if mask.length == mask.S:
         return []
     layouts = rank_layouts(schedule, rank, n_ranks, T)
-    length = torch.tensor(mask.length - 1, device="cpu")
-    starts = count_le(torch.tensor(layouts, device="cpu"), length, T).tolist()
+    starts = count_le(torch.tensor(layouts, device="cpu"), mask.length - 1, T).tolist()
     return list(zip(batch_slices(B, len(layouts)), starts))
 
 
@@ -1044,39 +1047,36 @@ class VirtualRing:
             raise ValueError(f"{n_ranks=} must be 1 or more")
         self.n_ranks, self.number = n_ranks, -n_ranks
         self.rank, self.prev_rank, self.next_rank = 0, n_ranks - 1, 1 % n_ranks
-        self.agreed, self.tables, self.recent, self.in_graphs = {}, {}, {}, {}
+        self.agreed, self.recent, self.in_graphs = {}, {}, {}
 
     def on_device(self, hops, q, k, cu_seqlens, mask, direction, backend, modified=False):
-        """hops with their tables on the device. The ring keeps what CUDA graphs go on reading, and of Bounds
-        besides the latest, as there may be new documents in every step."""
+        """hops with their tables, and Bounds where they are read, on the device. The ring keeps the Bounds
+        that CUDA graphs go on reading, and the latest others: every step may have new documents."""
+        if mask.kind != INTERVAL.value and backend != "torch":
+            return kept_tables(hops, q.device)
         (B, T), TK, tile = q.shape[:2], k.shape[1], bounds_tile(backend, q, direction, modified)
         key = hops, mask, B, T, TK, direction, backend, tile, q.device
-        if (tables := self.tables.get(key)) is None and not isinstance(mask.documents, tuple):
-            tables = self.tables[key] = on_device(hops, q.device)  # small
-        if mask.kind != INTERVAL.value and backend != "torch":
-            return tables
         capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
         stream = torch.cuda.current_stream(q.device) if q.is_cuda else None
         if (kept := self.in_graphs.get(key) or self.recent.get(key)) is None:
             in_tensor = mask.documents == "on device"
             starts = document_starts(cu_seqlens, mask.S) if in_tensor else mask.starts()
             starts = starts if starts is None else starts.to(q.device)
-            tables = tables or on_device(hops, q.device)
-            made = make_bounds(tables, mask, B, T, TK, starts, direction, tile, q.device)
-            tables = tuple(hop._replace(bounds=bounds) for hop, bounds in zip(tables, made))
+            hops = (with_tables if isinstance(mask.documents, tuple) else kept_tables)(hops, q.device)
+            made = make_bounds(hops, mask, B, T, TK, starts, direction, tile, q.device)
+            hops = tuple(hop._replace(bounds=bounds) for hop, bounds in zip(hops, made))
             if in_tensor or capturing:
-                return tables  # made anew in every call, and in every replay
-            self.recent[key] = kept = tables, stream, stream and stream.record_event()
-            if len(self.recent) > 8:
-                self.recent.pop(next(iter(self.recent)), None)
-        tables, made_on, event = kept
+                return hops  # made anew in every call, and in every replay
+            kept = hops, stream, stream and stream.record_event()
+            remember(self.recent, key, kept, 8)
+        hops, made_on, event = kept
         if capturing:
             self.in_graphs[key] = kept
         elif stream != made_on:
             stream.wait_event(event)
-            for x in (x for hop in tables for x in (hop.table, *hop.bounds) if x is not None):
+            for x in (x for hop in hops for x in (hop.table, *hop.bounds) if x is not None):
                 x.record_stream(stream)  # it may be dropped while that stream reads it
-        return tables
+        return hops
 
     def agree(self, signature, problem):
         if problem:
@@ -1143,7 +1143,7 @@ class Ring:
         self.transport, self.why = None, "nothing has moved yet"
         self.settled_for = None  # the type of device that the transport was chosen for
         self.agreed = {}  # what every rank has confirmed, oldest first
-        self.tables, self.recent, self.in_graphs = {}, {}, {}  # see on_device
+        self.recent, self.in_graphs = {}, {}  # see on_device
         self.memory, self.retired = None, []  # SymmetricMemory, and those that CUDA graphs may still use
         self.waiter = None  # tells the watchdog what p2p waits for on a GPU
 
@@ -1163,7 +1163,7 @@ class Ring:
     def link(self, transport, schedule, k, *args):
         """The transport of one hop loop."""
         symmetric = self.memory is not None and k.is_cuda and transport != "p2p"
-        return TRANSPORTS["symmetric" if symmetric else "p2p"](self, schedule, k, *args)
+        return (Symmetric if symmetric else P2P)(self, schedule, k, *args)
 
     on_device = VirtualRing.on_device
 
@@ -2003,9 +2003,7 @@ def launch(kernel, device, depends, grid, args, constants, **options):
         run(grid, 1, 1, stream, function, metadata, None, None, None, *args, *constants.values())
     else:
         compiled = kernel[(grid,)](*args, **constants, **options)
-        if len(COMPILED) >= 4096:
-            del COMPILED[next(iter(COMPILED))]
-        COMPILED[key] = compiled.run, compiled.function, compiled.packed_metadata
+        remember(COMPILED, key, (compiled.run, compiled.function, compiled.packed_metadata), 4096)
 
 
 def next_power_of_2(n):
@@ -2041,11 +2039,14 @@ def tile_config(kernel, D, dtype, device):
     return tile | dict(num_warps=num_warps, num_stages=num_stages)
 
 
-def on_device(hops, device):
-    """hops with their tables: int32, HopRow after HopRow, from a multiple of 16 bytes on."""
+def with_tables(hops, device):
+    """hops with their tables on the device: int32, HopRow after HopRow, from a multiple of 16 bytes on."""
     rows = torch.tensor([[n for row in hop.rows for n in row] for hop in hops], dtype=torch.int32)
     tables = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 4)).to(device)
     return tuple(hop._replace(table=table) for hop, table in zip(hops, tables))
+
+
+kept_tables = functools.cache(with_tables)  # small; CUDA graphs go on reading them
 
 
 def tma_ok(shape, strides, dtype):
@@ -3175,10 +3176,8 @@ class Symmetric:
         (B, TK, HKV, D), self.kv, known = k.shape, (k, v), self.memory.known
         self.row_bytes = HKV * D * k.element_size()
         key = schedule, B, T, TK, mask, direction
-        if key not in known:
-            if len(known) > 1024:
-                known.clear()  # CUDA graphs have copies
-            known[key] = stream_ops(self.stream, schedule, ring.rank, ring.n_ranks, *key[1:])
+        if key not in known:  # CUDA graphs have copies
+            remember(known, key, stream_ops(self.stream, schedule, ring.rank, ring.n_ranks, *key[1:]), 1024)
         self.hops, self.key_ops, self.grad_ops, self.last_ops, self.joins = known[key]
         self.kv_staging = self.memory.views(self.memory.kv_staging, k, k.dtype)
         self.grad_staging = acc_dtype and self.memory.views(self.memory.grad_staging, k, acc_dtype)
@@ -3362,7 +3361,7 @@ class SymmetricMemory:
         if key not in self.known:
             n = 2 * x.numel() * dtype.itemsize
             both = (self.local[start : start + n].view(dtype) for start in starts)
-            self.known[key] = [x2.view(2, *x.shape).unbind() for x2 in both]
+            remember(self.known, key, [x2.view(2, *x.shape).unbind() for x2 in both], 1024)
         return self.known[key]
 
 
@@ -4211,10 +4210,7 @@ def agree_once(ring, key, signature, problem, check, prepare=lambda: None):
     """What `prepare` returned the first time that a key came up, after agree_now."""
     if key not in ring.agreed:
         agree_now(ring, signature, problem, check)
-        result = prepare()
-        if len(ring.agreed) >= 4096:
-            del ring.agreed[next(iter(ring.agreed))]  # the oldest: all ranks drop the same one
-        ring.agreed[key] = result
+        remember(ring.agreed, key, prepare(), 4096)  # all ranks drop the same one
     return ring.agreed[key]
 
 
