@@ -1018,18 +1018,23 @@ class P2P:
 
 
 def rows_of(tensors, rows):
-    """Contiguous views of the tokens [begin, end) = rows[g] of each sequence of batch group g; tensors
-    (B, T, ...)."""
-    B, T = tensors[0].shape[:2]
-    if all(group == (0, T) for group in rows):
-        return list(tensors)
-    views = []
-    for x, (group, (begin, end)) in itertools.product(tensors, zip(batch_slices(B, len(rows)), rows)):
-        if end - begin == T:
-            views.append(x[group])
-        elif end > begin:
-            views += [x[b, begin:end] for b in range(group.start, group.stop)]
-    return views
+    """The row_ranges of contiguous tensors (B, T, ...), as views."""
+    ranges = row_ranges(rows, *tensors[0].shape[:2])
+    return [x.flatten(0, 1)[first : first + n] for x in tensors for first, n in ranges]
+
+
+@functools.lru_cache(maxsize=1024)
+def row_ranges(rows, B, T, n_tensors=1):
+    """(first row, number of rows) of the ranges of memory that hold the tokens [begin, end) = rows[g] of each
+    sequence of batch group g, of n_tensors (B, T, ...) tensors in a row."""
+    found, groups = [], list(zip(batch_slices(B, len(rows)), rows))
+    for i, (group, (begin, end)) in itertools.product(range(n_tensors), groups):
+        for first in range((i * B + group.start) * T, (i * B + group.stop) * T, T):
+            if end > begin and found and sum(found[-1]) == first + begin:
+                found[-1] = found[-1][0], found[-1][1] + end - begin
+            elif end > begin:
+                found.append((first + begin, end - begin))
+    return tuple(found)
 
 
 # -----------------------------------------------------------------------------
@@ -1358,12 +1363,12 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     have agreed on theirs, is only found by the process group's timeout. Raises RuntimeError where a second
     derivative is asked for.
     """
-    masks = dict(window=window, cu_seqlens=cu_seqlens, sinks=sinks, seq_len=seq_len)
-    mods = dict(softcap=softcap, bias=bias, alibi_slopes=alibi_slopes, score_mod=score_mod, aux=aux)
-    mods |= dict(score_mod_bwd=score_mod_bwd, dropout_p=dropout_p, dropout_seed=dropout_seed)
-    options = dict(backend=backend, transport=transport, deterministic=deterministic, debug=debug)
-    args = schedule, resolve_ring(group), causal, sm_scale, return_lse
-    return attend(q, k, v, *args, **options, **masks, **mods)
+    return attend(
+        q, k, v, schedule, resolve_ring(group), causal, sm_scale, return_lse, backend=backend,
+        transport=transport, deterministic=deterministic, window=window, cu_seqlens=cu_seqlens, sinks=sinks,
+        seq_len=seq_len, softcap=softcap, bias=bias, alibi_slopes=alibi_slopes, score_mod=score_mod,
+        score_mod_bwd=score_mod_bwd, aux=aux, dropout_p=dropout_p, dropout_seed=dropout_seed, debug=debug,
+    )  # fmt: skip
 
 
 def flash_attn_func(q, k, v, bias=None, causal=True, sm_scale=None, *, return_lse=False, **options):
@@ -1385,11 +1390,9 @@ def named_attn_func(schedule):
         given, problem = (n_ranks, rank, prev_rank, next_rank), None
         actual = ring.n_ranks, ring.rank, ring.prev_rank, ring.next_rank
         if given != actual:
-            names = "n_ranks, rank, prev_rank, next_rank"
-            problem = (
-                f"{names} are {given}; in this process group they are {actual}: pass those, or make the "
-            )
-            problem += "group first, by torch.distributed.init_process_group()"
+            way_out = "pass those, or make the group first, by torch.distributed.init_process_group()"
+            problem = f"n_ranks, rank, prev_rank, next_rank are {given}; in this process group they are "
+            problem += f"{actual}: {way_out}"
         return attend(q, k, v, schedule, ring, causal, sm_scale, problem=problem, bias=bias, **options)
 
     func.__name__ = func.__qualname__ = f"{public_name(schedule)}_attn_func"
@@ -1417,8 +1420,8 @@ def unshard(x, schedule, group=None, *, seq_len=None):
     """
     ring = resolve_ring(group)
     signature = dict(x=summary(x), schedule=repr(schedule), seq_len=repr(seq_len))
-    check = functools.partial(check_unshard, x, schedule, ring, seq_len)
-    agree_once(ring, tuple(signature.values()), signature, None, check)
+    key = tuple(signature.values())
+    agree_once(ring, key, signature, None, lambda: check_unshard(x, schedule, ring, seq_len))
     return (x if ring.n_ranks == 1 else Unshard.apply(x.contiguous(), schedule, ring))[:, :seq_len]
 
 
@@ -3263,7 +3266,7 @@ def stream_ops(copy_stream, schedule, rank, n_ranks, B, T, TK, mask, direction):
         before, after, rows, reader, coming = [], [], (), (rank + direction * (j + 1)) % R, False
         if j + 1 < R:
             owner, coming = plans[rank][j + 1].source, plans[rank][j + 1].visible
-            rows = row_ranges(plans[reader][j + 1].seen, B, TK, 1)
+            rows = row_ranges(plans[reader][j + 1].seen, B, TK)
             before += [("signal", owner, FREE + rank)] * coming
             if rows:
                 before.append(("wait", FREE + reader, ("room for keys", j + 1, reader)))
@@ -3288,22 +3291,6 @@ def stream_ops(copy_stream, schedule, rank, n_ranks, B, T, TK, mask, direction):
         grad_ops.append(StreamOps(None, True, prepare(before), rows, source, there, prepare(after), True))
     last = [("wait", READ + i, ("a reader of gradients", R - 1, to)) for i in unread] if direction < 0 else []
     return plans[rank], key_ops, grad_ops, prepare(last), joins or bool(last)
-
-
-@functools.lru_cache(maxsize=1024)
-def row_ranges(rows, B, T, n_tensors):
-    """(first row, number of rows) of the ranges of memory that hold the tokens [begin, end) = rows[g] of each
-    sequence of batch group g, of n_tensors (B, T, ...) tensors in a row."""
-    found = []
-    for i, (group, (begin, end)) in itertools.product(
-        range(n_tensors), zip(batch_slices(B, len(rows)), rows)
-    ):
-        for first in range((i * B + group.start) * T, (i * B + group.stop) * T, T):
-            if end > begin and found and sum(found[-1]) == first + begin:
-                found[-1] = found[-1][0], found[-1][1] + end - begin
-            elif end > begin:
-                found.append((first + begin, end - begin))
-    return tuple(found)
 
 
 TRANSPORTS = {"p2p": P2P, "symmetric": Symmetric}
@@ -3674,12 +3661,13 @@ def run_hops(hops, tensors, extras, ring, schedule, causal, window, seq_len, sm_
 
 
 def forward_real(q, k, v, extras, *args):
-    return run_hops(forward_hops, dense(q, k, v, args[0]), extras, *args[:N_COMMON])
+    return run_hops(forward_hops, dense(q, k, v, args[0]), extras, *args[:N_OF_HOPS])
 
 
 def forward_checked(q, k, v, extras, ring, *args):
     """Checks when a compiled graph runs, as it was made before its tensors were there."""
-    check_once(q, k, v, extras, ring_numbered(ring), *args)
+    *options, problem = args
+    check_once(q, k, v, extras, ring_numbered(ring), options, problem)
     return forward_real(q, k, v, extras, ring, *args)
 
 
@@ -3747,7 +3735,7 @@ class RingAttention(torch.autograd.Function):
         saved = q, k, v, o, lse
         need_sinks, _, need_bias, *_ = ctx.needs_input_grad[5:]
         backward = backward_real if can_skip_dispatcher(*saved) else torch.ops.ring_attn.backward.default
-        args = *ctx.args[: N_COMMON + 1], need_bias
+        args = *ctx.args[: len(OPTION_NAMES)], need_bias
         inputs = do, dlse, *saved[:3], extras[0], extras[2]
         *grads, dsinks, dbias = once(lambda: backward(do, dlse, *saved, extras, *args), *inputs)
         of_extras = dsinks if need_sinks else None, None, dbias if need_bias else None
@@ -3757,9 +3745,9 @@ class RingAttention(torch.autograd.Function):
 LIBRARY = torch.library.Library("ring_attn", "DEF")
 TENSORS = "Tensor q, Tensor k, Tensor v"
 OPTIONS = "int ring, str schedule, bool causal, SymInt[]? window, SymInt? seq_len, float sm_scale"
-OPTIONS += ", str? backend, str? transport, float softcap, float dropout_p, int functions"
-N_COMMON = OPTIONS.count(",") + 1  # of these; then, for the forward and the backward
-OPTIONS += ", bool deterministic"
+OPTIONS += ", str? backend, str? transport, float softcap, float dropout_p, int functions, bool deterministic"
+OPTION_NAMES = [option.split()[1] for option in OPTIONS.split(", ")]
+N_OF_HOPS = OPTION_NAMES.index("deterministic")  # of these both hop loops take; the backward takes all
 LIBRARY.define(
     f"forward({TENSORS}, Tensor?[] extras, {OPTIONS}, bool backward, str? problem) -> (Tensor, Tensor)"
 )
@@ -3801,28 +3789,28 @@ def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse=False, *, backe
         sm_scale = max(q.shape[-1], 1) ** -0.5 if has_shape else 1.0
     if has_shape and q.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(q.device.type):
         q, k, v = autocast(q, k, v)
-    aux_problem = None if isinstance(aux, tuple) else f"aux is a {type(aux).__name__}; it must be a tuple"
-    problem = problem or aux_problem or seed_problem(dropout_seed) or window_problem(window, causal)
+    if not isinstance(aux, tuple):
+        aux, problem = (), problem or f"aux is a {type(aux).__name__}; it must be a tuple"
+    problem = problem or seed_problem(dropout_seed) or window_problem(window, causal)
     flags, values = dict(causal=causal, deterministic=deterministic), dict(sm_scale=sm_scale, softcap=softcap)
     problem = problem or type_problem(flags, values | dict(dropout_p=dropout_p))
     if problem is None and dropout_p and has_shape and not isinstance(dropout_seed, torch.Tensor):
         dropout_seed = make_seed(dropout_seed, ring, q.device)
     seed = dropout_seed if isinstance(dropout_seed, torch.Tensor) and dropout_p else None
-    extras = [sinks, cu_seqlens, bias, alibi_slopes, seed, *(aux if aux_problem is None else ())]
+    extras = [sinks, cu_seqlens, bias, alibi_slopes, seed, *aux]
     learn = q, k, v, sinks, bias
     backward = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in learn)
     softcap, dropout_p = 0.0 if softcap is None else softcap, 0.0 if dropout_p is None else dropout_p
     functions = number_of(score_mod, score_mod_bwd)
-    options = sm_scale, backend, transport, softcap, dropout_p, functions, deterministic, backward, problem
     if not torch.compiler.is_compiling():  # else the operator checks when it runs
-        check_once(
-            q, k, v, extras, ring_numbered(ring.number), schedule, causal, window, seq_len, *options, debug
-        )
+        options = (schedule, causal, window, seq_len, sm_scale, backend, transport, softcap, dropout_p,
+                   functions, deterministic, backward)  # fmt: skip
+        check_once(q, k, v, extras, ring_numbered(ring.number), options, problem, debug)
         if debug and cu_seqlens is not None:
             check_values(cu_seqlens, ring, seq_len, q)
     pair = None if window is None or problem else window_pair(window)
-    options = float(sm_scale), *options[1:3], float(softcap), float(dropout_p), functions, bool(deterministic)
-    args = ring.number, schedule, bool(causal), pair, seq_len, *options, backward, problem
+    args = (ring.number, schedule, bool(causal), pair, seq_len, float(sm_scale), backend, transport,
+            float(softcap), float(dropout_p), functions, bool(deterministic), backward, problem)  # fmt: skip
     unseen = k.shape[1] - q.shape[1] - (pair[0] if pair and pair[0] >= 0 else k.shape[1])
     modified = softcap or dropout_p or functions or bias is not None or alibi_slopes is not None
     if ring.n_ranks == 1 and unseen > 0 and cu_seqlens is None and seq_len is None and not modified:
@@ -3847,7 +3835,7 @@ def make_seed(seed, ring, device):
     if seed is not None:
         return torch.full((1,), seed, dtype=torch.int64, device=device)
     seed = torch.randint(2**62, (1,), device=device)
-    if ring.n_ranks > 1 and ring.group is not None:
+    if ring.n_ranks > 1 and not isinstance(ring, VirtualRing):
         dist.broadcast(seed, ring.processes[0], group=ring.group)
     return seed
 
@@ -4010,8 +3998,8 @@ def check_documents(cu_seqlens, B, ends):
 def check_values(cu_seqlens, ring, seq_len, q):
     """On all ranks together: of cu_seqlens that may be on a GPU."""
     S = q.shape[1] * (1 if isinstance(ring, VirtualRing) else ring.n_ranks)
-    check = lambda: check_documents(cu_seqlens.cpu(), len(q), (S if seq_len is None else seq_len, S))
-    agree_now(ring, dict(cu_seqlens=cu_seqlens.tolist()), None, check)
+    args = cu_seqlens.cpu(), len(q), (S if seq_len is None else seq_len, S)
+    agree_now(ring, dict(cu_seqlens=cu_seqlens.tolist()), None, lambda: check_documents(*args))
 
 
 def check_sinks(sinks, q):
@@ -4218,21 +4206,19 @@ def kind_of(x):
     return x if x is None else (x.shape, x.dtype, x.device, x.layout)
 
 
-def check_once(q, k, v, extras, ring, schedule, causal, window, seq_len, sm_scale, backend, transport,
-               softcap, dropout_p, functions, deterministic, backward, problem, debug=False):  # fmt: skip
-    """check_inputs, and that all ranks agree, the first time that shapes and options come up."""
-    extras = Extras.of(extras)
-    if backend is None:
+def check_once(q, k, v, extras, ring, options, problem, debug=False):
+    """check_inputs, and that all ranks agree, the first time that shapes and options come up. options: those
+    of the operators behind `ring`, and `backward`."""
+    extras, options = Extras.of(extras), dict(zip((*OPTION_NAMES[1:], "backward"), options))
+    deterministic, backward, functions = (options[x] for x in ("deterministic", "backward", "functions"))
+    if options["backend"] is None:
         has_shape = isinstance(q, torch.Tensor) and not q.is_nested and q.ndim > 0
-        backend = best_backend(q) if has_shape else "torch"
+        options["backend"] = best_backend(q) if has_shape else "torch"
     strict_torch = torch.get_deterministic_debug_mode() == 2
     if backward and strict_torch and isinstance(deterministic, int) and not deterministic:
         strict = "under torch.use_deterministic_algorithms(True); leave one of the two out"
         problem = problem or f"{deterministic=} {strict}"
     documents, tensors, cu_seqlens = None, (q, k, v, *extras.flat()), extras.cu_seqlens
-    options = dict(schedule=schedule, causal=causal, window=window, seq_len=seq_len, sm_scale=sm_scale)
-    options |= dict(backend=backend, transport=transport, softcap=softcap, dropout_p=dropout_p)
-    options |= dict(functions=functions, deterministic=deterministic, backward=backward)
     capturing = isinstance(q, torch.Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing()
     try:
         if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
@@ -4258,10 +4244,13 @@ def check_once(q, k, v, extras, ring, schedule, causal, window, seq_len, sm_scal
         signature["cu_seqlens"] += (f"with the checksum {documents}",)
 
     def prepare():
-        wide = torch.promote_types(k.dtype, torch.float32).itemsize
-        ring.prepare(k, transport, 2 * k.nbytes, 2 * k.numel() * wide * backward, 0)
+        acc_dtype = torch.promote_types(k.dtype, torch.float32)
+        grad_bytes = 2 * k.numel() * acc_dtype.itemsize * backward
+        ring.prepare(k, options["transport"], 2 * k.nbytes, grad_bytes, 0)
 
-    check = lambda: check_inputs(q, k, v, extras, ring=ring, **options)
+    def check():
+        check_inputs(q, k, v, extras, ring=ring, **options)
+
     agree_once(ring, key, signature, problem, check, prepare)
 
 
