@@ -64,8 +64,8 @@ from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
-from triton.experimental.gluon.language.nvidia import hopper
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.language import constexpr
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -2100,7 +2100,7 @@ def run_preprocess(o, do, lse, dlse, dq_acc=None, semaphores=None, n_hops=0):
     B, T, H, D = o.shape
     n_rows = padded_rows(T)
     lse_delta = torch.empty(2, B * H, n_rows, dtype=torch.float32, device=o.device)
-    BLOCK_D = max(16 if dq_acc is None else 64, 1 << (D - 1).bit_length())
+    BLOCK_D = max(16 if dq_acc is None else 64, next_power_of_2(D))
     aligned = (x is not None and x.data_ptr() % 16 == 0 for x in (o, do, lse, dlse))
     depends = o.dtype, dlse is None, dq_acc is None, *aligned
     constants = dict(HEAD_DIM=D, BLOCK_D=BLOCK_D, BLOCK_M=32)
@@ -2135,8 +2135,6 @@ def triton_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, mask, mod
 # ones (FlashAttention-3, arXiv 2407.08608). Barriers: k_full[s]: stage s holds keys. producer_acquire(s): all
 # consumers have read it.
 
-warpgroup_mma, warpgroup_mma_wait = hopper.warpgroup_mma, hopper.warpgroup_mma_wait
-fence_async_shared = hopper.fence_async_shared
 # by their names in triton 3.8 and later, else by those in 3.6
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -3019,11 +3017,10 @@ def tma_fields(shape, strides, block, dtype):
     """The fields of what tma_descriptor returns, but for the tensor; None where TMA cannot read x."""
     if not tma_ok(shape, strides, dtype):
         return None
-    dtypes = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
     if dtype == torch.float32:
         layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=len(block))
-    else:
-        layout = gl.NVMMASharedLayout.get_default_for(list(block), dtypes[dtype])
+    else:  # one for both 16-bit dtypes
+        layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.float16)
     strides = [s if n > 1 else 16 for s, n in zip(strides[:-1], shape)]  # a dimension of 1 may have any
     return vars(GluonDescriptor(torch.empty(0, dtype=dtype), list(shape), [*strides, 1], list(block), layout))
 
@@ -3044,7 +3041,8 @@ def tma_descriptor(x, block):
 
 @functools.lru_cache(maxsize=1024)
 def hopper_config(kernel, shape, k_shape, device, n_groups, n_sets, mask_kind, modified):
-    """Of a launch: shapes of resident and streamed tiles, integers of Dims, grid, constants, options."""
+    """Of a launch: shapes of a consumer's resident tile and of streamed ones, integers of Dims, grid,
+    constants, options."""
     (B, T, H, D), (_, TK, HKV, _) = shape, k_shape
     BLOCK_D = padded_head_dim(D)
     consumers, streamed, stages = hopper_tiles(kernel, D, modified)
@@ -3066,38 +3064,26 @@ def hopper_config(kernel, shape, k_shape, device, n_groups, n_sets, mask_kind, m
     return (1, 64, 1, BLOCK_D), (1, streamed, 1, BLOCK_D), dims, grid, constants, options
 
 
-def hopper_bounds(hop, resident, mask):
-    """Tables for a Hopper kernel; any pointer where it reads none."""
+def hopper_problem(kernel, q, k, hop, mask, mods):
+    """Bounds of resident rows and of tiles, or any pointers where the kernel reads none; hopper_config."""
+    bounds, n_sets = (hop.table, hop.table), 1
     if mask.kind == INTERVAL.value:
-        return hop.bounds[resident], hop.bounds.tiles
-    return hop.table[None], hop.table
+        rows = hop.bounds.rows if kernel == "fwd" else hop.bounds.columns
+        bounds, n_sets = (rows, hop.bounds.tiles), len(rows)
+    args = q.shape, k.shape, q.device, len(hop.rows), n_sets, mask.kind, bool(mods)
+    return bounds, *hopper_config(kernel, *args)
 
 
 def hopper_fwd(q, k, v, o, acc, lse, sinks, hop, mask, mods, sm_scale):
-    bounds = hopper_bounds(hop, 0, mask)
-    config = hopper_config(
-        "fwd", q.shape, k.shape, q.device, len(hop.rows), len(bounds[0]), mask.kind, bool(mods)
-    )
-    resident, streamed, dims, grid, constants, options = config
-    tiles = tma_descriptor(q, resident), tma_descriptor(k, streamed), tma_descriptor(v, streamed)
+    bounds, resident, streamed, dims, grid, constants, options = hopper_problem("fwd", q, k, hop, mask, mods)
+    tiles = (q, resident), (k, streamed), (v, streamed), (o, resident)
     has_sinks = sinks is not None
     sinks = sinks if has_sinks else lse  # any pointer
     mod_args, of_mods, also = mods.for_kernels(sm_scale)
-    args = (
-        *tiles,
-        tma_descriptor(o, resident),
-        acc,
-        lse,
-        sinks,
-        hop.table,
-        *bounds,
-        sm_scale,
-        *dims,
-        mod_args,
-    )
+    args = *(tma_descriptor(*tile) for tile in tiles), acc, lse, sinks, hop.table, *bounds, sm_scale, *dims
     depends = q.dtype, streamed, sinks.dtype, *(x.data_ptr() % 16 == 0 for x in (sinks, bounds[0])), also
     constants = dict(constants, HAS_SINKS=has_sinks, **of_mods)
-    launch(hopper_fwd_kernel, q.device, depends, grid, args, constants, **options)
+    launch(hopper_fwd_kernel, q.device, depends, grid, (*args, mod_args), constants, **options)
 
 
 def hopper_preprocess(o, do, lse, dlse, dq, n_hops):
@@ -3111,12 +3097,8 @@ def hopper_preprocess(o, do, lse, dlse, dq, n_hops):
 
 def hopper_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, mask, mods, sm_scale, deterministic):
     lse_delta, dq_acc, semaphores = state
-    bounds = hopper_bounds(hop, 1, mask)
-    config = hopper_config(
-        "bwd", q.shape, k.shape, q.device, len(hop.rows), len(bounds[0]), mask.kind, bool(mods)
-    )
-    resident, streamed, dims, grid, constants, options = config
-    half, resident = resident, (1, BWD_ROWS.value, 1, resident[3])
+    bounds, half, streamed, dims, grid, constants, options = hopper_problem("bwd", q, k, hop, mask, mods)
+    resident = 1, BWD_ROWS.value, 1, half[3]
     inputs = [tma_descriptor(x, b) for x, b in ((q, streamed), (k, resident), (v, half), (do, streamed))]
     rows, dq_tiles = tma_descriptor(lse_delta, (2, 1, streamed[1])), tma_descriptor(dq_acc, (16, 256))
     outs = [tma_descriptor(x, half) if x.dtype == q.dtype else rows for x in (dk, dv)]
@@ -3130,13 +3112,10 @@ def hopper_bwd(q, k, v, do, state, dq, dk, dv, dk_acc, dv_acc, hop, j, mask, mod
 
 
 def hopper_postprocess(state, dq, sm_scale):
-    B, T, H, D = dq.shape
-    _, dq_acc, _ = state
-    BLOCK_D = padded_head_dim(D)
-    n = dq_acc.numel() // (64 * BLOCK_D)
-    constants = dict(HEAD_DIM=D, BLOCK_D=BLOCK_D)
-    args = dq_acc, dq, sm_scale, H, T
-    launch(bwd_postprocess_kernel, dq.device, (dq.dtype,), n, args, constants, num_warps=4)
+    (_, T, H, D), dq_acc = dq.shape, state[1]
+    constants = dict(HEAD_DIM=D, BLOCK_D=padded_head_dim(D))
+    grid, args = dq_acc.numel() // (64 * padded_head_dim(D)), (dq_acc, dq, sm_scale, H, T)
+    launch(bwd_postprocess_kernel, dq.device, (dq.dtype,), grid, args, constants, num_warps=4)
 
 
 BACKENDS = {
@@ -3190,7 +3169,7 @@ class Symmetric:
         ops, stream = self.key_ops[j], self.stream
         if ops.staging is not None:
             stream.compute_wait(self.arrived)
-        if ops.waits_compute:
+        if j == 0 or ops.arrives:
             stream.wait_compute()  # k and v are computed, earlier kernels have read the staging buffer
         stream.run(ops.before)
         if ops.rows:
@@ -3237,7 +3216,6 @@ class StreamOps(NamedTuple):
     """What the copy stream does for the keys, or the gradients, of a hop."""
 
     staging: int | None  # the staging buffer that this hop's keys were pushed to, if they were
-    waits_compute: bool
     before: object  # signals, prepared
     rows: tuple  # (first row, how many): of the own keys, to push; of gradients, to pull
     peer: int  # to or from this rank
@@ -3275,8 +3253,7 @@ def stream_ops(copy_stream, schedule, rank, n_ranks, B, T, TK, mask, direction):
                 after.append(("wait", READY + owner, ("keys", j + 1, owner)))
             joins = not coming and (joins or bool(rows))
         here, there = staging(rank, j) if j and hop.visible else None, staging(reader, j + 1)
-        waits = j == 0 or coming
-        key_ops.append(StreamOps(here, waits, prepare(before), rows, reader, there, prepare(after), coming))
+        key_ops.append(StreamOps(here, prepare(before), rows, reader, there, prepare(after), coming))
 
         before, after, rows, here, there = [], [], (), j % 2, (j + 1) % 2
         if any(map(is_some, hop.send_grad)):
@@ -3288,7 +3265,7 @@ def stream_ops(copy_stream, schedule, rank, n_ranks, B, T, TK, mask, direction):
             before.append(("wait", SENT + here, ("gradients", j + 1, source)))
             rows = row_ranges(hop.recv_grad, B, TK, 2)
             after.append(("signal", source, READ + here))
-        grad_ops.append(StreamOps(None, True, prepare(before), rows, source, there, prepare(after), True))
+        grad_ops.append(StreamOps(None, prepare(before), rows, source, there, prepare(after), True))
     last = [("wait", READ + i, ("a reader of gradients", R - 1, to)) for i in unread] if direction < 0 else []
     return plans[rank], key_ops, grad_ops, prepare(last), joins or bool(last)
 
