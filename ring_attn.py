@@ -209,10 +209,9 @@ def shard(x, schedule, rank, n_ranks, *, pad=False, pad_value=0):
     B, S = x.shape[:2]
     check_schedule(schedule, n_ranks)
     if pad and n_ranks > 1:
-        x = torch.cat(
-            [x, x.new_full((B, -S % length_multiple(schedule, n_ranks), *x.shape[2:]), pad_value)], 1
-        )
-        S = x.shape[1]
+        missing = -S % length_multiple(schedule, n_ranks)
+        x = torch.cat([x, x.new_full((B, missing, *x.shape[2:]), pad_value)], 1)
+        S += missing
     if S % n_ranks:
         raise ValueError(f"seq_len={S} must be a multiple of {n_ranks=}; {PAD_HINT}")
     rows = torch.arange(B, device=x.device)[:, None]
@@ -462,8 +461,10 @@ def keys_moved(schedule, n_ranks, T, B=1, causal=True, transport="symmetric", *,
 
 def documents_of(cu_seqlens, S):
     """Mask.documents of cu_seqlens."""
-    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
-        return cu_seqlens if cu_seqlens is None else "on device"
+    if cu_seqlens is None:
+        return None
+    if cu_seqlens.device.type != "cpu":
+        return "on device"
     starts = document_starts(cu_seqlens, S).int()
     return len(starts), starts.numpy(force=True).tobytes()  # whose hash is computed once
 
@@ -561,16 +562,21 @@ def make_chain(q, softcap=None, slopes=None, score_mod=None, score_mod_bwd=None,
         in_kernels = softcap_mod, softcap_mod_bwd
         if q.dtype.itemsize > 2:
             in_kernels = exact_softcap_mod, exact_softcap_mod_bwd
-        capped = functools.partial(softcap_in_torch, softcap)
         alone = not bias and slopes is None and score_mod is None
+
+        def capped(s, *at):
+            return softcap * (s / softcap).tanh()
+
         before = Mod(capped, *in_kernels, (None if alone else float(softcap),), float(softcap)), *bias
     if slopes is not None:
         slopes = slopes.view(-1, H)
-        in_torch = functools.partial(alibi_in_torch, slopes)
-        after = (Mod(in_torch, alibi_mod, None, (slopes, H if len(slopes) > 1 else 0)),)
+
+        def with_slopes(s, b, h, q_idx, kv_idx):
+            return s - slopes[b % len(slopes), h].to(s.dtype) * (q_idx - kv_idx).abs()
+
+        after = (Mod(with_slopes, alibi_mod, None, (slopes, H if len(slopes) > 1 else 0)),)
     if score_mod is not None:
-        in_torch = lambda s, *at: score_mod(s, *at, *aux)
-        after = *after, Mod(in_torch, score_mod, score_mod_bwd, aux)
+        after = *after, Mod(lambda s, *at: score_mod(s, *at, *aux), score_mod, score_mod_bwd, aux)
     return before, after
 
 
@@ -583,22 +589,14 @@ def make_mods(q, k, n_ranks, mask, extras, softcap, dropout_p, functions):
     if extras.bias is not None:
         shift = (max(TK - T, 0), max(T - TK, 0)) if n_ranks == 1 else (0, 0)  # to the first row and column
         whole = extras.bias.detach().expand(B, H, *(end - first for end, first in zip(ends, shift)))
-        in_torch = functools.partial(bias_in_torch, whole, shift)
-        bias = (Mod(in_torch, bias_mod, None, (whole, *whole.stride(), *shift)),)
+
+        def with_bias(s, b, h, q_idx, kv_idx):
+            return s + whole[b, h, q_idx - shift[0], kv_idx - shift[1]]
+
+        bias = (Mod(with_bias, bias_mod, None, (whole, *whole.stride(), *shift)),)
     before, after = make_chain(q, softcap, extras.slopes, *functions_numbered(functions), extras.aux, bias)
     return Mods(before, after, dropout_p, extras.seed, tuple(end - 1 for end in ends))
 
-
-def softcap_in_torch(softcap, s, *at):
-    return softcap * (s / softcap).tanh()
-
-
-def bias_in_torch(bias, shift, s, b, h, q_idx, kv_idx):
-    return s + bias[b, h, q_idx - shift[0], kv_idx - shift[1]]
-
-
-def alibi_in_torch(slopes, s, b, h, q_idx, kv_idx):
-    return s - slopes[b % len(slopes), h].to(s.dtype) * (q_idx - kv_idx).abs()
 
 
 def dropout_numbers(p):
@@ -611,11 +609,11 @@ def dropout_numbers(p):
 PHILOX_M0, PHILOX_M1, PHILOX_W0, PHILOX_W1 = map(constexpr, (0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85))
 
 
-def philox(seed, b, h, q_idx, kv_idx, n_rounds=7):
+def philox(seed, b, h, q_idx, kv_idx):
     """24 random bits for each score: Philox4x32 with 7 rounds (Salmon et al., 2011). See philox_bits."""
     mask, key0, key1 = 0xFFFFFFFF, seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
     c0, c1, c2, c3 = h, kv_idx, q_idx, b
-    for _ in range(n_rounds):
+    for _ in range(7):
         x, y = PHILOX_M0.value * c0, PHILOX_M1.value * c2  # modulo 2**64
         c0, c1, c2, c3 = (y >> 32) & mask ^ c1 ^ key0, y & mask, (x >> 32) & mask ^ c3 ^ key1, x & mask
         key0, key1 = key0 + PHILOX_W0.value & mask, key1 + PHILOX_W1.value & mask
@@ -863,7 +861,7 @@ def add_bias_gradient(dbias, q, k, v, do, lse, delta, hop, mods, sm_scale):
     """What a hop adds to dbias, (B or 1, H or 1, queries or 1, keys or 1): in plain torch, whatever the
     backend, as a bias is no longer than plain torch can bear. Sums over what was broadcast, in a fixed
     order."""
-    (shift_q, shift_k) = mods.before[-1].args[-2:]
+    shift_q, shift_k = mods.before[-1].args[-2:]
     for b, m, n, seen, at in torch_blocks(q, k, hop, mods):
         rows = lse[b, :, m], delta[b, :, m]
         *_, part = reference_bwd(q[b, m], k[b, n], v[b, n], do[b, m], *rows, seen, sm_scale, at)
@@ -1518,7 +1516,8 @@ def held_and_written(hop, j):
 
 # Mods in kernels. MODS: KernelMods. MOD, MOD_BWD: Functions. DROPOUT: whether there is any
 
-INTERPRETED = constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")  # the interpreter knows no PTX
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # kernels then run on CPU tensors, in numpy
+INTERPRETED = constexpr(INTERPRET)  # without PTX
 
 
 @triton.jit
@@ -1972,8 +1971,6 @@ def dkv_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, COLUMN
 
 # -----------------------------------------------------------------------------
 # their launchers: the backend "triton"
-
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # the kernels then run on CPU tensors, in numpy
 
 
 @functools.lru_cache(maxsize=None)
@@ -3769,8 +3766,8 @@ def attend(q, k, v, schedule, ring, causal, sm_scale, return_lse=False, *, backe
     if not isinstance(aux, tuple):
         aux, problem = (), problem or f"aux is a {type(aux).__name__}; it must be a tuple"
     problem = problem or seed_problem(dropout_seed) or window_problem(window, causal)
-    flags, values = dict(causal=causal, deterministic=deterministic), dict(sm_scale=sm_scale, softcap=softcap)
-    problem = problem or type_problem(flags, values | dict(dropout_p=dropout_p))
+    flags = dict(causal=causal, deterministic=deterministic)
+    problem = problem or type_problem(flags, dict(sm_scale=sm_scale, softcap=softcap, dropout_p=dropout_p))
     if problem is None and dropout_p and has_shape and not isinstance(dropout_seed, torch.Tensor):
         dropout_seed = make_seed(dropout_seed, ring, q.device)
     seed = dropout_seed if isinstance(dropout_seed, torch.Tensor) and dropout_p else None
@@ -3899,8 +3896,18 @@ def check_common(q, k, v, sm_scale, backend, backends, kv_dtype=None):
     dtypes = dtypes[: {"torch": 4, "triton": 3, "gluon": 2}[backend]]
     if q.dtype not in dtypes:
         raise ValueError(f"{q.dtype} is not supported by {backend=}; cast to one of {dtypes}")
-    if backend == "triton":
-        check_portable(q)
+    if backend != "triton":
+        return
+    if D > 256:
+        raise ValueError(f'head dim {D} is above 256; use smaller heads, or backend="torch"')
+    if INTERPRET:
+        if q.dtype == torch.bfloat16:
+            raise ValueError("bfloat16 is wrong in Triton's interpreter: use float16, or no TRITON_INTERPRET")
+    elif not q.is_cuda:
+        raise ValueError('backend="triton" needs CUDA tensors, or TRITON_INTERPRET=1 to run on CPUs')
+    elif capability(q.device) < (8, 0):
+        has = f"{torch.cuda.get_device_name(q.device)} has {capability(q.device)}"
+        raise ValueError(f'the kernels need CUDA capability (8, 0); {has}: use backend="torch"')
 
 
 def check_seq_len(seq_len, S):
@@ -3952,9 +3959,8 @@ def check_documents(cu_seqlens, B, ends):
     """ends: what may be the last entry."""
     name = "cu_seqlens"
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32:
-        raise ValueError(
-            f"{name} is {summary(cu_seqlens)}; it must be an int32 tensor (n + 1,) or (B, n + 1)"
-        )
+        wanted = "an int32 tensor (n + 1,) or (B, n + 1)"
+        raise ValueError(f"{name} is {summary(cu_seqlens)}; it must be {wanted}")
     shape = tuple(cu_seqlens.shape)
     if len(shape) not in (1, 2) or shape[-1] < 2 or len(shape) == 2 and shape[0] != B:
         raise ValueError(f"{name} has shape {shape}; it must be (n + 1,) or (B, n + 1) with {B=} and n >= 1")
@@ -3979,12 +3985,6 @@ def check_values(cu_seqlens, ring, seq_len, q):
     agree_now(ring, dict(cu_seqlens=cu_seqlens.tolist()), None, lambda: check_documents(*args))
 
 
-def check_sinks(sinks, q):
-    wanted = f"a floating point tensor ({q.shape[2]},), a logit for each head, on {q.device}"
-    tensor = isinstance(sinks, torch.Tensor)
-    if not tensor or not sinks.is_floating_point() or sinks.shape != q.shape[2:3] or sinks.device != q.device:
-        raise ValueError(f"sinks is {summary(sinks)}; it must be {wanted}, or None")
-
 
 def check_mods(q, k, n_ranks, seq_len, extras, backend, softcap, dropout_p, functions, backward):
     """q, k (B, T, heads, D) of one rank."""
@@ -4001,9 +4001,7 @@ def check_mods(q, k, n_ranks, seq_len, extras, backend, softcap, dropout_p, func
         fits = bias.ndim == 4 and all(a in (1, b) for a, b in zip(bias.shape, shape))
         if not fits or not bias.is_floating_point() or bias.device != device:
             wanted = f"a floating point tensor on {device} of 4 dimensions that broadcasts to {shape}"
-            raise ValueError(
-                f"bias is {summary(bias)}; it must be {wanted}, the whole sequence on every rank"
-            )
+            raise ValueError(f"bias is {summary(bias)}; it must be {wanted}, whole on every rank")
         if (size := bias.numel() * bias.itemsize) > MAX_BIAS:
             way_out = "compute it in a score_mod, from tensors in aux"
             raise ValueError(f"bias has {size} bytes, above {MAX_BIAS}; {way_out}")
@@ -4078,15 +4076,17 @@ def check_inputs(q, k, v, extras, schedule, ring, causal, window, seq_len, sm_sc
     """Everything that the hop loops cannot do."""
     sinks, cu_seqlens = extras.sinks, extras.cu_seqlens
     check_common(q, k, v, sm_scale, backend, BACKENDS)
-    (B, T, _, D), TK, n_ranks = q.shape, k.shape[1], ring.n_ranks
+    (B, T, H, D), TK, n_ranks = q.shape, k.shape[1], ring.n_ranks
     if k.shape[0] != B:
         raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}; need equal B and D")
     n_others = 1 if isinstance(ring, VirtualRing) else n_ranks
     check_mask(causal, window, cu_seqlens, seq_len, B, n_others * T, n_others * TK)
     if cu_seqlens is not None and cu_seqlens.device not in (torch.device("cpu"), q.device):
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; it must be on the CPU or on {q.device}")
-    if sinks is not None:
-        check_sinks(sinks, q)
+    floats = isinstance(sinks, torch.Tensor) and sinks.is_floating_point()
+    if sinks is not None and not (floats and sinks.shape == (H,) and sinks.device == q.device):
+        wanted = f"a floating point tensor ({H},), a logit for each head, on {q.device}"
+        raise ValueError(f"sinks is {summary(sinks)}; it must be {wanted}, or None")
     check_mods(q, k, n_others, seq_len, extras, backend, softcap, dropout_p, functions, backward)
     if T != TK and n_ranks > 1 and (causal or window is not None):
         asked = f"{causal=}" if window is None else f"{window=}"
@@ -4104,10 +4104,9 @@ def check_inputs(q, k, v, extras, schedule, ring, causal, window, seq_len, sm_sc
     if isinstance(ring, VirtualRing):
         if transport is not None:
             raise ValueError(f"{transport=} is for process groups, and this is a VirtualRing; leave it out")
-        if T % n_ranks or TK % n_ranks:
-            raise ValueError(
-                f"seq_len={T if T % n_ranks else TK} must be a multiple of {n_ranks=}; {PAD_HINT}"
-            )
+        for S in (T, TK):
+            if S % n_ranks:
+                raise ValueError(f"seq_len={S} must be a multiple of {n_ranks=}; {PAD_HINT}")
         T, TK = T // n_ranks, TK // n_ranks
     elif n_ranks > 1:
         check_movable(q, ring.group)
@@ -4140,18 +4139,6 @@ def check_movable(x, group):
         raise ValueError(f"tensors are on {x.device}, but {given}; use the GPU of this rank")
 
 
-def check_portable(q):
-    if q.shape[-1] > 256:
-        raise ValueError(f'head dim {q.shape[-1]} is above 256; use smaller heads, or backend="torch"')
-    if INTERPRET:
-        if q.dtype == torch.bfloat16:
-            raise ValueError("bfloat16 is wrong in Triton's interpreter: use float16, or no TRITON_INTERPRET")
-    elif not q.is_cuda:
-        raise ValueError('backend="triton" needs CUDA tensors, or TRITON_INTERPRET=1 to run on CPUs')
-    elif capability(q.device) < (8, 0):
-        has = f"{torch.cuda.get_device_name(q.device)} has {capability(q.device)}"
-        raise ValueError(f'the kernels need CUDA capability (8, 0); {has}: use backend="torch"')
-
 
 def summary(x):
     """What all ranks must agree on of an argument that should be a tensor."""
@@ -4179,9 +4166,6 @@ def agree_once(ring, key, signature, problem, check, prepare=lambda: None):
     return ring.agreed[key]
 
 
-def kind_of(x):
-    return x if x is None else (x.shape, x.dtype, x.device, x.layout)
-
 
 def check_once(q, k, v, extras, ring, options, problem, debug=False):
     """check_inputs, and that all ranks agree, the first time that shapes and options come up. options: those
@@ -4206,7 +4190,8 @@ def check_once(q, k, v, extras, ring, options, problem, debug=False):
                 raise ValueError(f"{freeze}; pass them on {q.device}, and write new values there")
         values = [tuple(x) if isinstance(x, list) else x for x in options.values()]
         learned = tuple(x is not None and x.requires_grad for x in tensors[3:])
-        key = *map(kind_of, tensors), learned, *values, *map(type, values), documents, problem, debug
+        kinds = [None if x is None else (x.shape, x.dtype, x.device, x.layout) for x in tensors]
+        key = *kinds, learned, *values, *map(type, values), documents, problem, debug
         if key in ring.agreed:
             return
     except (AttributeError, TypeError, RuntimeError):  # an argument of a kind that will be refused
