@@ -580,11 +580,11 @@ def make_chain(q, softcap=None, slopes=None, score_mod=None, score_mod_bwd=None,
     return before, after
 
 
-def make_mods(q, k, n_ranks, mask, extras, softcap, dropout_p, functions):
-    """The Mods of a call, from what operators take."""
+def make_mods(q, T, TK, n_ranks, mask, extras, softcap, dropout_p, functions):
+    """The Mods of a call, from what operators take. T queries and TK keys a rank."""
     if not softcap and not dropout_p and not functions and extras.bias is None and extras.slopes is None:
         return Mods()
-    (B, T, H, _), TK, bias = q.shape, k.shape[1], ()
+    B, H, bias = q.shape[0], q.shape[2], ()
     ends = [mask.length if n_ranks == 1 or T == TK else n_ranks * n for n in (T, TK)]
     if extras.bias is not None:
         shift = (max(TK - T, 0), max(T - TK, 0)) if n_ranks == 1 else (0, 0)  # to the first row and column
@@ -596,7 +596,6 @@ def make_mods(q, k, n_ranks, mask, extras, softcap, dropout_p, functions):
         bias = (Mod(with_bias, bias_mod, None, (whole, *whole.stride(), *shift)),)
     before, after = make_chain(q, softcap, extras.slopes, *functions_numbered(functions), extras.aux, bias)
     return Mods(before, after, dropout_p, extras.seed, tuple(end - 1 for end in ends))
-
 
 
 def dropout_numbers(p):
@@ -711,7 +710,7 @@ def make_bounds(hops, mask, B, T, TK, starts, direction, tile, device):
     return [Bounds(*(x if x is None else x[j] for x in (by_row, by_column, tiles))) for j in range(len(hops))]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def constant(numbers, device):
     """A tensor that CUDA graphs may go on reading."""
     return torch.tensor(numbers, device=device)
@@ -901,7 +900,7 @@ def accumulator(x, acc_dtype, n_hops, backend):
     return torch.empty(x.shape, dtype=acc_dtype, device=x.device)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def unused_argument(dtype, device):
     return torch.empty(0, dtype=dtype, device=device)
 
@@ -1973,7 +1972,7 @@ def dkv_kernel(Q, K, V, DO, LSE_LOG2, DELTA, DK, DV, DK_ACC, DV_ACC, HOP, COLUMN
 # their launchers: the backend "triton"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def capability(device):
     return torch.cuda.get_device_capability(device)
 
@@ -2024,7 +2023,7 @@ TILES_FP32 = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def tile_config(kernel, D, dtype, device):
     """Tile sizes and launch options of a kernel; fewer pipeline stages where shared memory is small."""
     BLOCK_D = max(16, next_power_of_2(D))
@@ -3152,9 +3151,8 @@ class Symmetric:
 
     def __init__(self, ring, schedule, k, v, T, mask, direction, acc_dtype=None):
         self.memory, self.stream, self.rank = ring.memory, ring.memory.copy_stream, ring.rank
-        (B, TK, HKV, D), self.kv, known = k.shape, (k, v), self.memory.known
-        self.row_bytes = HKV * D * k.element_size()
-        key = schedule, B, T, TK, mask, direction
+        self.kv, known = (k, v), self.memory.known
+        key = schedule, len(k), T, k.shape[1], mask, direction
         if key not in known:  # CUDA graphs have copies
             remember(known, key, stream_ops(self.stream, schedule, ring.rank, ring.n_ranks, *key[1:]), 1024)
         self.hops, self.key_ops, self.grad_ops, self.last_ops, self.joins = known[key]
@@ -3172,13 +3170,17 @@ class Symmetric:
         if ops.rows:
             to = self.memory.base[ops.peer] + self.memory.kv_staging[ops.peer_staging]
             for i, x in enumerate(self.kv):
-                for first, n in ops.rows:
-                    at = first * self.row_bytes
-                    stream.copy(to + i * x.nbytes + at, x.data_ptr() + at, n * self.row_bytes)
+                self.copy_rows(ops.rows, x, to + i * x.nbytes, x.data_ptr())
         stream.run(ops.after)
         if ops.arrives:
             self.arrived = stream.record_event()
         return self.kv if ops.staging is None else self.kv_staging[ops.staging]
+
+    def copy_rows(self, rows, x, to, source):
+        """Copy rows of memory laid out as the tensor x."""
+        row_bytes = x.nbytes // (x.shape[0] * x.shape[1])
+        for first, n in rows:
+            self.stream.copy(to + first * row_bytes, source + first * row_bytes, n * row_bytes)
 
     def grads(self, j):
         if j > 1 and self.arrived_grads:
@@ -3186,7 +3188,7 @@ class Symmetric:
         return self.grad_staging[j % 2]
 
     def pass_on(self, j, coming):
-        ops, stream, memory, x = self.grad_ops[j], self.stream, self.memory, self.grad_staging[0][0]
+        ops, stream, memory = self.grad_ops[j], self.stream, self.memory
         # in a CUDA graph nothing says that copies run beside a kernel that waits for them
         coming = coming if ops.rows and not stream.capturing() else None
         if coming:
@@ -3195,9 +3197,7 @@ class Symmetric:
         stream.run(ops.before)
         to = memory.base[self.rank] + memory.grad_staging[(j + 1) % 2]
         source = memory.base[ops.peer] + memory.grad_staging[j % 2]
-        row_bytes = x.nbytes // (x.shape[0] * x.shape[1])
-        for first, n in ops.rows:
-            stream.copy(to + first * row_bytes, source + first * row_bytes, n * row_bytes)
+        self.copy_rows(ops.rows, self.grad_staging[0][0], to, source)
         if coming:
             stream.write(coming, 0)
         stream.run(ops.after)
@@ -3424,7 +3424,7 @@ def stream_operations(operations):
     return len(operations), (ctypes.c_uint64 * len(words))(*words)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def cuda_driver():
     """The CUDA driver, for what torch lacks, such as a stream that waits for a value. None without one."""
     pointer, number = ctypes.c_void_p, ctypes.c_uint
@@ -3624,8 +3624,7 @@ def run_hops(hops, tensors, extras, ring, schedule, causal, window, seq_len, sm_
     overhangs = backend == "gluon" and TK % BWD_ROWS.value
     if backward and (overhangs or options[-1]):  # bias_grad: its loop wants tables
         mask = mask._replace(kind=INTERVAL.value)
-    local = tensors[0][:, :T], tensors[1][:, :TK]
-    mods = make_mods(*local, ring_object.n_ranks, mask, extras, softcap, dropout_p, functions)
+    mods = make_mods(q, T, TK, ring_object.n_ranks, mask, extras, softcap, dropout_p, functions)
     kind = q.device.type
     # the state stays in float32, also under autocast
     no_casts = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else NO_CONTEXT
@@ -3642,7 +3641,11 @@ def forward_checked(q, k, v, extras, ring, *args):
     """Checks when a compiled graph runs, as it was made before its tensors were there."""
     *options, problem = args
     check_once(q, k, v, extras, ring_numbered(ring), options, problem)
-    return forward_real(q, k, v, extras, ring, *args)
+    return forward_real(q, k, v, extras, ring, *options)
+
+
+def forward_autograd(q, k, v, extras, *args):
+    return RingAttention.apply(q, k, v, forward_checked, args, *extras)
 
 
 def forward_fake(q, k, v, *args):
@@ -3655,8 +3658,7 @@ def backward_real(do, dlse, q, k, v, o, lse, extras, ring, *args):
     dlse = None if dlse is None else dlse.contiguous()
     tensors = *dense(q, k, v, ring), o, lse, do, dlse
     *grads, dsinks, dbias = run_hops(backward_hops, tensors, extras, ring, *args)
-    given = Extras.of(extras)
-    of_extras = ((dx, x) for dx, x in ((dsinks, given.sinks), (dbias, given.bias)))
+    of_extras = (dsinks, extras[0]), (dbias, extras[2])  # sinks, bias
     return *grads, *(dx if x is None else dx.to(x.dtype) for dx, x in of_extras)
 
 
@@ -3722,18 +3724,11 @@ OPTIONS = "int ring, str schedule, bool causal, SymInt[]? window, SymInt? seq_le
 OPTIONS += ", str? backend, str? transport, float softcap, float dropout_p, int functions, bool deterministic"
 OPTION_NAMES = [option.split()[1] for option in OPTIONS.split(", ")]
 N_OF_HOPS = OPTION_NAMES.index("deterministic")  # of these both hop loops take; the backward takes all
-LIBRARY.define(
-    f"forward({TENSORS}, Tensor?[] extras, {OPTIONS}, bool backward, str? problem) -> (Tensor, Tensor)"
-)
-LIBRARY.define(
-    f"backward(Tensor? do, Tensor? dlse, {TENSORS}, Tensor o, Tensor lse, Tensor?[] extras, {OPTIONS},"
-    " bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-LIBRARY.impl(
-    "forward",
-    lambda q, k, v, extras, *args: RingAttention.apply(q, k, v, forward_checked, args, *extras),
-    "Autograd",
-)
+TAKES = f"{TENSORS}, Tensor?[] extras, {OPTIONS}, bool backward, str? problem"
+LIBRARY.define(f"forward({TAKES}) -> (Tensor, Tensor)")
+TAKES = f"Tensor? do, Tensor? dlse, {TENSORS}, Tensor o, Tensor lse, Tensor?[] extras, {OPTIONS}"
+LIBRARY.define(f"backward({TAKES}, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.impl("forward", forward_autograd, "Autograd")
 LIBRARY.impl("forward", forward_checked, "CompositeExplicitAutograd")  # on any device; checks refuse some
 LIBRARY.impl("backward", backward_real, "CompositeExplicitAutograd")
 torch.library.register_fake("ring_attn::forward", forward_fake, lib=LIBRARY)
@@ -3835,7 +3830,7 @@ def autocast(*tensors):
 
 
 def check_schedule(schedule, n_ranks, T=None, B=None):
-    """Can shards of (B, T) tokens follow this schedule?"""
+    """Shards of (B, T) tokens must be able to follow this schedule."""
     if not isinstance(schedule, str) or schedule not in SCHEDULES:
         raise ValueError(f"{schedule=} is unknown; choose one of {', '.join(SCHEDULES)}")
     if n_ranks < 1:
@@ -3983,7 +3978,6 @@ def check_values(cu_seqlens, ring, seq_len, q):
     S = q.shape[1] * (1 if isinstance(ring, VirtualRing) else ring.n_ranks)
     args = cu_seqlens.cpu(), len(q), (S if seq_len is None else seq_len, S)
     agree_now(ring, dict(cu_seqlens=cu_seqlens.tolist()), None, lambda: check_documents(*args))
-
 
 
 def check_mods(q, k, n_ranks, seq_len, extras, backend, softcap, dropout_p, functions, backward):
@@ -4139,7 +4133,6 @@ def check_movable(x, group):
         raise ValueError(f"tensors are on {x.device}, but {given}; use the GPU of this rank")
 
 
-
 def summary(x):
     """What all ranks must agree on of an argument that should be a tensor."""
     if not isinstance(x, torch.Tensor):
@@ -4164,7 +4157,6 @@ def agree_once(ring, key, signature, problem, check, prepare=lambda: None):
         agree_now(ring, signature, problem, check)
         remember(ring.agreed, key, prepare(), 4096)  # all ranks drop the same one
     return ring.agreed[key]
-
 
 
 def check_once(q, k, v, extras, ring, options, problem, debug=False):
