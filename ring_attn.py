@@ -381,8 +381,8 @@ def all_layouts(schedule, n_ranks, T, TK):
 
 @functools.lru_cache(maxsize=256)
 def rows_seen_by_many(schedule, n_ranks, T, TK, mask, direction):
-    """[source], two lists of rows [begin, end) by batch group: [j] of the first one for the ranks that hold
-    the keys of `source` at the hops 1..j-1, of the second one for those that hold them from hop j on."""
+    """By source: before, after. Both are lists of rows [begin, end) by batch group, of the keys of `source`:
+    before[j] are seen by ranks that hold them at the hops 1..j-1, after[j] by those from hop j on."""
     by_rank, R = rows_seen(schedule, n_ranks, T, TK, mask), n_ranks
 
     def joined(a, b):
@@ -1261,6 +1261,7 @@ def by_rank(problems):
     return "; ".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem)
 
 
+
 def ring_numbered(number):
     return virtual_ring(-number) if number < 0 else RINGS[number]
 
@@ -1294,11 +1295,11 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
               aux=(), dropout_p=0.0, dropout_seed=None, debug=False):  # fmt: skip
     """softmax(sm_scale * q k^T) v over a sequence sharded over the ranks of `group`. Differentiable once.
 
-    q: (B, T, H, D), k, v: (B, T, HKV, D): this rank's tokens under `schedule`, see `shard`; T, B the same on
-       every rank. bfloat16, float16 or float32 (float64 in the torch path). H a multiple of HKV; D up to 256.
-       Any strides. Under torch.autocast they are cast as scaled_dot_product_attention casts them. k, v may
-       have another T: on a ring if causal=False, each its shards; on one GPU the last query is at the last
-       key (bottom right), and rows that see no key give o = 0, lse = -inf.
+    q: (B, T, H, D), k, v: (B, T, HKV, D): this rank's tokens, see `shard`; T, B the same on every rank.
+       bfloat16, float16 or float32 (float64 in the torch path). H a multiple of HKV; D up to 256. Any
+       strides. torch.autocast casts them as for scaled_dot_product_attention. k, v may have another T: on a
+       ring if causal=False; on one GPU the last query is then at the last key (bottom right), and rows that
+       see no key give o = 0, lse = -inf.
     schedule: a key of SCHEDULES. Under causal=False all of them give the same result.
     group: a process group; None: the default one, or a ring of one if there is none; a VirtualRing; a Ring.
     sm_scale: above 0; None means D ** -0.5.
@@ -1307,18 +1308,16 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     backend: "torch", "triton" (any GPU, and CPU tensors under TRITON_INTERPRET=1) or "gluon" (Hopper);
        None chooses the fastest one.
     transport: "p2p" (send and receive between neighbours: NCCL, gloo) or "symmetric" (CUDA, one host: copies
-       by the GPUs); None: symmetric where all GPUs can read each other. resolve_ring(group).transport says
-       which one None means, .why says why.
+       by the GPUs); None: symmetric where all GPUs can read each other. resolve_ring(group) says which one
+       None means, in .transport, and why, in .why.
     deterministic: the same inputs give the same gradients, to the bit. False: Hopper's kernel adds up dq in
        any order, which is mostly faster under a causal mask. Under torch.use_deterministic_algorithms(True) a
        forward whose gradients are wanted then raises.
     window: W, an int of 1 or more, with causal=True: query i sees the keys i - W < j <= i. Or a pair (left,
        right): i - left <= j <= i + right, each 0 or more, -1 or None for all; causal=True sets right to 0.
-       Positions are global.
     cu_seqlens: int32 (n + 1,), or (B, n + 1) for each sequence its own: documents packed into the sequences,
-       the d-th at global positions cu_seqlens[d]..cu_seqlens[d + 1] - 1. Queries see their own document. The
-       same on every rank; begins with 0, ends with the true or the padded length; equal neighbours are an
-       empty document.
+       the d-th at positions cu_seqlens[d]..cu_seqlens[d + 1] - 1. Queries see their own document. The same on
+       every rank; begins with 0, ends with the true or the padded length; may repeat a number: an empty one.
        On a CPU it is checked, and rows outside the interval that a rank's queries see do not move. On a GPU
        it is clipped, not checked, and does not reduce what moves; but there is no host sync, and CUDA graphs
        may be replayed with other values.
@@ -1331,16 +1330,15 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     Scores change in this order: sm_scale * q k^T, softcap, bias, alibi_slopes, score_mod, masks, sinks,
     softmax, dropout. Positions are global; where one GPU has T queries and TK keys, aligned at their ends.
     softcap: s becomes softcap * tanh(s / softcap); above 0; None or 0.0: off.
-    bias: a floating point tensor that broadcasts to (B, H, S, S), or (B, H, queries, keys), in global order,
-       without padding, and whole on every rank, up to 1 GiB; added to scores. Its gradient, if it requires
-       one, is the part of this rank's queries, as that of sinks; it is computed in plain torch, which takes
-       its time, and not beside a score_mod in kernels.
+    bias: a floating point tensor that broadcasts to (B, H, queries, keys), in global order, without padding,
+       whole on every rank, up to 1 GiB; added to scores. Its gradient is the part of this rank's queries, as
+       that of sinks; it is computed in plain torch, which is slow, and not beside a score_mod in kernels.
     alibi_slopes: (H,) or (B, H) float32; adds -slope * |i - j| (ALiBi, arXiv 2108.12409). No gradient. For
        up to 2**23 tokens in kernels.
     score_mod: f(score, b, h, q_idx, kv_idx, *aux), the new score, as in decode_attn: a @triton.jit function
-       for the kernels, a plain one for the torch path. A score_mod may return -inf, as a mask does, but for
-       keys that nobody sees a window or cu_seqlens costs less. Define it once, not in every call. Under
-       torch.compile pass ScoreMod(f, g), made outside.
+       for the kernels, a plain one for the torch path. It may return -inf, as a mask does, but a window or
+       cu_seqlens costs less. Define it once, not in every call. Under torch.compile pass ScoreMod(f, g), made
+       outside.
     score_mod_bwd: g(dscore, score, b, h, q_idx, kv_idx, *aux): the gradient of f's score from that of its
        result; score is what f was given. @triton.jit; kernels need it where a gradient is wanted. The torch
        path differentiates f itself.
@@ -1355,10 +1353,9 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
     Calls of one ring share staging memory and flags. Eager calls may be on any stream, as each waits for the
     one before. A CUDA graph cannot wait: replay it on the stream of the eager calls, or order the streams.
 
-    Raises ValueError on every rank if any rank's inputs do not fit or the ranks' inputs differ. That is
-    checked once per new combination of shapes and options. A rank that changes them alone, after the others
-    have agreed on theirs, is only found by the process group's timeout. Raises RuntimeError where a second
-    derivative is asked for.
+    Raises ValueError on every rank if any rank's inputs do not fit or the ranks' inputs differ: checked once
+    per new combination of shapes and options. A rank that changes them alone later is only found by the
+    process group's timeout. Raises RuntimeError where a second derivative is asked for.
     """
     return attend(
         q, k, v, schedule, resolve_ring(group), causal, sm_scale, return_lse, backend=backend,
@@ -3342,8 +3339,7 @@ def reserve(ring, device, sizes):
         ring.memory = SymmetricMemory(ring, device, *sizes)
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
-    errors = by_rank(ring.gather(error))
-    if errors:
+    if errors := by_rank(ring.gather(error)):
         ring.memory, ring.transport, ring.why = None, "p2p", f"no symmetric memory: {errors}"
         if ring.rank == 0:
             warnings.warn(f"from here on keys move by send and receive: {ring.why}", stacklevel=2)
@@ -3952,13 +3948,13 @@ def check_mask(causal, window, cu_seqlens, seq_len, B, S, SK):
 
 def check_documents(cu_seqlens, B, ends):
     """ends: what may be the last entry."""
-    name = "cu_seqlens"
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype != torch.int32:
         wanted = "an int32 tensor (n + 1,) or (B, n + 1)"
-        raise ValueError(f"{name} is {summary(cu_seqlens)}; it must be {wanted}")
+        raise ValueError(f"cu_seqlens is {summary(cu_seqlens)}; it must be {wanted}")
     shape = tuple(cu_seqlens.shape)
     if len(shape) not in (1, 2) or shape[-1] < 2 or len(shape) == 2 and shape[0] != B:
-        raise ValueError(f"{name} has shape {shape}; it must be (n + 1,) or (B, n + 1) with {B=} and n >= 1")
+        wanted = f"(n + 1,) or (B, n + 1) with {B=} and n >= 1"
+        raise ValueError(f"cu_seqlens has shape {shape}; it must be {wanted}")
     if cu_seqlens.device.type != "cpu":
         return  # its values are only read under debug=True: that waits for the GPU
     for row in cu_seqlens.reshape(-1, shape[-1]).tolist():
@@ -3970,7 +3966,7 @@ def check_documents(cu_seqlens, B, ends):
                 lengths = f"{ends[0]}, the true length, or {ends[-1]}, the padded one"
             wanted = f"begin with 0, not decrease, and end with {lengths}"
             text = f"{row[:4]}..{row[-2:]}" if len(row) > 8 else row
-            raise ValueError(f"{name} holds {text}; it must {wanted}")
+            raise ValueError(f"cu_seqlens holds {text}; it must {wanted}")
 
 
 def check_values(cu_seqlens, ring, seq_len, q):
@@ -4002,10 +3998,11 @@ def check_mods(q, k, n_ranks, seq_len, extras, backend, softcap, dropout_p, func
     check_slopes(slopes, q, backend, n_ranks * max(T, TK))
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device):
         raise ValueError(f"dropout_seed is {summary(seed)}; it must have one element, int64, on {device}")
-    for i, x in enumerate(extras.aux):
+    constants = {f"aux[{i}]": x for i, x in enumerate(extras.aux)}
+    for name, x in constants.items():
         if not isinstance(x, torch.Tensor) or x.device != device:
-            raise ValueError(f"aux[{i}] is {summary(x)}; aux must be a tuple of tensors on {device}")
-    for name, x in dict(alibi_slopes=slopes, **{f"aux[{i}]": x for i, x in enumerate(extras.aux)}).items():
+            raise ValueError(f"{name} is {summary(x)}; aux must be a tuple of tensors on {device}")
+    for name, x in (dict(alibi_slopes=slopes) | constants).items():
         if x is not None and x.requires_grad and torch.is_grad_enabled():
             way_out = "detach it; what is learned can be a bias, or sinks"
             raise ValueError(f"{name} requires a gradient, and gets none; {way_out}")
@@ -4013,13 +4010,15 @@ def check_mods(q, k, n_ranks, seq_len, extras, backend, softcap, dropout_p, func
         return
     score_mod, score_mod_bwd = functions_numbered(functions)
     check_function("score_mod", score_mod, "score, b, h, q_idx, kv_idx", len(extras.aux), backend)
-    if backend != "torch" and score_mod_bwd is not None:
+    if backend == "torch":
+        return  # which differentiates score_mod itself
+    if score_mod_bwd is not None:
         takes = "dscore, score, b, h, q_idx, kv_idx"
         check_function("score_mod_bwd", score_mod_bwd, takes, len(extras.aux), backend)
-    if backend != "torch" and backward and bias is not None and bias.requires_grad:
+    if backward and bias is not None and bias.requires_grad:
         alone = "beside a score_mod in kernels: its gradient is computed in plain torch"
         raise ValueError(f'bias requires a gradient {alone}; detach one of them, or pass backend="torch"')
-    if backend != "torch" and backward and score_mod_bwd is None:
+    if backward and score_mod_bwd is None:
         raise ValueError("a gradient of score_mod needs score_mod_bwd, or torch.no_grad()")
 
 
@@ -4029,12 +4028,14 @@ def check_softcap(softcap):
 
 
 def check_slopes(slopes, q, backend, length):
+    if slopes is None:
+        return
     (B, _, H, _), device = q.shape, q.device
-    if slopes is not None and backend != "torch" and length > MAX_ALIBI:
+    if backend != "torch" and length > MAX_ALIBI:
         way_out = "compute it in a score_mod"
         raise ValueError(f"alibi_slopes are for up to {MAX_ALIBI} tokens, and here are {length}: {way_out}")
-    is_tensor = isinstance(slopes, torch.Tensor) and slopes.dtype == torch.float32
-    if slopes is not None and not (is_tensor and slopes.shape in ((H,), (B, H)) and slopes.device == device):
+    floats = isinstance(slopes, torch.Tensor) and slopes.dtype == torch.float32
+    if not (floats and slopes.shape in ((H,), (B, H)) and slopes.device == device):
         wanted = f"a float32 tensor ({H},) or {(B, H)} on {device}, or None"
         raise ValueError(f"alibi_slopes is {summary(slopes)}; it must be {wanted}")
 
