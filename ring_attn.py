@@ -306,10 +306,10 @@ def count_le(layouts, x, T):
 class HopRow(NamedTuple):
     """What kernels read about one batch group at one hop."""
 
-    q_start: int  # 0..2: Layout of the queries
+    q_start: int  # Layout of the queries
     q_stride: int
     q_jump: int
-    k_start: int  # 3..5: Layout of the keys
+    k_start: int  # Layout of the keys
     k_stride: int
     k_jump: int
     next_start: int  # the first key position of all later hops: queries before it are complete after this one
@@ -319,6 +319,11 @@ class HopRow(NamedTuple):
     fill_begin: int  # rows that must hold something after this hop, if only zeros
     fill_end: int
     home: int  # whether these are the own keys, whose gradients go from there to dk, dv
+
+    @property
+    def layouts(self):
+        """Of the queries and of the keys."""
+        return Layout(*self[:3]), Layout(*self[3:6])
 
 
 class Hop(NamedTuple):
@@ -684,11 +689,11 @@ def make_bounds(hops, mask, B, T, TK, starts, direction, tile, device):
     """Bounds of each hop. starts: where documents begin, (1 or B, n), or None. direction: 1 forward, -1
     backward, which has `columns`. tile: rows of a resident and of a streamed tile of Hopper's kernel; None:
     no `tiles`."""
-    layouts = constant(tuple(tuple(row[3:6] for row in hop.rows) for hop in hops), device)  # of the keys
+    layouts = constant(tuple(tuple(row.layouts[1] for row in hop.rows) for hop in hops), device)  # of keys
     ends = []
     for g, group in enumerate(batch_slices(B, layouts.shape[1])):
         own = starts if starts is None or len(starts) == 1 else starts[group]
-        p = layout_positions(Layout(*hops[0].rows[g][:3]), T, device)
+        p = layout_positions(hops[0].rows[g].layouts[0], T, device)
         first, last = mask.keys(p, own)  # (T,) or (sets, T)
         ends.append(count_le(layouts[:, g, None, None], torch.stack([first - 1, last]).view(2, 1, -1, T), TK))
     begin, end = both = torch.cat(ends, 2)  # (hops, sets, T): neither decreases along T
@@ -913,10 +918,9 @@ def torch_blocks(q, k, hop, mods, block=512):
     """Blocks of queries and the keys that they see: slices of batch, queries, keys; seen; Mods there."""
     (B, T, H, _), TK, device = q.shape, k.shape[1], q.device
     heads = torch.arange(H, device=device).view(k.shape[2], -1, 1, 1)
-    by_group = list(zip(batch_slices(B, len(hop.rows)), hop.rows))
-    for rows, b in zip(hop.bounds.rows, batch_slices(B, len(hop.bounds.rows))):
-        row = next(row for group, row in by_group if b.start < group.stop)
-        layouts = Layout(*row[:3]), Layout(*row[3:6])
+    n_sets = len(hop.bounds.rows)
+    for i, b in enumerate(batch_slices(B, n_sets)):
+        rows, layouts = hop.bounds.rows[i], hop.rows[i * len(hop.rows) // n_sets].layouts
         q_idx, k_idx = (layout_positions(x, n, device) for x, n in zip(layouts, (T, TK)))
         sequences = torch.arange(b.start, b.stop, device=device).view(-1, 1, 1, 1, 1)
         n_real = int((q_idx <= mods.last[0]).sum()) if mods else T  # the others are padding
@@ -1423,7 +1427,7 @@ def work(schedule, n_ranks, T=256):
     """By rank and hop of a causal forward: (whose keys, the share of the scores that is computed)."""
 
     def share(row):
-        q_pos, k_pos = (layout_positions(Layout(*layout), T) for layout in (row[:3], row[3:6]))
+        q_pos, k_pos = (layout_positions(layout, T) for layout in row.layouts)
         return (k_pos <= q_pos[:, None]).double().mean().item()
 
     plans = [plan(schedule, rank, n_ranks, T, make_mask(n_ranks * T), 1) for rank in range(n_ranks)]
@@ -3020,9 +3024,7 @@ def tma_fields(shape, strides, block, dtype):
 
 def tma_descriptor(x, block):
     """x for TMA, in tiles of shape `block`; what is outside x reads as 0. Of a copy where TMA cannot read x
-    itself: never for results, which are contiguous and aligned, with a D that hopper_takes. None for None."""
-    if x is None:
-        return None
+    itself: never for results, which are contiguous and aligned, with a D that hopper_takes."""
     fields = tma_fields(x.shape, x.stride(), block, x.dtype)
     if fields is None or x.data_ptr() % 16:
         x = x.contiguous() if fields is None else x.clone()
@@ -4165,9 +4167,6 @@ def check_once(q, k, v, extras, ring, options, problem, debug=False):
     of the operators behind `ring`, and `backward`."""
     extras, options = Extras.of(extras), dict(zip((*OPTION_NAMES[1:], "backward"), options))
     deterministic, backward, functions = (options[x] for x in ("deterministic", "backward", "functions"))
-    if options["backend"] is None:
-        has_shape = isinstance(q, torch.Tensor) and not q.is_nested and q.ndim > 0
-        options["backend"] = best_backend(q) if has_shape else "torch"
     strict_torch = torch.get_deterministic_debug_mode() == 2
     if backward and strict_torch and isinstance(deterministic, int) and not deterministic:
         strict = "under torch.use_deterministic_algorithms(True); leave one of the two out"
@@ -4175,6 +4174,8 @@ def check_once(q, k, v, extras, ring, options, problem, debug=False):
     documents, tensors, cu_seqlens = None, (q, k, v, *extras.flat()), extras.cu_seqlens
     capturing = isinstance(q, torch.Tensor) and q.is_cuda and torch.cuda.is_current_stream_capturing()
     try:
+        if options["backend"] is None:
+            options["backend"] = best_backend(q)
         if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
             # the other ranks must have the same
             documents = hashlib.blake2b(cu_seqlens.numpy(force=True).tobytes(), digest_size=8).hexdigest()
@@ -4187,7 +4188,7 @@ def check_once(q, k, v, extras, ring, options, problem, debug=False):
         key = *kinds, learned, *values, *map(type, values), documents, problem, debug
         if key in ring.agreed:
             return
-    except (AttributeError, TypeError, RuntimeError):  # an argument of a kind that will be refused
+    except (AttributeError, IndexError, RuntimeError, TypeError):  # of an argument that will be refused
         key = repr((*map(summary, tensors), options, problem))
     if capturing:
         raise ValueError("ranks cannot agree on options inside a CUDA graph; make this call once before it")
