@@ -337,7 +337,7 @@ class Hop(NamedTuple):
     recv: tuple  # rows of k, v that arrive for the next hop
     send_grad: tuple  # rows of dk, dv that leave (backward)
     recv_grad: tuple
-    visible: bool = True  # whether there is anything to compute; hop 0 writes all results, if only zeros
+    visible: bool  # whether there is anything to compute; hop 0 writes all results, if only zeros
     table: Any = None  # `rows` on the device, int32: see Ring.on_device
     bounds: Any = None  # Bounds, for the backend "torch" and where the mask's kind is INTERVAL
 
@@ -1192,7 +1192,7 @@ class Ring:
         works = with_ranks_named(dist.batch_isend_irecv, ops) if ops else []
 
         def wait(tensors=(send, recv)):  # the default keeps them alive until here
-            with self.waiter.waits_for(reason) if self.waiter and works else contextlib.nullcontext():
+            with self.waiter.waits_for(reason) if self.waiter and works else NO_CONTEXT:
                 for work in works:
                     with_ranks_named(work.wait)
 
@@ -1212,7 +1212,7 @@ class Ring:
         group, everyone, began = self.group, [None] * self.n_ranks, time.monotonic()
         bound = group.bound_device_id  # NCCL takes no other, whatever device is the current one
         try:
-            with torch.cuda.device(bound) if bound else contextlib.nullcontext():
+            with torch.cuda.device(bound) if bound else NO_CONTEXT:
                 dist.all_gather_object(everyone, x, group=group)
         except RuntimeError as error:
             waited = f"waited {time.monotonic() - began:.0f} s for the others{missing_text(group, error)}"
@@ -3252,11 +3252,12 @@ def stream_ops(copy_stream, schedule, rank, n_ranks, B, T, TK, mask, direction):
         key_ops.append(StreamOps(here, prepare(before), rows, reader, there, prepare(after), coming))
 
         before, after, rows, here, there = [], [], (), j % 2, (j + 1) % 2
-        if any(map(is_some, hop.send_grad)):
+        sends = any(map(is_some, hop.send_grad))
+        if sends:
             before.append(("signal", to, SENT + here))
         if there in unread:
             before.append(("wait", READ + there, ("a reader of gradients", j + 1, to)))
-        unread = {here} if any(map(is_some, hop.send_grad)) else set()
+        unread = {here} if sends else set()
         if any(map(is_some, hop.recv_grad)):
             before.append(("wait", SENT + here, ("gradients", j + 1, source)))
             rows = row_ranges(hop.recv_grad, B, TK, 2)
@@ -3293,8 +3294,8 @@ class SymmetricMemory:
             raise RuntimeError(errors)
         self.handle = symmetric_memory.rendezvous(self.local, ring.group)
         self.base = list(self.handle.buffer_ptrs)  # by rank: where its memory is, for this process
-        for clear in self.local[:4096], self.local[receive:]:
-            clear.zero_()
+        self.local[:4096].zero_()
+        self.local[receive:].zero_()
         others = " or ".join(str(rank) for rank in range(ring.n_ranks) if rank != ring.rank)
         _, *reason = ring.waiter.write(("its part of what is decoded", ring.n_ranks - 1, others))
         buffers = [base + receive + odd * part_bytes for odd in (0, 1) for base in self.base]
@@ -4192,7 +4193,7 @@ def check_once(q, k, v, extras, ring, options, problem, debug=False):
         key = repr((*map(summary, tensors), options, problem))
     if capturing:
         raise ValueError("ranks cannot agree on options inside a CUDA graph; make this call once before it")
-    names = "q k v".split() + [*Extras._fields[:-1], *(f"aux[{i}]" for i in range(len(extras.aux)))]
+    names = "q", "k", "v", *Extras._fields[:-1], *(f"aux[{i}]" for i in range(len(extras.aux)))
     signature = dict(zip(names, map(summary, tensors))) | {x: repr(y) for x, y in options.items()}
     signature["functions"] = functions and [getattr(f, "__name__", f) for f in functions_numbered(functions)]
     signature["debug"] = repr(debug)
