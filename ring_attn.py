@@ -1265,7 +1265,6 @@ def by_rank(problems):
     return "; ".join(f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem)
 
 
-
 def ring_numbered(number):
     return virtual_ring(-number) if number < 0 else RINGS[number]
 
