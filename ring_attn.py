@@ -1020,7 +1020,10 @@ class P2P:
 
 def rows_of(tensors, rows):
     """The row_ranges of contiguous tensors (B, T, ...), as views."""
-    ranges = row_ranges(rows, *tensors[0].shape[:2])
+    B, T = tensors[0].shape[:2]
+    ranges = row_ranges(rows, B, T)
+    if ranges == ((0, B * T),):
+        return list(tensors)  # most often, and views take time
     return [x.flatten(0, 1)[first : first + n] for x in tensors for first, n in ranges]
 
 
@@ -1320,7 +1323,7 @@ def ring_attn(q, k, v, schedule="zigzag", group=None, causal=True, sm_scale=None
        right): i - left <= j <= i + right, each 0 or more, -1 or None for all; causal=True sets right to 0.
     cu_seqlens: int32 (n + 1,), or (B, n + 1) for each sequence its own: documents packed into the sequences,
        the d-th at positions cu_seqlens[d]..cu_seqlens[d + 1] - 1. Queries see their own document. The same on
-       every rank; begins with 0, ends with the true or the padded length; may repeat a number: an empty one.
+       every rank; begins with 0, ends with the true or the padded length; equal neighbours are an empty one.
        On a CPU it is checked, and rows outside the interval that a rank's queries see do not move. On a GPU
        it is clipped, not checked, and does not reduce what moves; but there is no host sync, and CUDA graphs
        may be replayed with other values.
