@@ -141,10 +141,9 @@ def load_count(NUM, exists, sizes):
 def count_splits(SEQLENS, blocks, sizes, n_groups, row_tiles,
                  TILES_PER_BLOCK: tl.constexpr, MAX_GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """For each of the n_groups tile groups, [MAX_GROUPS]: how many key tiles it has, and into how many splits
-    each of its row tiles is cut. That is N_SPLITS if given; else N_PROGRAMS are shared out by key tiles, or
-    N_UNEVEN, which are smaller and more than run side by side, if one of N_PROGRAMS would be 1.4 times as long
-    as their average. Never more splits than key tiles, but at least one, as a group without keys has zeros to
-    write."""
+    each of its row tiles is cut. That is N_SPLITS if given; else N_PROGRAMS are shared out by key tiles. If
+    one of them would then be 1.4 times as long as the average, N_UNEVEN are: more and smaller ones, which take
+    turns. Never more splits than key tiles, but at least one, as a group without keys has zeros to write."""
     group = tl.arange(0, MAX_GROUPS)
     exists = group < n_groups
     if TILES_PER_BLOCK > 0:

@@ -1832,6 +1832,10 @@ def dropout_is_philox():
     assert not torch.equal(first, call())
     torch.manual_seed(0)
     same_bits(first, call())
+    torch.manual_seed(0)
+    options = dict(causal=False, dropout_p=0.25, backend="torch")
+    on_ring = ring_attn.ring_attn(q, q, v.contiguous(), "zigzag", VirtualRing(2), **options)
+    assert torch.equal(on_ring > 0, first > 0)
 
 
 @local(name="errors of score mods")
