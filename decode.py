@@ -142,7 +142,7 @@ def count_splits(SEQLENS, blocks, sizes, n_groups, row_tiles,
                  TILES_PER_BLOCK: tl.constexpr, MAX_GROUPS: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """For each of the n_groups tile groups, [MAX_GROUPS]: how many key tiles it has, and into how many splits
     each of its row tiles is cut. That is N_SPLITS if given; else N_PROGRAMS are shared out by key tiles. If
-    one of them would then be 1.4 times as long as the average, N_UNEVEN are: more and smaller ones, which take
+    one of them would then be 1.4 times as long as the average, N_UNEVEN are: more and smaller ones that take
     turns. Never more splits than key tiles, but at least one, as a group without keys has zeros to write."""
     group = tl.arange(0, MAX_GROUPS)
     exists = group < n_groups
@@ -627,7 +627,7 @@ def make_config(call):
     BLOCK_M = 16 if G * M <= 16 else 64 if G * M > 32 and narrow and D <= 128 and not float8 else 32
     ROW_TILES = triton.cdiv(G * M, BLOCK_M)
     row_tiles, merge_grid = B * HEAD_SETS * ROW_TILES, B * HEAD_SETS * ROW_TILES * min(G * M, BLOCK_M)
-    n_sm, shared_memory, pdl = 4, math.inf, False
+    n_sm, shared_memory, pdl = 2, math.inf, False
     if not ring_attn.INTERPRET:
         properties = torch.cuda.get_device_properties(device)
         n_sm = properties.multi_processor_count
