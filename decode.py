@@ -633,8 +633,9 @@ def make_config(call):
         n_sm = properties.multi_processor_count
         shared_memory = properties.shared_memory_per_block_optin - 16384
         pdl = ring_attn.capability(device)[0] >= 9  # programmatic dependent launch: gdc_wait
-    # few row tiles: two programs an SM, as splits are short and small tiles start sooner. Many: no splits if
-    # there is a row tile for each SM; else three programs for pages or lengths, which take unequal times
+    # few row tiles: two programs an SM, as splits are short and small tiles start sooner. Many, one for about
+    # each SM: large tiles; with pages or lengths small ones, read further ahead, and if there are fewer row
+    # tiles than SMs, three programs an SM
     many, paged_or_ragged = BLOCK_M == 16 and 4 * row_tiles > n_sm, paged or call.cache_seqlens is not None
     per_sm, elements, num_warps, num_stages = 2, 8192, 4, 3
     if many and row_tiles > (n_sm if paged_or_ragged else 7 * n_sm // 8):
