@@ -156,12 +156,12 @@ def count_splits(SEQLENS, blocks, sizes, n_groups, row_tiles,
             L = tl.minimum(tl.load(SEQLENS + group, mask=exists, other=0), sizes.CAPACITY)
         _, _, tiles = tile_ranges(L, sizes, BLOCK_N)
     tiles = tl.where(exists, tiles, 0)
-    wide = tiles.to(tl.int64)
-    total = tl.maximum(tl.sum(wide, 0) * row_tiles, 1)
-    share = wide * sizes.N_PROGRAMS // total
+    tiles64 = tiles.to(tl.int64)
+    total = tl.maximum(tl.sum(tiles64, 0) * row_tiles, 1)
+    share = tiles64 * sizes.N_PROGRAMS // total
     if MAX_GROUPS > 1:
-        longest = tl.max(wide * sizes.N_PROGRAMS // tl.maximum(share, 1), 0)
-        share = tl.where(5 * longest > 7 * total, wide * sizes.N_UNEVEN // total, share)
+        longest = tl.max(tiles64 * sizes.N_PROGRAMS // tl.maximum(share, 1), 0)
+        share = tl.where(5 * longest > 7 * total, tiles64 * sizes.N_UNEVEN // total, share)
     share = share.to(tl.int32)
     # no branch on N_SPLITS: behind one Triton 3.8 forgets that addresses are aligned
     splits = tl.minimum(tl.where(sizes.N_SPLITS > 0, sizes.N_SPLITS, share), tiles)
@@ -646,6 +646,7 @@ def make_config(call):
         per_sm, elements, num_warps, num_stages = (4, 8192, 2, 3) if many else (2, 16384, 4, 3)
     BLOCK_N = min(128, max(16, (elements if narrow else 4096) // max(BLOCK_D, 128 if float8 else 16)))
     N, n_programs = call.capacity() // call.n_ranks, per_sm * n_sm
+    # where groups differ: the splits of more row tiles than SMs would else be one each
     n_uneven = (12 if many and row_tiles > n_sm else 6) * n_sm if 4 * row_tiles > n_sm else n_programs
     while blocked and BLOCK_N > 16 and BLOCK_SIZE % BLOCK_N:
         BLOCK_N //= 2

@@ -2116,8 +2116,8 @@ def count_splits_jit(
 
 @local
 def decode_splits_are_of_equal_length():
-    """However long the sequences are, there is a program for each split, and where there are many none is 1.4
-    times as long as N_PROGRAMS would be on average, which is what a call takes at least."""
+    """There is a program for each split, however long the sequences are. Where N_UNEVEN is above N_PROGRAMS,
+    the longest split is at most 1.4 times the average of N_PROGRAMS splits."""
     new = partial(torch.empty, device="meta")
     K, some = 1024, random.Random(0)
     batches = [[K * i for i in range(1, 9)], [K] * 31 + [128 * K], [8 * K] * 8, [0] * 5, [100 * K, 0, 1]]
