@@ -4138,10 +4138,9 @@ def check_bench():
     for part, table in runs[0]["parts"].items():
         assert whole["parts"][part]["rows"] == table["rows"] * 2
     with shared_folder(alone()) as folder:
-        for run in runs:
-            if lines := bench.error_lines(run):
-                bench.errors_figure(folder / "errors.svg", run, lines)
-                assert ElementTree.parse(folder / "errors.svg").getroot() is not None
+        if some := [run for run in runs if bench.error_lines(run)]:
+            bench.errors_figure(folder / "errors.svg", some)
+            assert ElementTree.parse(folder / "errors.svg").getroot() is not None
     bad = ("--filter=nonesuch", "D64"), ("--part=nonesuch", "masks"), ("--figures", "last line")
     calls = [("bench.py", flag, *(["LICENSE"] if flag == "--figures" else [])) for flag, _ in bad]
     for done, (flag, word) in zip(call_scripts(*calls), bad, strict=True):
