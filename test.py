@@ -4132,6 +4132,7 @@ def check_bench():
         runs.append(found | dict(gpu=found["gpu"] or "a GPU"))
     text = bench.markdown(runs)
     assert text.count("bench.py --quick --part=") == len(runs)
+    assert "| refused" not in text  # such rows are listed below their table
     for run, table in ((run, table) for run in runs for table in run["parts"].values()):
         assert all(f"| {line['name']} |" in text for line in table["rows"])
     (whole,) = bench.joined([runs[0]] * 2)  # as of a part that was run in two pieces
@@ -4145,6 +4146,15 @@ def check_bench():
     calls = [("bench.py", flag, *(["LICENSE"] if flag == "--figures" else [])) for flag, _ in bad]
     for done, (flag, word) in zip(call_scripts(*calls), bad, strict=True):
         command_line_error(done, flag.split("=")[0], word)
+
+
+@local
+def bench_refuses_wrong_results():
+    """A contender whose result is wrong gets a dash, as raising does; an error as large as float8's is none."""
+    true = torch.ones(8)
+    bench.relative_error(true * 1.05, true)
+    for factor in (1.2, math.inf, math.nan):
+        raises(lambda: bench.relative_error(true * factor, true), "is wrong")
 
 
 @local
