@@ -4150,7 +4150,7 @@ def check_bench():
 
 @local
 def bench_refuses_wrong_results():
-    """A contender whose result is wrong gets a dash, as raising does; an error as large as float8's is none."""
+    """A contender whose result is wrong gets a dash, as it raises; errors as large as float8's are none."""
     true = torch.ones(8)
     bench.relative_error(true * 1.05, true)
     for factor in (1.2, math.inf, math.nan):
