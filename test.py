@@ -1634,7 +1634,7 @@ def check_seeds(ring, check, first, n):
     return max((check(seed, ring) for seed in range(first, first + n)), key=ratio)
 
 
-for first in range(0, 150 if GPU else 100, 10):
+for first in range(0, 150 if GPU else 60, 10):
     name = f"masks drawn at random, seeds {first} to {first + 9}"
     local(check_seeds, name, None, check_drawn, first, 10)
 for size in (2, 4):
@@ -1795,11 +1795,18 @@ def check_mods(seed, ring=None):
     return worst(rows)
 
 
-for first in range(0, 100 if GPU else 40, 10):
+for first in range(0, 100 if GPU else 20, 10):
     name = f"score mods drawn at random, seeds {first} to {first + 9}"
     local(check_seeds, name, None, check_mods, first, 10)
 for size in (2, 4):
-    real(check_seeds, f"score mods drawn at random on a ring of {size}", check_mods, 0, 12, ring=size)
+    real(
+        check_seeds,
+        f"score mods drawn at random on a ring of {size}",
+        check_mods,
+        0,
+        12 if GPU else 6,
+        ring=size,
+    )
 
 
 @local
@@ -2149,9 +2156,10 @@ def decode_splits_are_of_equal_length():
 def check_decode(backend, *args, n_splits=None, **options):
     call = make_decode(*args, **options)
     got = call(backend, n_splits=n_splits)
-    with InOperators() as operators:
-        same_bits(got, call(backend, n_splits=n_splits))
-    assert torch.ops.ring_attn.decode.default in operators.ran
+    if GPU or backend == "torch":  # the interpreter is slow, and the operator is the same
+        with InOperators() as operators:
+            same_bits(got, call(backend, n_splits=n_splits))
+        assert torch.ops.ring_attn.decode.default in operators.ran
     assert got[0].dtype == call.q.dtype
     rows = [call.judge(*got)]
     if (call.lengths == call.k.shape[1]).all():
@@ -3511,7 +3519,7 @@ def check_compiled_model(ring, kind, autocast):
 
 
 if ring_attn.INTERPRET:  # GPUs have symmetric memory: check_sent_parts
-    real(check_receive_buffers, "ranks send their parts")
+    real(check_receive_buffers, "ranks send their parts", ring=2)
 for how in ("dies", "is stuck"):
     if GPU:  # it takes two of the GPUs: the other processes wait
         for transport in ("p2p", "symmetric", "decode"):
@@ -3532,6 +3540,7 @@ real(check_other_device, "tensors on another GPU than the current one x2", "zigz
 for n_ranks, schedule in product((1, 2, 4), SCHEDULES):
     real(check_launches_on_ring, f"launches: {schedule} x{n_ranks}", schedule, ring=n_ranks, needs="GPU")
 SIZES = sorted({1, 2, WORLD})
+MODEL_SIZES = SIZES if GPU else SIZES[:2]  # four processes on two cores take long
 for schedule in SCHEDULES:
     real(check_unshard, f"unshard(shard(x)) is x, {schedule} x{WORLD}", schedule)
 for schedule, causal, n_ranks in product(SCHEDULES, (True, False), SIZES):
@@ -3544,23 +3553,22 @@ for schedule, causal, n_ranks in product(SCHEDULES, (True, False), SIZES):
         args += "torch", f32, 2, 20, 6, 2, 24
         real(check_real, f"{name} torch float32", *args, ring=n_ranks)
         if causal:
-            args = schedule, causal, "triton", f16, 1, 10, 2, 1, 16
+            args = schedule, causal, "triton", f16, 1, 10, 2 if n_ranks < 4 else 1, 1, 16
             real(check_real, f"{name} triton float16", *args, ring=n_ranks)
 for n_ranks in SIZES:
-    for kind in (t for t in AttentionType if t is not AttentionType.SDPA):
-        real(check_attention, f"Attention {kind.name} x{n_ranks} equals SDPA", kind, False, ring=n_ranks)
-        if n_ranks < 4 or GPU:
-            real(check_attention, f"Attention {kind.name} x{n_ranks} with masks", kind, True, ring=n_ranks)
-    flash, zigzag = AttentionType.FLASH, AttentionType.ZIGZAG
-    kinds = (flash, False), (zigzag, True), (zigzag, False)
-    for kind, autocast in kinds if n_ranks < 4 or GPU else kinds[2:]:
-        name = f"compiled {kind.name} x{n_ranks}{' autocast' * autocast} equals eager"
-        real(check_compiled_model, name, kind, autocast, ring=n_ranks)
     for backend in ("triton",) if GPU else ("torch", "triton"):
         name, long = f"sharded decode {backend} x{n_ranks}", 203 if GPU or backend == "torch" else 70
         real(check_sharded, name, backend, LOW_DECODE, 3, 4, 2, 32, (long, 1, 0), ring=n_ranks)
         shape = backend, f32, 1, 2, 1, 32, (long, 1)
         real(check_sharded, f"{name} window and sink tokens", *shape, window=60, sink=4, ring=n_ranks)
+for n_ranks in MODEL_SIZES:
+    for kind in (t for t in AttentionType if t is not AttentionType.SDPA):
+        real(check_attention, f"Attention {kind.name} x{n_ranks} equals SDPA", kind, False, ring=n_ranks)
+        real(check_attention, f"Attention {kind.name} x{n_ranks} with masks", kind, True, ring=n_ranks)
+    flash, zigzag = AttentionType.FLASH, AttentionType.ZIGZAG
+    for kind, autocast in ((zigzag, True), (zigzag, False)) if n_ranks > 1 else ((flash, False),):
+        name = f"compiled {kind.name} x{n_ranks}{' autocast' * autocast} equals eager"
+        real(check_compiled_model, name, kind, autocast, ring=n_ranks)
     kind = flash if n_ranks == 1 else AttentionType.STRIPED
     name = f"a model decodes through its cache x{n_ranks}"
     real(check_stream, name, kind, ring=n_ranks)
@@ -4049,12 +4057,12 @@ def check_two_hosts():
 
 
 for schedule, n_ranks in product(SCHEDULES, SIZES):
-    if n_ranks > 1 or schedule == "zigzag":  # all schedules are the same on a ring of one
+    if schedule == "zigzag" or n_ranks > 1 and n_ranks in MODEL_SIZES:  # on a ring of one all are the same
         real(check_train, f"train {schedule} x{n_ranks} equals SDPA x1, resumes", schedule, ring=n_ranks)
-    if GPU or (schedule, n_ranks) in (("zigzag", 1), ("step", 2), ("striped", 4)):  # all take minutes on CPUs
+    if GPU or (schedule, n_ranks) in (("zigzag", 1), ("step", 2), ("striped", 2)):  # all take minutes on CPUs
         flags = "--documents", "--window=50", "--sinks", "--seq_len=125"
         real(check_train, f"train {schedule} x{n_ranks} with masks", schedule, *flags, ring=n_ranks)
-    if schedule == "zigzag":  # attention as Gemma 2 has it
+    if schedule == "zigzag" and n_ranks in MODEL_SIZES:  # attention as Gemma 2 has it
         flags, name = ("--softcap=1", "--window=50"), f"train zigzag x{n_ranks} with softcap and window"
         real(check_train, name, schedule, *flags, ring=n_ranks)
 
@@ -4117,21 +4125,27 @@ def check_generate():
 def check_bench():
     """Single rows of bench.py, whose last line is JSON, from which RESULTS.md and pictures are made; a filter
     that fits nothing, a part that is none and a file that is no output are told what there is."""
-    on_cpu = ("mask sinks", 1), ("error bf16 window 2", 1), ("decode ragged", 1), ("sharded decode 2k", 2)
-    on_cpu += ("error fp16 causal", 2), ("ring zigzag 16 documents", 2), ("train striped", 2)
-    on_cpu += (("generate 256", 2),)
+    single = "mask sinks", "error bf16 window 2", "decode ragged"
+    on_ring = (
+        "sharded decode 2k",
+        "error fp16 causal",
+        "ring zigzag 16 documents",
+        "train striped",
+        "generate 256",
+    )
     runs = []
-    for row, n_ranks in [("memory 32k", 1), ("mask sinks", 1)] if GPU else on_cpu:
-        (done,) = call_scripts(("bench.py", "--quick", f"--filter={row}"), n_ranks=n_ranks, timeout=300)
+    for rows, n_ranks in ((("memory 32k", "mask sinks"), 1),) if GPU else ((single, 1), (on_ring, 2)):
+        filters = (f"--filter={row}" for row in rows)
+        (done,) = call_scripts(("bench.py", "--quick", *filters), n_ranks=n_ranks, timeout=300)
         ended_well(done)
         *lines, last = done.stdout.strip().splitlines()
         found = json.loads(last)
         names = {line["name"] for table in found["parts"].values() for line in table["rows"]}
-        assert names == {row} and found["n_ranks"] == n_ranks
-        assert any(line.startswith(row) for line in lines)
+        assert names == set(rows) and found["n_ranks"] == n_ranks
+        assert all(any(line.startswith(row) for line in lines) for row in rows)
         runs.append(found | dict(gpu=found["gpu"] or "a GPU"))
     text = bench.markdown(runs)
-    assert text.count("bench.py --quick --part=") == len(runs)
+    assert text.count("bench.py --quick --part=") == sum(len(run["parts"]) for run in runs)
     assert "| refused" not in text  # such rows are listed below their table
     for run, table in ((run, table) for run in runs for table in run["parts"].values()):
         assert all(f"| {line['name']} |" in text for line in table["rows"])
@@ -4495,9 +4509,10 @@ def compile_kernels(few=False):
         constants |= dict(BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N)
         options = dict(num_warps=num_warps, num_stages=num_stages)
         report(f"portable {kernel} D{D} causal", D < 256, function, types, constants, **options)
-    resemble_others = "lengths", "pages", "D80", "partial blocks", "window, causal"
+    for_all = "one length", "many", "many pages", "32 rows", "64 rows", "window"  # others resemble them
+    for_all += "float8, one length", "float8, 32 rows", "float8, pages"
     for name, call in decode_calls().items():
-        if few and name in resemble_others:
+        if few and name not in for_all:
             continue
         types, constants, options = decode_kernel_of(call)
         report(f"decode {name}", True, decode.decode_kernel, types, constants, **options)
