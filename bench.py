@@ -1510,15 +1510,18 @@ def overlap_figure(path, found):
 
 def errors_figure(path, runs):
     """A table for each number of GPUs and dtype, of contenders and masks: the worst of o, dq, dk, dv."""
-    left, wide, high, y, parts = 210, 92, 18, 0, []
+    left, wide, high, right, y, parts = 210, 92, 18, 0, 0, []
     for found, dtype in itertools.product(runs, ERROR_DTYPES):
         lines = [line for line in lines_of(found, f"error {dtype} .*") if line["who"] != "SDPA"]
+        if not lines:
+            continue
         names, who = ([*dict.fromkeys(line[heading] for line in lines)] for heading in ("name", "who"))
-        n_ranks, y = found["n_ranks"], y + (33 if lines else 0)
+        n_ranks, y, right = found["n_ranks"], y + 33, max(right, left + wide * len(names))
+        parts.append(label(left - 10, y - 6, f"{dtype}, {n_ranks} GPU{'s' * (n_ranks > 1)}", "end", 14))
         for i, name in enumerate(names):
             parts.append(label(left + wide * (i + 0.5), y - 7, name.split(" ", 2)[2], "middle", 11))
-        for j, name in enumerate([f"{dtype}, {n_ranks} GPU{'s' * (n_ranks > 1)}", *who] if who else ()):
-            parts.append(label(left - 10, y - 6 + high * j, name, "end", 11 if j else 14))
+        for j, name in enumerate(who):
+            parts.append(label(left - 10, y + 12 + high * j, name, "end", 11))
         for line in lines:
             x, at = left + wide * names.index(line["name"]), y + high * who.index(line["who"])
             ratios = {key: line[key] for key in ("o", "dq", "dk", "dv") if not isinstance(line[key], str)}
@@ -1532,7 +1535,7 @@ def errors_figure(path, runs):
         y += high * len(who)
     text = "largest error of o and of gradients over SDPA's; test.py allows 2 and 3"
     parts.append(label(10, y + 30, f"{text}; pale: bits differ; grey: refused or failed", size=11))
-    svg(path, left + wide * 9 + 10, y + 60, parts, measured_on(runs[0]))
+    svg(path, right + 10, y + 60, parts, measured_on(runs[0]))
 
 
 BY_HAND = "\n## Where the tests ran\n"  # from this heading on, people write RESULTS.md
@@ -1569,7 +1572,7 @@ def markdown(runs):
             command = f"torchrun --nproc_per_node={found['n_ranks']}" if found["n_ranks"] > 1 else "python"
             command += " bench.py --quick" if found.get("quick") else " bench.py"
             text.append(f"```\n{command} --part={part}\n\n{table['title'].rstrip()}\n```\n")
-            # the list after the table says who refused what
+            # failures() lists who refused what
             lines = [line for line in table["rows"] if "refused" not in line.values()]
             heads = list(dict.fromkeys(x for line in lines for x in line))
             text.append(md_table(heads, [[shown(line.get(x, "")) for x in heads] for line in lines]))
